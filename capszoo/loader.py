@@ -1,0 +1,260 @@
+"""Batches of a data set: drawn, shifted and converted on the device.
+
+A data set that fits lives on the device as one uint8 tensor, zero-padded once by the largest shift. A shifted image is
+then a window of that tensor, and a batch is one gather of windows and one division by 255, whatever its size. The order
+and the shifts of an epoch are drawn at its start from (seed, epoch) alone and on the CPU, so every device sees the same
+images, and any step of any epoch can be recomputed: that is all a run needs to resume in the middle of an epoch.
+
+A data set that does not fit is read by worker processes in the same order and takes the same path from there on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from capszoo.readers import DataError, Reader
+
+__all__ = ["Loader", "Split"]
+
+# Images are gathered some hundred at a time and handed out as views: at batch 1 a step then costs 2 us, not 20. The
+# second limit keeps such a chunk of large images small; a batch above either limit is a chunk by itself.
+_CHUNK_IMAGES = 256
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(eq=False, repr=False)
+class Split:
+    """The training, validation or test images of a data set.
+
+    Args:
+        labels: int64 `[N]`, on the same device as `images`.
+        images: uint8 `[N, C, H, W]`, or None for a split that is read from disk while it is used.
+        reader: Where the images of such a split come from.
+        indices: int64 `[N]`, the place of each image in `reader`.
+    """
+
+    labels: Tensor
+    images: Tensor | None = None
+    reader: Reader | None = None
+    indices: Tensor | None = None
+    _on_device: dict[torch.device, Split] = field(default_factory=dict, init=False)
+    _padded: tuple[int, Tensor] | None = field(default=None, init=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images of {'x'.join(map(str, self.image_shape))})"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.reader.image_shape if self.images is None else tuple(self.images.shape[1:])
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return this split with its tensors on `device`; the copy is made once and kept."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if device == self.labels.device:
+            return self
+        if device not in self._on_device:
+            images = None if self.images is None else self.images.to(device)
+            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices)
+        return self._on_device[device]
+
+    def padded(self, margin: int) -> Tensor:
+        """Return the images with `margin` zeros on each side, uint8 `[N, C, H + 2 margin, W + 2 margin]`.
+
+        The result for the last `margin` above 0 is kept.
+        """
+        if margin == 0:
+            return self.images.contiguous()
+        if self._padded is None or self._padded[0] != margin:
+            self._padded = margin, F.pad(self.images, [margin] * 4)
+        return self._padded[1]
+
+
+class Loader:
+    """One epoch of batches of a split: images float32 in [0, 1] `[B, C, H, W]` and labels int64 `[B]` on `device`.
+
+    The batches depend on the split, `batch_size`, `shuffle`, `seed`, `epoch` and `translate` and on nothing else, and
+    the loader can be iterated any number of times. The global random state is never touched, and of a split in memory
+    no batch waits for the host. Batches may be views of one tensor.
+
+    `len(loader)` is the number of batches in the whole epoch, whatever `start_step`; iteration yields
+    `len(loader) - start_step` of them.
+
+    Args:
+        split: The images.
+        batch_size: Images in a batch; the last one holds the rest.
+        device: Where batches are made.
+        shuffle: Draw a new order for each epoch instead of going through the split from its start.
+        seed: Together with `epoch` decides the order and the shifts.
+        epoch: The epoch, from 0.
+        start_step: The step to begin with: the batches are those of the whole epoch from that step on.
+        translate: Shift each image by up to so many pixels each way along both axes, filling with zeros.
+        drop_last: Leave out a last batch that is not full.
+        num_workers: Worker processes that read a split that is not in memory; 0 reads in this process.
+        channels_last: Make images in channels-last memory format.
+
+    Raises:
+        DataError: An argument out of range, at once; an image that cannot be decoded, when its turn comes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device | str,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        start_step: int = 0,
+        translate: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        channels_last: bool = False,
+    ):
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("epoch", epoch, 0),
+            ("start_step", start_step, 0),
+            ("translate", translate, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise DataError(f"{key}={value} is out of range: give a whole number of {least} or more")
+        height, width = split.image_shape[1:]
+        if translate >= min(height, width):
+            raise DataError(
+                f"translate={translate} can shift a whole {height}x{width} image out of sight: give less than "
+                f"{min(height, width)}"
+            )
+        self.split = split
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = epoch
+        self.start_step = start_step
+        self.translate = translate
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.channels_last = channels_last
+        if len(self) == 0:
+            raise DataError(
+                f"no batch of {batch_size} can be made of {len(split)} images with drop_last: give a batch size of "
+                f"{len(split)} or less"
+            )
+        if start_step > len(self):
+            raise DataError(f"start_step={start_step} is past the end of an epoch of {len(self)} batches")
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.split), self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order, offsets = self._draw()
+        labels = self.split.labels.cpu()[order].to(self.device)
+
+        # Chunks are counted from the start of the epoch, not from start_step, so that a batch lies at the same place
+        # within its chunk, and thus equally aligned in memory, in a resumed epoch.
+        channels, height, width = self.split.image_shape
+        images = min(_CHUNK_IMAGES, _CHUNK_BYTES // (4 * channels * height * width))
+        steps = max(1, images // self.batch_size)
+        size = steps * self.batch_size
+        stop = min(len(self.split), len(self) * self.batch_size)
+        first, skip = divmod(self.start_step, steps)
+        chunks = [slice(begin, min(begin + size, stop)) for begin in range(first * size, stop, size)]
+
+        for chunk, pixels in zip(chunks, self._gather(chunks, order, offsets), strict=True):
+            batches = zip(pixels.split(self.batch_size), labels[chunk].split(self.batch_size), strict=True)
+            for _ in range(skip):
+                next(batches)
+            skip = 0
+            yield from batches
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Return the epoch's order and, as offsets into a padded image, its shifts: int64 `[N]` both, on the CPU."""
+        count = len(self.split)
+        order = torch.arange(count)
+        if self.shuffle:
+            order = torch.randperm(count, generator=seeded_generator(self.seed, self.epoch, 0))
+        offsets = torch.zeros(count, dtype=torch.int64)
+        if self.translate:
+            generator = seeded_generator(self.seed, self.epoch, 1)
+            down, right = torch.randint(2 * self.translate + 1, (2, count), generator=generator)
+            offsets = down * (self.split.image_shape[2] + 2 * self.translate) + right
+        return order, offsets
+
+    def _gather(self, chunks: list[slice], order: Tensor, offsets: Tensor) -> Iterator[Tensor]:
+        """Yield the images of each chunk of the epoch, float32 `[chunk, C, H, W]`."""
+        if self.split.images is not None:
+            padded = self.split.to(self.device).padded(self.translate)
+            starts = (order * padded[0].numel() + offsets).to(self.device)
+            for chunk in chunks:
+                yield self._windows(padded, starts[chunk])
+            return
+        rows = self.split.indices[order]
+        loader = DataLoader(
+            _Rows(self.split.reader),
+            batch_size=None,
+            sampler=[rows[chunk].tolist() for chunk in chunks],
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws its workers' seed from the global one
+        )
+        offsets = offsets.to(self.device)
+        for chunk, images in zip(chunks, loader, strict=True):
+            if isinstance(images, DataError):
+                raise images
+            padded = F.pad(images.to(self.device, non_blocking=True), [self.translate] * 4).contiguous()
+            starts = torch.arange(len(padded), device=self.device) * padded[0].numel() + offsets[chunk]
+            yield self._windows(padded, starts)
+
+    def _windows(self, padded: Tensor, starts: Tensor) -> Tensor:
+        """Return the images that begin at elements `starts` (int64 `[B]`) of `padded`, float32 `[B, C, H, W]`."""
+        channels, height, width = self.split.image_shape
+        _, channel_stride, row_stride, _ = padded.stride()
+        reach = (channels - 1) * channel_stride + (height - 1) * row_stride + width - 1
+        windows = padded.as_strided(
+            (padded.numel() - reach, channels, height, width), (1, channel_stride, row_stride, 1)
+        )
+        pixels = windows[starts]
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return torch.div(pixels, 255)
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """Return a CPU generator that depends on all numbers of `key`.
+
+    The numbers are hashed: torch's CPU generator keeps 32 bits of a seed, and a sum, say, would make epoch 1 of seed 0
+    the epoch 0 of seed 1.
+    """
+    digest = hashlib.sha256(",".join(str(int(number)) for number in key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+class _Rows(Dataset):
+    """The images of a reader by list of indices, in a worker process."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+
+    def __getitem__(self, indices: list[int]) -> Tensor | DataError:
+        try:
+            return self.reader.read(indices)
+        except DataError as error:  # handed over as a value: raised, DataLoader would bury it in the worker's traceback
+            return error
+
+    def __len__(self) -> int:
+        return len(self.reader)

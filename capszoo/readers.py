@@ -1,0 +1,262 @@
+"""Images by index: out of a tensor, out of the files of an image folder, out of one of timm's data sets.
+
+A reader decodes, converts and resizes an image when it is asked for it, and gives the same pixels whether a data set is
+read as a whole or while it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.utils.misc import natural_key
+from torch import Tensor
+
+Size = tuple[int, int]  # height, width
+
+_FOLDER_LAYOUT = "expected train/<class>/<image> and test/<class>/<image> (val or validation will do for test)"
+_LITTER = {"thumbs.db", "desktop.ini"}
+_GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
+_EXIF_ORIENTATION = 0x0112
+
+
+class DataError(ValueError):
+    """A data set that is not there, damaged or not what was asked for. The message is one line with the remedy."""
+
+
+class Reader(Protocol):
+    """Images by index, decoded and resized when asked for."""
+
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Return the images at `indices` as uint8 `[len(indices), C, H, W]`."""
+        ...
+
+
+class ArrayReader:
+    """Images out of one uint8 tensor `[N, C, H, W]`.
+
+    Args:
+        images: The images.
+        img_size: The size to give them; by default their own.
+        in_chans: The channels to give them, 1 or 3; by default their own.
+    """
+
+    def __init__(self, images: Tensor, img_size: Size | None = None, in_chans: int | None = None):
+        self.images = images
+        self.image_shape = (in_chans or images.shape[1], *(img_size or images.shape[2:]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        images = self.images[list(indices)]
+        channels, *size = self.image_shape
+        if channels == 1 and images.shape[1] == 3:  # ITU-R 601-2, as PIL's "L"
+            images = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        if list(images.shape[2:]) != size:
+            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+        return to_uint8(images).expand(-1, channels, -1, -1).contiguous()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return pixels in [0, 255] of any type as uint8, rounded and clamped."""
+    return images if images.dtype == torch.uint8 else images.round().clamp(0, 255).to(torch.uint8)
+
+
+class FileReader:
+    """Images out of files.
+
+    Args:
+        paths: The files.
+        image_shape: Channels (1 or 3), height and width to give them.
+    """
+
+    def __init__(self, paths: list[Path], image_shape: tuple[int, int, int]):
+        self.paths = paths
+        self.image_shape = image_shape
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        images = []
+        for index in indices:
+            try:
+                images.append(_decode(self.paths[index], self.image_shape[0], self.image_shape[1:]))
+            except Exception as error:  # PIL's decoders raise anything at damaged files
+                raise _not_an_image(self.paths[index], error) from error
+        return torch.stack(images)
+
+
+class TimmReader:
+    """Images out of one of timm's map-style data sets.
+
+    Args:
+        name: Name of the data set, for error messages.
+        dataset: What `timm.data.create_dataset` returned.
+        img_size: The size to give the images; by default that of the first, which must then be that of all.
+        in_chans: The channels to give them, 1 or 3; by default those of the first.
+    """
+
+    def __init__(self, name: str, dataset: Any, img_size: Size | None = None, in_chans: int | None = None):
+        self.name = name
+        # timm's ImageDataset puts the next image in the place of one that cannot be decoded; its reader does not.
+        self.items = getattr(dataset, "reader", dataset)
+        self.resize = img_size is not None
+        try:
+            size, grey = _header(self.items[0][0])
+        except Exception as error:
+            raise self._damaged(0, error) from error
+        self.image_shape = (in_chans or (1 if grey else 3), *(img_size or size))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        channels, *size = self.image_shape
+        images = []
+        for index in indices:
+            try:
+                images.append(_decode(self.items[index][0], channels, tuple(size) if self.resize else None))
+            except Exception as error:
+                raise self._damaged(index, error) from error
+            if list(images[-1].shape[1:]) != size:
+                raise sizes_differ(f"data set {self.name!r}", tuple(size), tuple(images[-1].shape[1:]))
+        return torch.stack(images)
+
+    def _damaged(self, index: int, error: Exception) -> DataError:
+        return DataError(
+            f"image {index} of data set {self.name!r} cannot be decoded ({one_line(error)}): download the set anew"
+        )
+
+
+def image_folder(
+    root: Path, img_size: Size | None = None, in_chans: int | None = None
+) -> tuple[list[str], dict[str, tuple[FileReader, Tensor]]]:
+    """Open a folder of `train/<class>/<image>` and `test/<class>/<image>`.
+
+    Hidden files and what file managers leave behind are passed over; all else must be an image.
+
+    Args:
+        root: The folder.
+        img_size: The size to give the images; by default their own, which must then be the same for all.
+        in_chans: The channels to give them, 1 or 3; by default 1 if all are grey.
+
+    Returns:
+        The class names, and the images with their labels (int64 `[N]`) of "train", "test" and, if there is one beside
+        "test", "val".
+
+    Raises:
+        DataError: A missing folder, a class without images, a file that is no image, images of different sizes.
+    """
+    if not root.is_dir():
+        raise DataError(f"image folder '{root}' does not exist: give the path of a folder, {_FOLDER_LAYOUT}")
+    folders = {"train": root / "train"}
+    held_out = [root / part for part in ("test", "val", "validation") if (root / part).is_dir()]
+    if not folders["train"].is_dir():
+        raise DataError(f"image folder '{root}' has no training images (looked for {root / 'train'}): {_FOLDER_LAYOUT}")
+    if not held_out:
+        raise DataError(f"image folder '{root}' has no test images (looked for {root / 'test'}): {_FOLDER_LAYOUT}")
+    folders["test"] = held_out[0]
+    if held_out[0].name == "test" and len(held_out) > 1:
+        folders["val"] = held_out[1]
+
+    files = {part: _class_files(folder) for part, folder in folders.items()}
+    class_names = sorted(files["train"], key=lambda label: (natural_key(label), label))  # timm's order
+    for part, folder in folders.items():
+        for extra in sorted(files[part].keys() - files["train"].keys()):
+            raise DataError(
+                f"'{folder / extra}' is a class that '{folders['train']}' does not have: add training images of it, "
+                "or delete it"
+            )
+
+    headers = []
+    for path in (path for classes in files.values() for paths in classes.values() for path in paths):
+        try:
+            headers.append(_header(path))
+        except Exception as error:
+            raise _not_an_image(path, error) from error
+    in_chans = in_chans or (1 if all(grey for _, grey in headers) else 3)
+    sizes = sorted({size for size, _ in headers})
+    if img_size is None and len(sizes) > 1:
+        raise sizes_differ(f"image folder '{root}'", sizes[0], sizes[-1])
+
+    parts = {}
+    for part, classes in files.items():
+        paths = [path for label in class_names for path in classes.get(label, ())]
+        labels = [i for i, label in enumerate(class_names) for _ in classes.get(label, ())]
+        parts[part] = FileReader(paths, (in_chans, *(img_size or sizes[0]))), torch.tensor(labels)
+    return class_names, parts
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each class below `folder`."""
+    classes = {}
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            raise DataError(f"'{entry}' is not a folder of images of one class: delete or move it, {_FOLDER_LAYOUT}")
+        classes[entry.name] = _entries(entry)
+        if not classes[entry.name]:
+            raise DataError(f"class folder '{entry}' holds no images: add some or delete it")
+        for path in classes[entry.name]:
+            if not path.is_file():
+                raise DataError(f"'{path}' is not an image file: delete or move it, {_FOLDER_LAYOUT}")
+    if not classes:
+        raise DataError(f"'{folder}' holds no images: {_FOLDER_LAYOUT}")
+    return classes
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in _LITTER)
+
+
+def _open(file: Path | IO[bytes] | Image.Image) -> Image.Image:
+    return file if isinstance(file, Image.Image) else Image.open(file)
+
+
+def _header(file: Path | IO[bytes] | Image.Image) -> tuple[Size, bool]:
+    """Return height and width of an image as it will be decoded, and whether it is grey."""
+    with _open(file) as image:
+        exif = Image.Image.getexif(image)  # of the base class: PNG's own decodes the whole image
+        turned = exif.get(_EXIF_ORIENTATION, 1) >= 5  # 5 to 8 swap the axes
+        return image.size if turned else image.size[::-1], image.mode in _GREY_MODES
+
+
+def _decode(file: Path | IO[bytes] | Image.Image, in_chans: int, img_size: Size | None) -> Tensor:
+    """Return an image as uint8 `[in_chans, H, W]`, in its own size if `img_size` is None."""
+    with _open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        image = image.convert("L" if in_chans == 1 else "RGB")
+        height, width = img_size or (image.height, image.width)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image).reshape(height, width, in_chans)).permute(2, 0, 1)
+
+
+def _not_an_image(path: Path, error: Exception) -> DataError:
+    return DataError(f"'{path}' is not an image that can be decoded ({one_line(error)}): delete or mend it")
+
+
+def sizes_differ(what: str, one: Size, other: Size) -> DataError:
+    return DataError(
+        f"{what} has images of different sizes ({one[0]}x{one[1]} and {other[0]}x{other[1]}): give --img-size, to "
+        "which all are resized"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception's type and message without line breaks, for an error message."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")

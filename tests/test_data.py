@@ -1,0 +1,541 @@
+import hashlib
+import os
+import pickle
+import random
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from capszoo.data import DataError, Loader, _stratified, list_datasets, load_data
+
+
+def raises(*parts):
+    """Expect a DataError of one line that holds all `parts`, in this order."""
+    return pytest.raises(DataError, match="^" + "[^\n]*".join(["", *map(_escape, parts), ""]) + "$")
+
+
+def _escape(part):
+    return "".join("\\" + c if c in r"\.()[]{}*+?^$|" else c for c in str(part))
+
+
+def write_mnist(root, folder="MNIST", train=40, test=20):
+    """Write a tiny set in MNIST's format whose images all differ."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
+    return root
+
+
+def write_folder(root, parts=("train", "test"), classes=("cat", "dog"), count=6, size=(8, 10), mode="RGB"):
+    """Write an image folder whose images all differ; `size` is height and width."""
+    rng = np.random.default_rng(0)
+    for part in parts:
+        for label in classes:
+            (root / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(root / part / label / f"{i}.png")
+    return root
+
+
+def rows(split):
+    """Return the images of a split as a set of bytes."""
+    return {image.numpy().tobytes() for image in split.images}
+
+
+# Splits.
+
+
+def test_digits():
+    data = load_data("digits", val_fraction=0)
+    assert (len(data.train), data.val, len(data.test)) == (1437, None, 360)
+    assert data.num_classes == 10 and data.class_names == list("0123456789")
+    assert (data.in_chans, data.img_size) == (1, (28, 28))
+    assert data.train.images.shape == (1437, 1, 28, 28) and data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
+    assert data.train.images.min() == 0 and data.train.images.max() == 255
+    border = data.train.images.clone()
+    border[:, :, 4:24, 4:24] = 0
+    assert border.max() == 0
+    counts = torch.stack([data.train.labels.bincount(), data.test.labels.bincount()]).double()
+    assert (counts[1] / counts.sum(0) - 360 / 1797).abs().max() < 0.005
+    images, _ = next(iter(Loader(data.train, 1437, "cpu")))
+    assert images.min() == 0 and images.max() == 1
+
+
+def test_digits_are_the_right_way_up_and_match_their_labels():
+    from sklearn.datasets import load_digits
+
+    small = torch.from_numpy(load_digits().images).float() / 16
+    data = load_data("digits", val_fraction=0)
+    for split in (data.train, data.test):
+        shrunk = torch.nn.functional.interpolate(split.images[:, :, 4:24, 4:24].float() / 255, (8, 8), mode="area")
+        nearest = torch.cdist(shrunk.flatten(1), small.flatten(1)).argmin(1)
+        assert torch.equal(torch.from_numpy(load_digits().target)[nearest], split.labels)
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.25])
+def test_validation_split_is_stratified_disjoint_and_decided_by_seed(val_fraction):
+    whole = load_data("digits", val_fraction=0)
+    data = load_data("digits", val_fraction=val_fraction)
+    assert len(data.val) == round(1437 * val_fraction) and len(data.train) + len(data.val) == 1437
+    share = data.val.labels.bincount() / whole.train.labels.bincount()
+    assert (share - val_fraction).abs().max() < 0.01
+    assert rows(data.train) | rows(data.val) == rows(whole.train)
+    assert not rows(data.train) & rows(data.val)
+    assert not rows(data.test) & (rows(data.train) | rows(data.val))
+    assert torch.equal(data.test.images, whole.test.images)
+
+    again = load_data("digits", val_fraction=val_fraction)
+    other = load_data("digits", val_fraction=val_fraction, seed=1)
+    assert torch.equal(again.val.images, data.val.images) and torch.equal(again.train.images, data.train.images)
+    assert rows(other.val) != rows(data.val)
+    assert torch.equal(other.test.images, data.test.images)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), fraction=st.floats(0.01, 0.99), seed=st.integers(0, 9)
+)
+def test_stratified(labels, fraction, seed):
+    labels = torch.tensor(labels)
+    count = max(1, round(len(labels) * fraction))
+    chosen = _stratified(labels, count, seed)
+    assert len(chosen.unique()) == len(chosen) == min(count, len(labels) - len(labels.unique()))
+    present, taken = labels.bincount(minlength=6), labels[chosen].bincount(minlength=6)
+    assert (taken[present > 0] < present[present > 0]).all()
+    exact = present * count / len(labels)
+    assert ((taken >= exact.floor()) | (taken == present - 1))[present > 0].all()
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    load_data("digits")
+    load_data(write_folder(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_small_validation_split_has_an_image(tmp_path):
+    data = load_data(write_folder(tmp_path, count=2))
+    assert len(data.val) == 1 and len(data.train) == 3
+
+
+# MNIST and its like.
+
+
+def test_mnist_format(tmp_path):
+    data = load_data("mnist", write_mnist(tmp_path), val_fraction=0.25)
+    assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 20)
+    assert data.val.labels.bincount().tolist() == [1] * 10
+    assert data.test.images.shape == (20, 1, 28, 28)
+    reference = torchvision.datasets.MNIST(tmp_path, train=False)
+    assert torch.equal(data.test.images[:, 0], reference.data) and torch.equal(data.test.labels, reference.targets)
+    assert load_data("fashion_mnist", write_mnist(tmp_path, "FashionMNIST")).class_names[0] == "T-shirt/top"
+
+
+def test_through_timm_equals_by_name(tmp_path):
+    write_mnist(tmp_path)
+    one, other = load_data("mnist", tmp_path), load_data("torch/mnist", tmp_path)
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(one, part).images, getattr(other, part).images)
+        assert torch.equal(getattr(one, part).labels, getattr(other, part).labels)
+    assert one.class_names == other.class_names and one.img_size == other.img_size
+
+
+def test_colour_and_size_of_grey_images(tmp_path):
+    write_mnist(tmp_path)
+    grey = load_data("mnist", tmp_path)
+    colour = load_data("mnist", tmp_path, in_chans=3)
+    assert colour.in_chans == 3 and torch.equal(colour.train.images, grey.train.images.expand(-1, 3, -1, -1))
+    small = load_data("mnist", tmp_path, img_size=7)
+    assert small.img_size == (7, 7)
+    assert grey.train.images.float().std() > 70 and small.train.images.float().std() < 20  # antialiased: noise averages
+    wide = load_data("mnist", tmp_path, img_size=(28, 40))
+    assert wide.test.images.shape == (20, 1, 28, 40)
+
+
+def write_cifar(root, monkeypatch):
+    """Write CIFAR-10's files with 10 images each, and the checksums that torchvision asks for."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(name):
+        data = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+        return [name, write(name, {"data": data, "labels": list(range(10))})]
+
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(cifar, "test_list", [batch("test_batch")])
+    names = [f"class {i}" for i in range(10)]
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": write("batches.meta", {"label_names": names})})
+    return root
+
+
+def test_cifar10_format(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch)
+    data = load_data("cifar10", tmp_path, val_fraction=0.2)
+    assert (len(data.train), len(data.val), len(data.test)) == (40, 10, 10)
+    assert (data.in_chans, data.img_size, data.class_names[3]) == (3, (32, 32), "class 3")
+    reference = torchvision.datasets.CIFAR10(tmp_path, train=False)
+    image, label = reference[4]
+    assert np.array_equal(data.test.images[4].permute(1, 2, 0), np.asarray(image)) and data.test.labels[4] == label
+    grey = load_data("cifar10", tmp_path, in_chans=1).test.images[4, 0].int()
+    assert (grey - torch.from_numpy(np.array(image.convert("L"))).int()).abs().max() <= 1
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"junk")
+    with raises("'cifar10'", tmp_path, "damaged", "delete"):
+        load_data("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_missing_data(name, exists, tmp_path):
+    root = tmp_path if exists else tmp_path / "nowhere"
+    with raises(f"data set '{name}' not found in '{root}'", "looked for", root, "--data-dir", "--download"):
+        load_data(name, root)
+
+
+def test_default_folder_is_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with raises("'mnist' not found in 'data'", "MNIST/raw/train-images-idx3-ubyte"):
+        load_data("mnist")
+    write_mnist(tmp_path / "data")
+    assert len(load_data("mnist").test) == 20
+
+
+def test_missing_file_is_named(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
+    with raises("looked for", "t10k-labels-idx1-ubyte"):
+        load_data("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+@pytest.mark.parametrize("damage", ["empty", "header", "truncated", "junk", "huge"])
+def test_damaged_file(file, damage, tmp_path):
+    path = write_mnist(tmp_path) / "MNIST/raw" / file
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "header": content[:6],
+            "truncated": content[:-1],
+            "junk": b"<html>404 not found</html>" * 9,
+            "huge": content[:4] + b"\xff" * 4 + content[8:],
+        }[damage]
+    )
+    with raises("'mnist'", tmp_path, "damaged", "delete"):
+        load_data("mnist", tmp_path)
+
+
+def test_images_and_labels_that_do_not_belong_together(tmp_path):
+    raw = write_mnist(tmp_path) / "MNIST/raw"
+    labels = (raw / "train-labels-idx1-ubyte").read_bytes()
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with raises("damaged", "40 images and 20 labels"):
+        load_data("mnist", tmp_path)
+    (raw / "train-labels-idx1-ubyte").write_bytes(labels[:-1] + b"\x0b")
+    with raises("damaged", "11"):
+        load_data("mnist", tmp_path)
+
+
+def test_failed_download(tmp_path, monkeypatch):
+    def download(self):
+        raise RuntimeError("Error downloading x.gz:\nno network\n")
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    with raises("download of data set 'mnist'", tmp_path, "x.gz: no network"):
+        load_data("mnist", tmp_path, download=True)
+    assert len(load_data("mnist", write_mnist(tmp_path), download=True).test) == 20  # nothing is missing
+
+
+# Image folders.
+
+
+@pytest.mark.parametrize("held_out", ["test", "val", "validation"])
+def test_image_folder(held_out, tmp_path):
+    root = write_folder(tmp_path, ("train", held_out), ("img10", "img2"), count=5)
+    (root / "train" / ".hidden").mkdir()
+    for litter in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (root / "train" / litter).touch()
+        (root / "train" / "img2" / litter).touch()
+    (root / "README.txt").write_text("about these images")
+    data = load_data(root, val_fraction=0.2)
+    assert data.class_names == ["img2", "img10"]
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 2, 10)
+    assert data.val.labels.tolist() == [0, 1]
+    assert (data.in_chans, data.img_size) == (3, (8, 10))
+    first = np.asarray(Image.open(root / held_out / "img10" / "0.png"))
+    assert np.array_equal(data.test.images[5].permute(1, 2, 0), first) and data.test.labels[5] == 1
+
+
+def test_image_folder_by_other_names(tmp_path, monkeypatch):
+    write_folder(tmp_path / "sets" / "pets")
+    direct = load_data(tmp_path / "sets" / "pets")
+    monkeypatch.chdir(tmp_path)
+    for name, data_dir in (
+        ("sets/pets", None),
+        ("folder/sets/pets", None),
+        ("folder/pets", "sets"),
+        ("folder", "sets/pets"),
+        ("torch/image_folder", "sets/pets"),
+    ):
+        assert torch.equal(load_data(name, data_dir).train.images, direct.train.images)
+
+
+def test_validation_folder_beside_test_is_the_validation_split(tmp_path):
+    root = write_folder(tmp_path, ("train", "val", "test"), count=3)
+    data = load_data(root)
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 6, 6)
+    assert np.array_equal(data.val.images[0].permute(1, 2, 0), np.asarray(Image.open(root / "val/cat/0.png")))
+    without = load_data(root, val_fraction=0)
+    assert without.val is None and len(without.train) == 6
+
+
+def test_image_folder_of_one_held_out_part_has_no_part_twice(tmp_path):
+    data = load_data(write_folder(tmp_path, ("train", "val", "validation")), val_fraction=0.25)
+    assert not rows(data.val) & rows(data.test)
+    assert len(data.train) == 9
+
+
+def test_image_folder_resizes_and_converts(tmp_path):
+    root = write_folder(tmp_path)
+    data = load_data(root, img_size=(6, 4), in_chans=1, val_fraction=0)
+    assert data.train.images.shape == (12, 1, 6, 4)
+    image = Image.open(root / "train/cat/0.png").convert("L").resize((4, 6), Image.Resampling.BILINEAR)
+    assert np.array_equal(data.train.images[0, 0], np.asarray(image))
+
+
+@pytest.mark.parametrize("mode, in_chans", [("L", 1), ("1", 1), ("LA", 1), ("P", 3), ("RGBA", 3)])
+def test_image_modes(mode, in_chans, tmp_path):
+    data = load_data(write_folder(tmp_path, mode=mode))
+    assert data.in_chans == in_chans and data.train.images.shape[1:] == (in_chans, 8, 10)
+
+
+def test_sixteen_bit_images_keep_their_contrast(tmp_path):
+    root = write_folder(tmp_path, classes=("a",), count=2)
+    ramp = (np.arange(80, dtype=np.uint16) * 800).reshape(8, 10)
+    Image.fromarray(ramp).save(root / "test/a/0.png")
+    data = load_data(root, in_chans=1, val_fraction=0)
+    assert np.array_equal(data.test.images[0, 0], ramp >> 8)
+
+
+def test_exif_orientation(tmp_path):
+    root = write_folder(tmp_path, classes=("a",), count=2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    for path in root.glob("*/*/*.png"):
+        Image.open(path).save(path, exif=exif)
+    data = load_data(root, val_fraction=0)
+    assert data.img_size == (10, 8)
+    plain = np.asarray(Image.open(root / "train/a/0.png"))
+    assert np.array_equal(data.train.images[0].permute(1, 2, 0), np.rot90(plain, -1))
+
+
+def test_images_of_different_sizes_need_a_size(tmp_path):
+    root = write_folder(tmp_path)
+    Image.new("RGB", (5, 4)).save(root / "test" / "dog" / "0.png")
+    with raises(root, "different sizes", "4x5", "8x10", "--img-size"):
+        load_data(root)
+    assert load_data(root, img_size=8).test.images.shape == (12, 3, 8, 8)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("file", ["notes.txt", "text.png", "empty.png"])
+def test_file_that_is_no_image(file, streamed, tmp_path):
+    path = write_folder(tmp_path) / "test" / "cat" / file
+    path.write_text("" if file == "empty.png" else "notes\non these images")
+    with raises(path, "not an image", "delete"):
+        load_data(tmp_path, img_size=8, in_chans=3, max_bytes=0 if streamed else 1 << 30)
+
+
+def test_truncated_image(tmp_path):
+    path = write_folder(tmp_path, size=(64, 64)) / "test" / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    with raises(path, "not an image", "delete"):
+        load_data(tmp_path)
+    streamed = load_data(tmp_path, max_bytes=0)
+    for num_workers in (0, 1):
+        with raises(path, "not an image", "delete"):
+            list(Loader(streamed.test, 4, "cpu", num_workers=num_workers))
+
+
+def test_broken_layouts(tmp_path):
+    with raises(tmp_path, "no training images", tmp_path / "train", "train/<class>/<image>"):
+        load_data(tmp_path)
+    (tmp_path / "train").mkdir()
+    with raises(tmp_path, "no test images", tmp_path / "test", "test/<class>/<image>"):
+        load_data(tmp_path)
+    (tmp_path / "test").mkdir()
+    with raises(tmp_path / "train", "no images"):
+        load_data(tmp_path)
+    (tmp_path / "train" / "cat").mkdir()
+    with raises(tmp_path / "train/cat", "no images", "delete"):
+        load_data(tmp_path)
+    (tmp_path / "train/cat/.DS_Store").touch()
+    with raises(tmp_path / "train/cat", "no images"):
+        load_data(tmp_path)
+    Image.new("L", (4, 4)).save(tmp_path / "train/cat/0.png")
+    with raises(tmp_path / "test", "no images"):
+        load_data(tmp_path)
+    write_folder(tmp_path, ("test",), ("dgo",))
+    with raises(tmp_path / "test/dgo", "class", "train", "does not have"):
+        load_data(tmp_path)
+    (tmp_path / "train/cat/more").mkdir()
+    with raises(tmp_path / "train/cat/more", "not an image file"):
+        load_data(tmp_path)
+    Image.new("L", (4, 4)).save(tmp_path / "train/0.png")
+    with raises(tmp_path / "train/0.png", "not a folder"):
+        load_data(tmp_path)
+
+
+def test_no_image_to_spare_for_validation(tmp_path):
+    root = write_folder(tmp_path, count=1)
+    with raises("no training image to spare", "val_fraction 0"):
+        load_data(root)
+    assert len(load_data(root, val_fraction=0).train) == 2
+
+
+def test_missing_folder(tmp_path):
+    with raises("unknown data set", tmp_path / "nowhere", "no such folder"):
+        load_data(tmp_path / "nowhere")
+    with raises("image folder", tmp_path / "nowhere", "does not exist"):
+        load_data("folder/nowhere", tmp_path)
+
+
+# Streaming.
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("mnist", {}),
+        ("mnist", {"img_size": (30, 17), "in_chans": 3}),
+        ("torch/mnist", {"img_size": 20}),
+        ("folder", {}),
+        ("folder", {"img_size": 7, "in_chans": 1}),
+    ],
+)
+def test_streamed_set_equals_the_same_in_memory(name, kwargs, tmp_path):
+    root = write_folder(tmp_path) if name == "folder" else write_mnist(tmp_path)
+    memory, streamed = (load_data(name, root, max_bytes=limit, **kwargs) for limit in (1 << 30, 0))
+    assert (memory.img_size, memory.in_chans, memory.class_names) == (
+        streamed.img_size,
+        streamed.in_chans,
+        streamed.class_names,
+    )
+    for part, num_workers in (("train", 1), ("val", 0), ("test", 0)):
+        one, other = getattr(memory, part), getattr(streamed, part)
+        assert one.images is not None and other.images is None
+        assert len(one) == len(other) and one.image_shape == other.image_shape
+        pairs = zip(
+            Loader(one, 3, "cpu", shuffle=True, translate=2, start_step=0),
+            Loader(other, 3, "cpu", shuffle=True, translate=2, start_step=0, num_workers=num_workers),
+            strict=True,
+        )
+        assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def test_max_bytes_counts_all_pixels(tmp_path):
+    write_mnist(tmp_path)
+    assert load_data("mnist", tmp_path, max_bytes=60 * 784).train.images is not None
+    assert load_data("mnist", tmp_path, max_bytes=60 * 784 - 1).train.images is None
+
+
+# Names and arguments.
+
+
+@pytest.mark.parametrize("name, near", [("mnits", "mnist"), ("MNIST", "mnist"), ("fashion-mnist", "fashion_mnist")])
+def test_near_match(name, near):
+    with raises(f"unknown data set '{name}', did you mean '{near}'?", *list_datasets()):
+        load_data(name)
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("zzz", ["unknown data set 'zzz'", "digits, mnist, fashion_mnist, cifar10"]),
+        ("", ["no data set is named", "digits"]),
+        ("foo/bar", ["unknown data set 'foo/bar'"]),
+        ("torch/nope", ["'torch/nope'", "nope", "check the name"]),
+        ("torch/kmnist", ["'torch/kmnist'", "--data-dir", "--download"]),
+        ("tfds/mnist", ["'tfds/mnist'", "use hfds/"]),
+    ],
+)
+def test_unknown_names(name, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with raises(*parts):
+        load_data(name)
+
+
+def test_packages_that_are_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with raises("scikit-learn", 'pip install "capszoo[train]"'):
+        load_data("digits")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with raises("'hfds/user/set'", "pip install datasets"):
+        load_data("hfds/user/set")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"val_fraction": -0.1},
+        {"val_fraction": 1.0},
+        {"val_fraction": float("nan")},
+        {"seed": -1},
+        {"in_chans": 2},
+        {"img_size": 0},
+        {"img_size": (28, 0)},
+        {"img_size": (1, 28, 28)},
+    ],
+)
+def test_arguments_out_of_range(kwargs):
+    ((key, value),) = kwargs.items()
+    with raises(f"{key}={value}", "give"):
+        load_data("digits", **kwargs)
+
+
+def test_unreadable_folder(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_folder(tmp_path)
+    monkeypatch.setattr("capszoo.readers._entries", refuse)
+    with raises("Permission denied", tmp_path / "train"):
+        load_data(tmp_path)
+
+
+# Real data, where the environment says where it is.
+
+
+@pytest.mark.skipif("CAPSZOO_TEST_DATA" not in os.environ, reason="CAPSZOO_TEST_DATA names no folder")
+@pytest.mark.parametrize("name, mean, std", [("mnist", 0.1307, 0.3081), ("fashion_mnist", 0.2860, 0.3530)])
+def test_real_sets(name, mean, std):
+    data = load_data(name, os.environ["CAPSZOO_TEST_DATA"])
+    assert (len(data.train), len(data.val), len(data.test)) == (54000, 6000, 10000)
+    labels = torch.cat([data.train.labels, data.val.labels]).bincount()
+    if name == "mnist":
+        assert labels.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert (data.val.labels.bincount() - labels / 10).abs().max() < 1
+    pixels = torch.cat([data.train.images, data.val.images]).float() / 255
+    assert abs(pixels.mean() - mean) < 1e-4 and abs(pixels.std() - std) < 1e-4
