@@ -1,0 +1,176 @@
+"""Checkpoints: safetensors in, safetensors out, written so that a killed run never leaves half a file.
+
+A model's file holds its weights under their own names and readable metadata in the header. The resume state of a run
+is one safetensors file too: tensors of model, optimizer and random number generators, and everything else as JSON in
+the header. Nothing is ever pickled.
+"""
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["CheckpointError", "load_state", "load_tensors", "load_weights", "read_metadata", "save_state", "save_weights"]
+
+_FORMAT = "capszoo.resume.v1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+def write_atomically(path: str | Path, write) -> None:
+    """Call `write(temporary_path)` beside `path`, flush it to disk and rename it, so that `path` is whole or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and header metadata to a safetensors file, atomically."""
+    # safetensors keeps no strides: what is stored is contiguous, whatever the memory format of the model.
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **metadata}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file into CPU tensors and its header metadata.
+
+    Raises:
+        CheckpointError: If there is no such file, or it is damaged or no safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {str(path)!r}: check the path")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged or no safetensors file ({_first_line(error)}): use another checkpoint"
+        ) from None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read the header metadata of a safetensors file alone."""
+    return load_tensors(path)[1]
+
+
+def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write a model's weights to a safetensors file.
+
+    Args:
+        path: File to write; its folder must exist.
+        model: The model, not wrapped.
+        metadata: Facts for people and programs (model, data set, accuracy); values that are no strings become JSON.
+    """
+    header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    save_tensors(path, model.state_dict(), header)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
+    """Load a model's weights from a safetensors file; a decoder that the model does not have is left out.
+
+    Returns:
+        The file's header metadata.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged, or the weights are those of another model.
+    """
+    tensors, metadata = load_tensors(path)
+    own = model.state_dict()
+    wanted_by = f"the model {metadata['model']!r}" if "model" in metadata else "another model"
+    for key, value in own.items():
+        if key not in tensors:
+            if key.startswith("decoder."):
+                raise CheckpointError(f"{str(path)!r} holds no decoder ({key!r}): make the model without decoder=True")
+            raise CheckpointError(f"{str(path)!r} holds weights of {wanted_by}: it lacks {key!r}")
+        if tensors[key].shape != value.shape:
+            raise CheckpointError(
+                f"{str(path)!r} holds weights of {wanted_by}: {key!r} has shape {tuple(tensors[key].shape)}, this model "
+                f"needs {tuple(value.shape)} (other num_classes, in_chans, img_size or architecture)"
+            )
+    for key in tensors:
+        if key not in own and not key.startswith("decoder."):
+            raise CheckpointError(f"{str(path)!r} holds weights of {wanted_by}: this model has no {key!r}")
+    model.load_state_dict({key: value for key, value in tensors.items() if key in own})
+    return metadata
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a nested state of dicts, lists, tensors, numbers, strings, bools and None to one safetensors file."""
+    tensors: dict[str, Tensor] = {}
+
+    def strip(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value
+            return {"__tensor__": name}
+        if isinstance(value, dict):
+            # JSON keys are strings; optimizer states are keyed by integers.
+            return {"__dict__": [[key, strip(item, f"{name}.{key}" if name else str(key))] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [strip(item, f"{name}.{i}") for i, item in enumerate(value)]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"cannot store {type(value).__name__} at {name!r} in a checkpoint")
+
+    tree = json.dumps(strip(state, ""))
+    save_tensors(path, tensors, {"capszoo": _FORMAT, "state": tree})
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read back what :func:`save_state` wrote.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or no resume state.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("capszoo") != _FORMAT:
+        raise CheckpointError(f"{str(path)!r} is no resume state of capszoo: resume from a folder that train.py wrote")
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "__tensor__" in value:
+                return tensors[value["__tensor__"]]
+            return {key: restore(item) for key, item in value["__dict__"]}
+        if isinstance(value, list):
+            return [restore(item) for item in value]
+        return value
+
+    return restore(json.loads(metadata["state"]))
+
+
+def random_state() -> dict[str, Tensor]:
+    """States of torch's random number generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Set torch's random number generators to states of :func:`random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,456 @@
+"""Train and evaluate loops."""
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import (
+    CheckpointError,
+    load_state,
+    random_state,
+    save_state,
+    save_weights,
+    set_random_state,
+    write_atomically,
+)
+from .data import Loader, Split
+from .layers import capsule_lengths
+from .losses import margin_loss, reconstruction_loss
+from .task import CapsuleTask
+
+__all__ = ["Evaluation", "Trainer", "TrainingError", "autocast", "evaluate", "find_lr", "resolve_amp"]
+
+SUMMARY_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_margin_loss",
+    "train_reconstruction_loss",
+    "train_top1",
+    "eval_loss",
+    "eval_top1",
+    "lr",
+    "batch_size",
+    "epoch_seconds",
+    "images_per_second",
+)
+_AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on; the message says why and what to do."""
+
+
+def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
+    """Turn the name of a precision into the type that autocast takes, None for float32.
+
+    Args:
+        amp: 'auto' (bfloat16 where the processor computes in it, float16 on older CUDA devices, else float32),
+            'none', 'bf16' or 'fp16'.
+        device: Where the model runs.
+
+    Raises:
+        TrainingError: If there is no such precision, or not on this device.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        # Without hardware for it, bfloat16 is emulated and slower than float32.
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else None
+    if amp not in _AMP_TYPES:
+        raise TrainingError(f"unknown precision amp={amp!r}. Known: auto, {', '.join(_AMP_TYPES)}")
+    if amp == "fp16" and device.type == "cpu":
+        raise TrainingError("amp='fp16' needs a GPU: use bf16, none or auto on a CPU")
+    return _AMP_TYPES[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to `dtype` on `device`; nothing where it is None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measures.
+
+    Attributes:
+        top1: Fraction of images whose longest class capsule is the right one.
+        margin_loss: Mean margin loss.
+        reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
+            capsule; None without decoder.
+        confusion: Counts ``[J, J]``, true class by predicted class.
+    """
+
+    top1: float
+    margin_loss: float
+    reconstruction_error: float | None
+    confusion: Tensor
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: torch.dtype | None = None) -> Evaluation:
+    """Measure a model on labelled images.
+
+    Args:
+        model: A capsule network; left in the mode it was in.
+        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]``, on the model's device.
+        amp: Type for autocast.
+
+    Raises:
+        TrainingError: If there are no images.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    decoder = getattr(model, "decoder", None)
+    num_classes = model.num_classes
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    for images, labels in loader:
+        with autocast(device, amp):
+            if decoder is None:
+                lengths, drawn = model(images), None
+            else:
+                capsules = model.forward_capsules(images)
+                lengths = capsule_lengths(capsules)
+                drawn = decoder(capsules, lengths.argmax(dim=1))
+        predicted = lengths.argmax(dim=1)
+        confusion += torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+        sums[0] += margin_loss(lengths, labels) * len(labels)
+        if drawn is not None:
+            sums[1] += reconstruction_loss(drawn, images) * len(labels)
+    model.train(was_training)
+    confusion = confusion.view(num_classes, num_classes).cpu()
+    count = int(confusion.sum())
+    if count == 0:
+        raise TrainingError("there are no images to evaluate on")
+    margin, reconstruction = (sums / count).tolist()
+    return Evaluation(
+        top1=int(confusion.diagonal().sum()) / count,
+        margin_loss=margin,
+        reconstruction_error=None if decoder is None else reconstruction,
+        confusion=confusion,
+    )
+
+
+@dataclass
+class _Position:
+    """Where a run stands; all of it goes into the resume state."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    seconds: float = 0.0  # of the epoch so far
+    total_seconds: float = 0.0
+    best_epoch: int = 0  # counted from 1, 0 before the first
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a capsule network under a policy and keeps its run folder.
+
+    After each epoch the folder holds `summary.csv`, `last.safetensors`, `best.safetensors` (best top-1 on the
+    validation split, ties broken by the lower loss; the last epoch's where there is no validation split) and
+    `resume.safetensors`, from which :meth:`resume` goes on exactly: every batch, its augmentation and the learning
+    rate are functions of (seed, epoch, step).
+
+    Args:
+        task: The task with its model, on `device`.
+        optimizer: Over the model's parameters; the policy sets its learning rate.
+        policy: From :func:`capszoo.policies.create_policy`.
+        train: Training split.
+        val: Validation split, or None.
+        folder: Run folder, which must exist; None keeps nothing.
+        device: Where the model is.
+        amp: Type for autocast, None for float32.
+        seed: Seed of shuffling and augmentation.
+        translate: Largest random shift of the training images, in pixels.
+        eval_batch_size: Images per batch of the evaluation.
+        clip_grad: Largest norm of the gradient; None for no limit.
+        save_every: Also keep the resume state every so many steps; 0 for after epochs only.
+        num_workers: Processes that read images, for data sets too large for memory.
+        metadata: Facts for the header of the weights' files.
+        on_step: Called with the trainer after each step.
+        on_epoch: Called with the trainer and the new row of the summary after each epoch.
+        should_stop: Asked after each step; True saves the state and ends the training.
+    """
+
+    def __init__(
+        self,
+        task: CapsuleTask,
+        optimizer: torch.optim.Optimizer,
+        policy: Any,
+        train: Split,
+        val: Split | None = None,
+        *,
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        amp: torch.dtype | None = None,
+        seed: int = 0,
+        translate: int = 0,
+        eval_batch_size: int = 256,
+        clip_grad: float | None = None,
+        save_every: int = 0,
+        num_workers: int = 0,
+        metadata: dict[str, Any] | None = None,
+        on_step: Callable[["Trainer"], None] = lambda trainer: None,
+        on_epoch: Callable[["Trainer", dict], None] = lambda trainer, row: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.task, self.optimizer, self.policy, self.train_split, self.val_split = task, optimizer, policy, train, val
+        self.folder = None if folder is None else Path(folder)
+        self.device = torch.device(device)
+        self.amp, self.seed, self.translate, self.eval_batch_size = amp, seed, translate, eval_batch_size
+        self.clip_grad, self.save_every, self.num_workers = clip_grad, save_every, num_workers
+        self.metadata = metadata or {}
+        self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        self.position = _Position()
+        # Of the last step taken.
+        self.lr = 0.0
+        self.loss = torch.zeros((), device=self.device)
+        # Sums over the epoch's images: loss, margin loss, reconstruction loss, right answers, images.
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of the summary, one an epoch."""
+        return self.position.history
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row of the best epoch, None before the first."""
+        return self.history[self.position.best_epoch - 1] if self.position.best_epoch else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.position.epoch >= self.policy.epochs
+
+    def running_means(self) -> dict[str, float]:
+        """Means over the epoch so far: loss, margin_loss, reconstruction_loss, top1. Waits for the device."""
+        loss, margin, reconstruction, right, count = self.sums.tolist()
+        count = max(count, 1.0)
+        return {
+            "loss": loss / count,
+            "margin_loss": margin / count,
+            "reconstruction_loss": reconstruction / count,
+            "top1": right / count,
+        }
+
+    def fit(self) -> bool:
+        """Train until the policy's last epoch; return False if `should_stop` ended it before.
+
+        Raises:
+            TrainingError: If the loss stops being finite; what was saved before stays.
+        """
+        while not self.finished:
+            if not self._train_epoch():
+                self.save()
+                return False
+            self._close_epoch()
+        return True
+
+    def _train_epoch(self) -> bool:
+        """Train to the end of the current epoch; False if stopped before."""
+        position, policy = self.position, self.policy
+        batch_size = policy.batch_size(position.epoch)
+        loader = self._loader(
+            self.train_split,
+            batch_size,
+            shuffle=True,
+            seed=self.seed,
+            epoch=position.epoch,
+            start_step=position.step,
+            translate=self.translate,
+        )
+        self.task.train()
+        seconds_before, start = position.seconds, time.perf_counter()
+        for images, labels in loader:
+            self._step(images, labels)
+            position.step += 1
+            position.seconds = seconds_before + time.perf_counter() - start
+            self.on_step(self)
+            if self.should_stop():
+                return False
+            if self.save_every and position.step % self.save_every == 0:
+                self.save()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        position.seconds = seconds_before + time.perf_counter() - start
+        return True
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        self.lr = self.policy.lr(self.policy.progress(self.position.epoch, self.position.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.amp):
+            result = self.task(images, labels)
+        self.scaler.scale(result["loss"]).backward()
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # Kept on the device: a step never waits for its numbers.
+        self.loss = result["loss"].detach()
+        with torch.no_grad():
+            right = (result["output"].argmax(dim=1) == labels).sum()
+            means = torch.stack([self.loss, result["margin_loss"], result["reconstruction_loss"]]).double()
+            self.sums[:3] += means * len(labels)
+            self.sums[3] += right
+            self.sums[4] += len(labels)
+
+    def _close_epoch(self) -> None:
+        """Evaluate, add the epoch's row and save; the resume state last, so that it never runs ahead of the rest."""
+        position = self.position
+        means = self.running_means()
+        if not math.isfinite(means["loss"]):
+            raise TrainingError(
+                f"the loss is {means['loss']} in epoch {position.epoch + 1} (lr={self.lr:g}): "
+                f"lower --lr, or compute in float32 with --amp none"
+            )
+        evaluation = None
+        if self.val_split is not None:
+            loader = self._loader(self.val_split, self.eval_batch_size)
+            evaluation = evaluate(self.task.get_eval_model(), loader, self.amp)
+        row = {
+            "epoch": position.epoch + 1,
+            "train_loss": means["loss"],
+            "train_margin_loss": means["margin_loss"],
+            "train_reconstruction_loss": means["reconstruction_loss"],
+            "train_top1": means["top1"],
+            "eval_loss": None if evaluation is None else evaluation.margin_loss,
+            "eval_top1": None if evaluation is None else evaluation.top1,
+            "lr": self.lr,
+            "batch_size": self.policy.batch_size(position.epoch),
+            "epoch_seconds": position.seconds,
+            "images_per_second": len(self.train_split) / max(position.seconds, 1e-9),
+        }
+        best = self.best
+        improved = best is None or evaluation is None or _rank(row) > _rank(best)
+        position.history.append(row)
+        if improved:
+            position.best_epoch = row["epoch"]
+        position.total_seconds += position.seconds
+        position.epoch, position.step, position.seconds = position.epoch + 1, 0, 0.0
+        self.sums.zero_()
+        if improved and self.folder is not None:
+            save_weights(self.folder / "best.safetensors", self.task.model, self._header(row))
+        self.save()
+        self.on_epoch(self, row)
+
+    def _loader(self, split: Split, batch_size: int, **kwargs: Any) -> Loader:
+        return Loader(split, batch_size, self.device, num_workers=self.num_workers, **kwargs)
+
+    def _header(self, row: dict[str, Any] | None) -> dict[str, Any]:
+        facts = {} if row is None else {key: row[key] for key in ("epoch", "eval_top1", "eval_loss", "train_loss")}
+        return {**self.metadata, **facts}
+
+    def save(self) -> None:
+        """Write `summary.csv`, `last.safetensors` and the resume state."""
+        if self.folder is None:
+            return
+        write_summary(self.folder / "summary.csv", self.history)
+        last = self.history[-1] if self.history else None
+        save_weights(self.folder / "last.safetensors", self.task.model, self._header(last))
+        state = {
+            "position": dict(vars(self.position)),
+            "sums": self.sums,
+            "lr": self.lr,
+            "model": self.task.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+        }
+        save_state(self.folder / "resume.safetensors", state)
+
+    def resume(self) -> bool:
+        """Take up the state in the run folder; return False where there is none, and training starts anew.
+
+        Raises:
+            CheckpointError: If the state is damaged or that of another model.
+        """
+        path = self.folder / "resume.safetensors"
+        for leftover in self.folder.glob(".*.tmp"):  # of a run killed while it wrote
+            leftover.unlink()
+        if not path.exists():
+            return False
+        state = load_state(path)
+        try:
+            self.task.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError):
+            raise CheckpointError(f"{str(path)!r} is the state of another model or optimizer") from None
+        self._restore_strides()
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"])
+        self.position = _Position(**state["position"])
+        self.sums.copy_(state["sums"])
+        self.lr = state["lr"]
+        return True
+
+    def _restore_strides(self) -> None:
+        """Give the optimizer's state the memory format of its parameters; a checkpoint keeps none, and bits differ."""
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
+    return row["eval_top1"], -row["eval_loss"]
+
+
+def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
+    """Write the rows of a run as CSV, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, SUMMARY_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in history)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def find_lr(trainer: Trainer, max_steps: int | None = None) -> tuple[list[float], list[float]]:
+    """Raise the learning rate step by step and record the loss of each step (FasTrCaps, learning-rate finder).
+
+    Trains the trainer's model on its way; nothing is saved. Ends with the policy, after `max_steps`, or when the loss
+    is four times its least or no longer finite.
+
+    Args:
+        trainer: A trainer whose policy is `lr_finder`.
+        max_steps: Largest number of steps.
+
+    Returns:
+        Learning rates and losses, one of each a step.
+    """
+    rates: list[float] = []
+    losses: list[float] = []
+
+    def diverged() -> bool:
+        rates.append(trainer.lr)
+        losses.append(float(trainer.loss))
+        over = max_steps is not None and len(losses) >= max_steps
+        return over or not math.isfinite(losses[-1]) or losses[-1] > 4 * min(losses)
+
+    asked_before, trainer.should_stop = trainer.should_stop, lambda: diverged() or asked_before()
+    try:
+        while not trainer.finished and trainer._train_epoch():
+            trainer.position.epoch, trainer.position.step = trainer.position.epoch + 1, 0
+    finally:
+        trainer.should_stop = asked_before
+    return rates, losses

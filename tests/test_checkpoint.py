@@ -1,0 +1,135 @@
+"""Checkpoints: round trips, damage, and writes that are whole or absent."""
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import capszoo
+from capszoo import checkpoint
+from capszoo.checkpoint import CheckpointError, load_state, load_weights, save_state, save_weights
+
+
+@pytest.fixture
+def model():
+    return capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True)
+
+
+def message(call, *args) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8)
+trees = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.integers(0, 9) | st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(tree=st.dictionaries(st.text(min_size=1, max_size=4), trees, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_state_round_trip(tree, tmp_path_factory):
+    path = tmp_path_factory.mktemp("state") / "s.safetensors"
+    save_state(path, {"tree": tree})
+    assert load_state(path) == {"tree": tree}
+
+
+def test_state_keeps_tensors_bit_for_bit(tmp_path):
+    parameter = torch.nn.Parameter(torch.randn(3, 5))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    save_state(tmp_path / "s.safetensors", {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+    loaded = load_state(tmp_path / "s.safetensors")
+    before = optimizer.state_dict()
+    assert loaded["optimizer"]["state"].keys() == before["state"].keys()  # integers stay integers
+    for key, value in before["state"][0].items():
+        assert torch.equal(loaded["optimizer"]["state"][0][key], value)
+    assert torch.equal(loaded["rng"], torch.get_rng_state())
+
+
+def test_state_refuses_what_it_cannot_store(tmp_path):
+    with pytest.raises(TypeError, match="set"):
+        save_state(tmp_path / "s.safetensors", {"x": {1, 2}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_round_trip_and_header(model, tmp_path):
+    path = tmp_path / "w.safetensors"
+    model.to(memory_format=torch.channels_last)
+    save_weights(path, model, {"model": "capsnet_tiny", "model_args": {"num_classes": 10}, "epoch": 3})
+    other = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True)
+    header = load_weights(other, path)
+    assert header["model"] == "capsnet_tiny" and json.loads(header["model_args"]) == {"num_classes": 10}
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    with safe_open(path, "pt") as file:  # any safetensors reader takes the file
+        assert set(file.keys()) == set(model.state_dict())
+
+
+def test_decoder_is_left_out_silently_but_never_made_up(model, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, {})
+    plain = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2)
+    load_weights(plain, path)
+    assert torch.equal(plain.conv1.weight, model.conv1.weight)
+    save_weights(path, plain, {})
+    assert "decoder" in message(load_weights, model, path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, -1])
+def test_truncated_file_is_refused(model, tmp_path, keep):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, {})
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert "w.safetensors" in message(load_weights, model, path)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_foreign_files_are_refused(model, tmp_path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a checkpoint")
+    assert "text.safetensors" in message(load_weights, model, text)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"fc.weight": torch.zeros(2, 2)}, foreign)
+    assert "lacks 'conv1.weight'" in message(load_weights, model, foreign)
+    assert "no resume state" in message(load_state, foreign)
+    assert "missing.safetensors" in message(load_weights, model, tmp_path / "missing.safetensors")
+
+
+def test_weights_of_another_shape_change_nothing(model, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, num_classes=7), {"model": "m7"})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    text = message(load_weights, capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2), path)
+    assert "m7" in text and "class_caps" in text
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_failed_write_keeps_the_old_file_and_no_litter(model, tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, {"epoch": 1})
+    content = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_weights(path, model, {"epoch": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_weights(path, model, {"epoch": 2})
+    assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]

@@ -1,0 +1,240 @@
+"""Training and evaluation loops: numbers against plain code, and runs that resume to the same bits."""
+import csv
+import itertools
+
+import pytest
+import torch
+
+import capszoo
+from capszoo import checkpoint, engine
+from capszoo.data import Loader, load_data
+from capszoo.engine import SUMMARY_COLUMNS, Trainer, TrainingError, evaluate, find_lr, resolve_amp
+from capszoo.losses import margin_loss, reconstruction_loss
+from capszoo.policies import create_policy
+from capszoo.task import CapsuleTask
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """The first images of the digits alone, for speed."""
+    train, val = (type(digits.train)(images=s.images[:n], labels=s.labels[:n]) for s, n in
+                  ((digits.train, 50), (digits.val, 20)))
+    return train, val
+
+
+def make_trainer(splits, folder=None, epochs=3, policy="one_cycle", drop_rate=0.2, **kwargs):
+    train, val = splits
+    torch.manual_seed(0)
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True, drop_rate=drop_rate)
+    model.to(memory_format=torch.channels_last)
+    options = {"lr": 1e-3, "batch_size": 16, "epochs": epochs, "num_images": len(train)}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    task = CapsuleTask(model, verbose=False)
+    return Trainer(task, optimizer, create_policy(policy, **options), train, val, folder=folder, translate=2, **kwargs)
+
+
+def weights(trainer):
+    return {key: value.clone() for key, value in trainer.task.model.state_dict().items()}
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+def assert_same_file(one, other):
+    (tensors, header), (other_tensors, other_header) = checkpoint.load_tensors(one), checkpoint.load_tensors(other)
+    assert header == other_header
+    assert_same_bits(tensors, other_tensors)
+
+
+def test_evaluate_against_plain_code(digits):
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True).train()
+    result = evaluate(model, Loader(digits.val, 50, "cpu"))
+    assert model.training
+    model.eval()
+    images, labels = next(iter(Loader(digits.val, len(digits.val), "cpu")))
+    with torch.no_grad():
+        lengths = model(images)
+        assert result.top1 == (lengths.argmax(1) == labels).double().mean().item()
+        assert result.margin_loss == pytest.approx(margin_loss(lengths, labels).item(), rel=1e-5)
+        drawn = model.reconstruct(images)
+        assert result.reconstruction_error == pytest.approx(reconstruction_loss(drawn, images).item(), rel=1e-5)
+    for true, predicted in itertools.product(range(10), repeat=2):
+        count = ((labels == true) & (lengths.argmax(1) == predicted)).sum()
+        assert result.confusion[true, predicted] == count
+
+
+def test_evaluate_without_decoder_or_images(digits):
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2)
+    assert evaluate(model, Loader(digits.val, 64, "cpu")).reconstruction_error is None
+    with pytest.raises(TrainingError, match="no images"):
+        evaluate(model, [])
+
+
+def test_training_equals_a_plain_loop(few, tmp_path):
+    trainer = make_trainer(few, epochs=2, drop_rate=0.0)
+    reference = make_trainer(few, epochs=2, drop_rate=0.0)
+    assert trainer.fit() and trainer.finished
+    policy, task, optimizer = reference.policy, reference.task, reference.optimizer
+    for epoch in range(2):
+        loader = Loader(few[0], policy.batch_size(epoch), "cpu", shuffle=True, seed=0, epoch=epoch, translate=2)
+        total, right = 0.0, 0
+        for step, (images, labels) in enumerate(loader):
+            optimizer.param_groups[0]["lr"] = policy.lr(policy.progress(epoch, step))
+            result = task(images, labels)
+            optimizer.zero_grad()
+            result["loss"].backward()
+            optimizer.step()
+            total += result["loss"].item() * len(labels)
+            right += (result["output"].argmax(1) == labels).sum().item()
+        row = trainer.history[epoch]
+        assert row["train_loss"] == pytest.approx(total / 50, rel=1e-6)
+        assert row["train_top1"] == right / 50
+    assert_same_bits(weights(trainer), weights(reference))
+
+
+def test_run_folder(few, tmp_path):
+    trainer = make_trainer(few, tmp_path, epochs=3, metadata={"model": "capsnet_tiny", "class_names": ["a"]})
+    assert trainer.fit()
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "summary.csv", "last.safetensors", "best.safetensors", "resume.safetensors"
+    }
+    with open(tmp_path / "summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == SUMMARY_COLUMNS and [row["epoch"] for row in rows] == ["1", "2", "3"]
+    for row in rows:
+        assert 0 <= float(row["train_top1"]) <= 1 and 0 <= float(row["eval_top1"]) <= 1
+        assert float(row["images_per_second"]) == pytest.approx(50 / float(row["epoch_seconds"]))
+        parts = float(row["train_margin_loss"]) + 0.0005 * float(row["train_reconstruction_loss"])
+        assert float(row["train_loss"]) == pytest.approx(parts, rel=1e-5)
+    best = max(rows, key=lambda row: (float(row["eval_top1"]), -float(row["eval_loss"])))
+    header = checkpoint.read_metadata(tmp_path / "best.safetensors")
+    assert header["epoch"] == best["epoch"] == str(trainer.best["epoch"])
+    assert header["model"] == "capsnet_tiny"
+
+
+def test_without_validation_the_last_epoch_is_best(few, tmp_path):
+    trainer = make_trainer((few[0], None), tmp_path, epochs=2)
+    trainer.fit()
+    assert trainer.best["epoch"] == 2 and trainer.best["eval_top1"] is None
+    assert "2,,," not in (tmp_path / "summary.csv").read_text()
+    assert (tmp_path / "best.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["one_cycle", "ada_batch"])
+def test_stopped_anywhere_and_resumed_to_the_same_bits(few, tmp_path, policy):
+    whole = make_trainer(few, tmp_path / "whole", epochs=4, policy=policy)
+    (tmp_path / "whole").mkdir()
+    whole.fit()
+    total = whole.policy.total_steps
+    for stop_after in (1, total // 3, total // 2 + 1, total - 1):
+        folder = tmp_path / f"stopped{stop_after}"
+        folder.mkdir()
+        count = itertools.count(1)
+        trainer = make_trainer(few, folder, epochs=4, policy=policy, should_stop=lambda: next(count) >= stop_after)  # noqa: B023
+        assert not trainer.fit()
+        torch.manual_seed(99)  # another process has another state
+        resumed = make_trainer(few, folder, epochs=4, policy=policy)
+        assert resumed.resume() and resumed.fit()
+        assert_same_bits(weights(resumed), weights(whole))
+        timed = ("epoch_seconds", "images_per_second")
+        for row, expected in zip(resumed.history, whole.history, strict=True):
+            assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+        assert_same_file(folder / "best.safetensors", tmp_path / "whole/best.safetensors")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+def test_killed_at_every_write_and_resumed_to_the_same_bits(few, tmp_path, monkeypatch):
+    whole = make_trainer(few, tmp_path / "whole", epochs=2)
+    (tmp_path / "whole").mkdir()
+    whole.fit()
+    real = checkpoint.write_atomically
+    for at, after in ((at, after) for at in itertools.count(1) for after in (False, True)):
+        folder = tmp_path / f"killed{at}{after}"
+        folder.mkdir()
+        writes = itertools.count(1)
+
+        def write(path, content):
+            last = next(writes) == at  # noqa: B023
+            if last and not after:  # noqa: B023
+                (path.parent / f".{path.name}.1.tmp").write_bytes(b"half")
+                raise Killed
+            real(path, content)
+            if last:
+                raise Killed
+
+        trainer = make_trainer(few, folder, epochs=2, save_every=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_atomically", write)
+            patch.setattr(engine, "write_atomically", write)
+            try:
+                trainer.fit()
+                break  # fewer writes than `at`: all have been tried
+            except Killed:
+                pass
+        resumed = make_trainer(few, folder, epochs=2, save_every=3)
+        resumed.resume()
+        resumed.fit()
+        assert_same_bits(weights(resumed), weights(whole))
+        assert not list(folder.glob(".*.tmp"))
+        assert_same_file(folder / "best.safetensors", tmp_path / "whole/best.safetensors")
+    assert at > 6
+
+
+def test_resume_of_another_model_is_refused(few, tmp_path):
+    trainer = make_trainer(few, tmp_path, epochs=1)
+    assert not trainer.resume()
+    trainer.fit()
+    trainer.task.model.conv1 = torch.nn.Conv2d(1, 5, 9)
+    with pytest.raises(checkpoint.CheckpointError, match="another model"):
+        trainer.resume()
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(few, tmp_path):
+    trainer = make_trainer(few, tmp_path, epochs=3)
+
+    def spoil(trainer, row):
+        trainer.task.model.conv1.weight.data.fill_(float("nan"))
+
+    trainer.on_epoch = spoil
+    with pytest.raises(TrainingError, match="epoch 2"):
+        trainer.fit()
+    state = checkpoint.load_state(tmp_path / "resume.safetensors")
+    assert state["position"]["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_clip_grad_limits_the_step(few):
+    trainer = make_trainer(few, epochs=1, clip_grad=1e-3, should_stop=lambda: True)
+    trainer.fit()
+    norms = [p.grad.norm() for p in trainer.task.model.parameters()]
+    assert torch.stack(norms).norm() <= 1.001e-3
+
+
+def test_find_lr_raises_the_rate_and_stops_on_divergence(digits):
+    trainer = make_trainer((digits.train, None), epochs=1, policy="lr_finder")
+    before = trainer.should_stop
+    rates, losses = find_lr(trainer, max_steps=40)
+    assert len(rates) == len(losses) == 40
+    assert rates == [10 ** (step / 100 - 6) for step in range(40)]
+    assert trainer.should_stop is before
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_resolve_amp():
+    cpu = torch.device("cpu")
+    assert resolve_amp("none", cpu) is None and resolve_amp("bf16", cpu) is torch.bfloat16
+    assert resolve_amp("auto", cpu) in (None, torch.bfloat16)
+    for wrong in ("fp16", "fp8"):
+        with pytest.raises(TrainingError, match=wrong):
+            resolve_amp(wrong, cpu)
