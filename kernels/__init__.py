@@ -1,0 +1,10 @@
+"""The operators of capsule networks: `squash` and `dynamic_routing`, fused and recomputing, on any device.
+
+`reference` holds the same functions in plain PyTorch, to read and to compare with. Importing this package registers the
+operators `torch.ops.capszoo.*`; files saved by torch.export or torch.jit need that before they are loaded.
+"""
+
+from . import reference
+from .ops import dynamic_routing, squash
+
+__all__ = ["dynamic_routing", "reference", "squash"]

@@ -1,0 +1,186 @@
+"""The operators of the `capszoo` namespace: schema, kernels by device, shapes, autograd, and the functions to call.
+
+Each operator is opaque to torch.compile and torch.export: they record one call and do not look into its tiles. The
+kernel registered first serves every device by PyTorch operators alone; a device with a kernel of its own adds it with
+`dynamic_routing_op.register_kernel("cuda")`, and no caller changes.
+"""
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Half precision is stored as it comes and computed in float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """An operator chooses its precision itself; the matrix products in it are not for autocast to lower."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# An operator may not return memory of its inputs. None does below: `to` passes on a tensor that has the dtype already,
+# but only computed ones are returned.
+
+
+@torch.library.custom_op("capszoo::squash", mutates_args=())
+def squash_op(x: Tensor, approximate: bool) -> Tensor:
+    return cpu.squash(x.to(_compute_dtype(x, x)), approximate).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("capszoo::squash_backward", mutates_args=())
+def squash_backward_op(grad: Tensor, x: Tensor, approximate: bool) -> Tensor:
+    dtype = _compute_dtype(x, x)
+    return cpu.squash_backward(grad.to(dtype), x.to(dtype), approximate).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("capszoo::dynamic_routing", mutates_args=())
+def dynamic_routing_op(
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool
+) -> tuple[Tensor, Tensor]:
+    """Class capsules `[B, J, D]`, and the sums before squash `[R, B, J, D]` that the backward pass needs."""
+    dtype = _compute_dtype(x, weight)
+    with _no_autocast(x):
+        v, sums = cpu.dynamic_routing(x.to(dtype), weight.to(dtype), bias.to(dtype), num_iters, approximate_squash)
+    return v.to(x.dtype), sums
+
+
+@torch.library.custom_op("capszoo::dynamic_routing_backward", mutates_args=())
+def dynamic_routing_backward_op(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = sums.dtype
+    with _no_autocast(x):
+        dx, dweight, dbias = cpu.dynamic_routing_backward(
+            grad.to(dtype), x.to(dtype), weight.to(dtype), sums, approximate_squash
+        )
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+@squash_op.register_fake
+def _(x, approximate):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@squash_backward_op.register_fake
+def _(grad, x, approximate):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@dynamic_routing_op.register_fake
+def _(x, weight, bias, num_iters, approximate_squash):
+    v = x.new_empty(x.shape[0], *weight.shape[2:])
+    return v, x.new_empty(num_iters, *v.shape, dtype=_compute_dtype(x, weight))
+
+
+@dynamic_routing_backward_op.register_fake
+def _(grad, x, weight, bias, sums, approximate_squash):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
+
+
+def _save_squash(ctx, inputs, output):
+    x, ctx.approximate = inputs
+    ctx.save_for_backward(x)
+
+
+def _squash_gradients(ctx, grad):
+    (x,) = ctx.saved_tensors
+    return squash_backward_op(grad, x, ctx.approximate), None
+
+
+def _save_routing(ctx, inputs, output):
+    x, weight, bias, _, ctx.approximate_squash = inputs
+    _, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(x, weight, bias, sums)
+
+
+def _routing_gradients(ctx, grad, _):
+    return *dynamic_routing_backward_op(grad, *ctx.saved_tensors, ctx.approximate_squash), None, None
+
+
+squash_op.register_autograd(_squash_gradients, setup_context=_save_squash)
+dynamic_routing_op.register_autograd(_routing_gradients, setup_context=_save_routing)
+
+
+def squash(x: Tensor, approximate: bool = False) -> Tensor:
+    """Shorten each vector of the last dimension to a length below 1, and keep its direction.
+
+    v = |x|^2 / (1 + |x|^2) x / |x|: equation 1 of Sabour, Frosst and Hinton (2017). The approximation is that of
+    FasTrCaps (arXiv 1905.10142): x / 2 where |x| <= 2, else x / |x|.
+
+    Args:
+        x: Vectors, `[..., D]`, of any floating dtype and any strides. Half precision is computed in float32.
+        approximate: Use the approximation.
+
+    Returns:
+        Vectors in the shape and dtype of `x`, contiguous. A zero vector gives zero; its gradient is zero as well
+        (half the incoming gradient with `approximate`), never NaN.
+
+    Raises:
+        ValueError: If `x` is not floating, or has no dimension.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"squash needs floating-point vectors, but x is {x.dtype}: convert it with x.float()")
+    if x.dim() < 1:
+        raise ValueError("squash works along the last dimension, but x is a scalar: give it shape [..., D]")
+    return torch.ops.capszoo.squash(x, approximate)
+
+
+def dynamic_routing(
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int = 3, approximate_squash: bool = False
+) -> Tensor:
+    """Route input capsules to class capsules by agreement.
+
+    Procedure 1 of Sabour, Frosst and Hinton (2017), with the shared weights and the squash approximation of FasTrCaps
+    (arXiv 1905.10142). Capsule i votes u_ij = x_i W_ij for class j. From logits of zero, each iteration takes
+    couplings c = softmax over j of the logits, v_j = squash(bias_j + sum over i of c_ij u_ij), and adds the agreement
+    u_ij . v_j to the logits. Gradients flow through every iteration. Neither votes nor logits are stored: both
+    passes recompute what they need, and keep 4 * R * B * J * D bytes besides the inputs.
+
+    Args:
+        x: Input capsules, `[B, I, K]`, of any strides; B may be 0.
+        weight: Vote matrices, `[T, K, J, D]`. T = I gives each capsule its own; otherwise T divides I, and the I/T
+            consecutive capsules of a type share a matrix.
+        bias: Added to each sum of votes, `[J, D]`.
+        num_iters: Routing iterations R, at least 1.
+        approximate_squash: Use the approximation of `squash`.
+
+    Returns:
+        Class capsules, `[B, J, D]`, in the dtype of `x`. Computed in float64 if `x` or `weight` is, else in float32,
+        under autocast too; dtypes may differ, and each gradient has the dtype of its input.
+
+    Raises:
+        ValueError: If a shape, a dtype, a device or `num_iters` does not fit; the message names it and the remedy.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [B, I, K], but it has {x.dim()} dimensions: flatten its capsules")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must have shape [T, K, J, D], but it has {weight.dim()} dimensions: reshape it")
+    if weight.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"x has capsules of K={x.shape[2]} numbers, weight takes K={weight.shape[1]}: "
+            "make x.shape[2] and weight.shape[1] equal"
+        )
+    if weight.shape[0] < 1 or x.shape[1] % weight.shape[0] != 0:
+        raise ValueError(
+            f"weight has T={weight.shape[0]} types, which does not divide the I={x.shape[1]} capsules of x: "
+            "use one matrix per capsule, or as many capsules for each type"
+        )
+    if bias.dim() != 2 or bias.shape[0] != weight.shape[2] or bias.shape[1] != weight.shape[3]:
+        raise ValueError(
+            f"bias has shape {list(bias.shape)}, weight needs [J, D] = [{weight.shape[2]}, {weight.shape[3]}]"
+        )
+    if num_iters < 1:
+        raise ValueError(f"num_iters={num_iters}: routing needs at least 1 iteration")
+    if not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
+        raise ValueError(
+            f"routing needs floating-point tensors, but x is {x.dtype}, weight {weight.dtype}, bias {bias.dtype}"
+        )
+    if x.device != weight.device or x.device != bias.device:
+        raise ValueError(
+            f"x is on {x.device}, weight on {weight.device}, bias on {bias.device}: move them to one device"
+        )
+    return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash)[0]
