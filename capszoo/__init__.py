@@ -1,0 +1,23 @@
+"""capszoo: capsule networks for timm, with fused dynamic routing.
+
+    import capszoo
+
+    model = capszoo.create_model("capsnet_ws", num_classes=10)
+
+Importing capszoo also registers its models with timm, so that `timm.create_model("capsnet_ws")` works.
+"""
+from ._version import __version__
+from .layers import set_fused_routing
+from .registry import ModelInfo, create_model, is_model, list_models, list_pretrained, load_model, model_info
+
+__all__ = [
+    "ModelInfo",
+    "__version__",
+    "create_model",
+    "is_model",
+    "list_models",
+    "list_pretrained",
+    "load_model",
+    "model_info",
+    "set_fused_routing",
+]

@@ -1,0 +1,169 @@
+"""What the recipes' command lines have in common: options with near matches, YAML, errors in one line."""
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+__all__ = ["OptionParser", "UsageError", "format_error", "key_value", "read_yaml", "run"]
+
+
+class UsageError(ValueError):
+    """A command line or configuration that cannot be run; the message names the value and the remedy."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse with one line per error, near matches for unknown options, and defaults from YAML files."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Abbreviations would hide typos in scripts.
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    @property
+    def destinations(self) -> dict[str, argparse.Action]:
+        """Options by the name of their value, as YAML files write them."""
+        return {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+        """Parse a command line; where it has `--config FILE`, that file's values become the defaults.
+
+        Returns:
+            The values of all options, and the names of those that the command line or the file gave.
+
+        Raises:
+            UsageError: For an unknown option or key, or a value of the wrong kind.
+        """
+        argv = sys.argv[1:] if argv is None else list(argv)
+        given = self._given(argv)
+        config = getattr(given, "config", None)
+        if config:
+            values = read_yaml(config)
+            self.set_defaults(**{key: self._convert(key, value, config) for key, value in values.items()})
+            for key in values:
+                setattr(given, key, True)
+        return self.parse_args(argv), set(vars(given))
+
+    def _given(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse into a namespace that has just the options on the command line."""
+        kept = {action: action.default for action in self._actions}
+        required = {action: action.required for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            given, unknown = self.parse_known_args(argv)
+        finally:
+            for action, default in kept.items():
+                action.default, action.required = default, required[action]
+        for argument in unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            raise UsageError(unknown_name("option", argument.split("=")[0], options, "see --help"))
+        return given
+
+    def _convert(self, key: str, value: Any, source: str | Path) -> Any:
+        """Check a value of a YAML file as if it came from the command line."""
+        actions = self.destinations
+        if key not in actions or key == "config":
+            raise UsageError(f"{source}: " + unknown_name("key", key, list(actions), "see --help"))
+        action = actions[key]
+        if value is None:
+            return None
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UsageError(f"{source}: {key} must be true or false, not {value!r}")
+            return value
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) and action.nargs == "*":
+            items = [f"{name}={item}" for name, item in value.items()]
+        try:
+            items = [self._get_value(action, str(item)) for item in items]
+            for item in items:
+                self._check_value(action, item)
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{source}: {key}: {error.message}") from None
+        return items if action.nargs in ("*", "+") else items[0]
+
+
+def unknown_name(kind: str, name: str, known: list[str], otherwise: str) -> str:
+    """Say that `name` is unknown, with the nearest known one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name!r}, " + (f"did you mean {near[0]!r}?" if near else otherwise)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a flat YAML file.
+
+    Raises:
+        UsageError: If there is no such file, or it is not a flat mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no configuration file at {str(path)!r}: check the path")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{str(path)!r} is no YAML file ({str(error).splitlines()[0]})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{str(path)!r} must hold lines of the form 'option: value'")
+    return values
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value as YAML reads it (numbers, true, false, lists, else text)."""
+    import yaml
+
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    return name, yaml.safe_load(value)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn 'auto' or a device's name into a device that is there.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used ({format_error(error)}): use --device auto or cpu") from None
+    return device
+
+
+def format_error(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a recipe: an error that its user can mend becomes one line and exit code 2, anything else a traceback."""
+    try:
+        code = main() or 0
+    except ValueError as error:
+        # All errors for users are ValueErrors with a message of one line; a bug's ValueError keeps its traceback.
+        if not type(error).__module__.startswith("capszoo") and not _raised_by_us(error):
+            raise
+        print(f"error: {format_error(error)}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the `raise` stands in a file of capszoo."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("capszoo")

@@ -1,0 +1,41 @@
+"""The capsule operators as models call them: fused or reference, opaque to torch.fx, scriptable.
+
+``torch.fx`` cannot trace a choice that depends on where and how a model runs, so each function here is a leaf of the
+traced graph, as timm's own such functions are.
+"""
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor
+
+from capszoo import kernels
+
+from .config import use_fused_routing
+
+__all__ = ["capsule_lengths", "dynamic_routing", "squash"]
+
+
+@register_notrace_function
+def squash(x: Tensor, approximate: bool = False) -> Tensor:
+    """Squash the vectors of the last dimension, see :func:`capszoo.kernels.squash`."""
+    if torch.jit.is_scripting():
+        return torch.ops.capszoo.squash(x, approximate)
+    if use_fused_routing():
+        return kernels.squash(x, approximate)
+    return kernels.reference.squash(x, approximate)
+
+
+@register_notrace_function
+def dynamic_routing(
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int = 3, approximate_squash: bool = False
+) -> Tensor:
+    """Route capsules ``[B, I, K]`` to class capsules ``[B, J, D]``, see :func:`capszoo.kernels.dynamic_routing`."""
+    if torch.jit.is_scripting():
+        return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash)[0]
+    if use_fused_routing():
+        return kernels.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+    return kernels.reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+def capsule_lengths(x: Tensor) -> Tensor:
+    """Euclidean lengths of capsules ``[..., D]``, shape ``[...]``; the gradient at a zero capsule is zero, not NaN."""
+    return torch.linalg.vector_norm(x, dim=-1)

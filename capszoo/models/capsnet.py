@@ -1,0 +1,461 @@
+"""CapsNet: capsule networks with dynamic routing
+
+Papers:
+* `Dynamic Routing Between Capsules` - https://arxiv.org/abs/1710.09829
+* `FasTrCaps: An Integrated Framework for Fast yet Accurate Training of Capsule Networks` -
+  https://arxiv.org/abs/1905.10142
+
+One convolution, one layer of primary capsules (a convolution whose filters are grouped into capsules), one layer of
+class capsules reached by routing. The length of a class capsule is the score of its class. FasTrCaps adds vote
+matrices shared per capsule type and a decoder that takes the chosen capsule alone.
+"""
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_device_dtype, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, capsule_lengths
+
+__all__ = ["CapsNet"]
+
+_logger = logging.getLogger(__name__)
+
+_SQUASHES = ("exact", "approx")
+
+
+class CapsNet(nn.Module):
+    """Capsule network of Sabour, Frosst and Hinton 2017, with the reductions of FasTrCaps (section III)."""
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        img_size: int | tuple[int, int] = 28,
+        global_pool: str = "flat",
+        conv_dim: int = 256,
+        num_types: int = 32,
+        caps_dim: int = 8,
+        class_dim: int = 16,
+        kernel_size: int = 9,
+        keep_types: int | Sequence[int] | None = None,
+        share_weights: bool = False,
+        decoder: bool = False,
+        small_decoder: bool = False,
+        decoder_dims: tuple[int, int] = (512, 1024),
+        num_routing: int = 3,
+        routing: str = "dynamic",
+        squash: str = "exact",
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        """Build the network.
+
+        Args:
+            num_classes: J, the number of class capsules; 0 for none, and features as output.
+            in_chans: Channels of the images.
+            img_size: Height and width of the images, in pixels.
+            global_pool: 'flat' flattens the primary capsules where there are no class capsules, '' keeps their map.
+            conv_dim: Filters of the first convolution.
+            num_types: Primary capsule types.
+            caps_dim: K, the dimension of a primary capsule.
+            class_dim: D, the dimension of a class capsule.
+            kernel_size: Side of both convolution kernels, in pixels.
+            keep_types: Types that a pruned network keeps of `num_types`: their number, or their indices, which also
+                select the matching part of weights that hold all types.
+            share_weights: One vote matrix per capsule type instead of one per capsule.
+            decoder: Add the reconstruction decoder, a training aid that `forward` never uses.
+            small_decoder: Feed the decoder the chosen capsule alone instead of all with the others set to zero.
+            decoder_dims: Widths of the decoder's two hidden layers.
+            num_routing: R, the number of routing iterations.
+            routing: Name of the routing, see `capszoo.layers.list_routings`.
+            squash: 'exact', or 'approx' for the paper's cheap approximation.
+            drop_rate: Dropout rate of the primary capsules' values before routing.
+            device: Device of the parameters.
+            dtype: Type of the parameters.
+
+        Raises:
+            ValueError: If the images are too small for the two convolutions, or an argument is out of its range.
+        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if squash not in _SQUASHES:
+            raise ValueError(f"unknown squash {squash!r}. Known: {', '.join(_SQUASHES)}")
+        if global_pool not in ("flat", ""):
+            raise ValueError(f"global_pool={global_pool!r} is not possible: capsules are not pooled, use 'flat' or ''")
+        for name, value in (("in_chans", in_chans), ("conv_dim", conv_dim), ("num_types", num_types)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not possible: it must be 1 or more")
+        height, width = to_2tuple(img_size)
+        least = kernel_size + kernel_size - 1
+        if min(height, width) < least:
+            raise ValueError(
+                f"img_size={height}x{width} is too small: two {kernel_size}x{kernel_size} convolutions need {least} "
+                f"pixels each way, resize the images or set kernel_size"
+            )
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.img_size = (height, width)
+        self.global_pool = global_pool
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.num_types = num_types
+        self.keep_types = _resolve_keep_types(keep_types, num_types)
+        if keep_types is not None:
+            num_types = len(self.keep_types) if self.keep_types else int(keep_types)
+
+        approximate = squash == "approx"
+        self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
+        self.act1 = nn.ReLU()
+        self.primary_caps = PrimaryCaps(
+            conv_dim, num_types, caps_dim, kernel_size, stride=2, approximate_squash=approximate, **dd
+        )
+        # Positions of one capsule type after the two convolutions.
+        grid = tuple((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
+        self.num_features = num_types * caps_dim
+        self.head_hidden_size = self.num_features * grid[0] * grid[1]
+        self.feature_info = [
+            dict(num_chs=conv_dim, reduction=1, module="act1"),
+            dict(num_chs=self.num_features, reduction=2, module="primary_caps.conv"),
+            dict(num_chs=self.num_features, reduction=2, module="primary_caps"),
+        ]
+        num_capsules = num_types * grid[0] * grid[1]
+        self._class_caps_args: dict[str, Any] = dict(
+            num_capsules=num_capsules,
+            caps_dim=caps_dim,
+            class_dim=class_dim,
+            num_weights=num_types if share_weights else num_capsules,
+            num_routing=num_routing,
+            routing=routing,
+            approximate_squash=approximate,
+        )
+        self._decoder_args: dict[str, Any] | None = None
+        if decoder:
+            self._decoder_args = dict(
+                class_dim=class_dim,
+                image_shape=(in_chans, height, width),
+                hidden_dims=tuple(decoder_dims),
+                small=small_decoder,
+            )
+        self._build_head(num_classes, **dd)
+
+    @torch.jit.ignore
+    def _build_head(self, num_classes: int, **dd) -> None:
+        """Make class capsules and decoder for `num_classes`."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} is not possible: it must be 0 or more")
+        self.num_classes = num_classes
+        self.class_caps = (
+            ClassCaps(num_classes=num_classes, **self._class_caps_args, **dd) if num_classes else nn.Identity()
+        )
+        # A registered None lets load_state_dict drop a decoder's weights silently where the model has none.
+        has_decoder = num_classes > 0 and self._decoder_args is not None
+        self.register_module(
+            "decoder", Decoder(num_classes=num_classes, **self._decoder_args, **dd) if has_decoder else None
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves out."""
+        return {"class_caps.bias"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Group parameters for optimisation; what no pattern names (class capsules, decoder) is timm's last group."""
+        return dict(stem=r"^conv1", blocks=r"^primary_caps")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing of the primary capsules."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The class capsules."""
+        return self.class_caps
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Make new class capsules (and decoder), of the same type and device, frozen if the old ones were.
+
+        Args:
+            num_classes: Classes of the new head; 0 removes it, and `forward` then gives the features.
+            global_pool: 'flat' or '', kept if None.
+        """
+        dd = get_device_dtype(self)
+        frozen = [n for n in ("class_caps", "decoder") if _is_frozen(getattr(self, n))]
+        if global_pool is not None:
+            if global_pool not in ("flat", ""):
+                raise ValueError(f"global_pool={global_pool!r} is not possible: use 'flat' or ''")
+            self.global_pool = global_pool
+        self._build_head(num_classes, **dd)
+        for name in ("class_caps", "decoder"):
+            module = getattr(self, name)
+            if module is not None:
+                module.train(self.training)
+                module.requires_grad_(name not in frozen)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Forward features and return intermediates.
+
+        Args:
+            x: Images ``[B, C, H, W]``.
+            indices: Levels to return, counted as in `feature_info`: the last n if int, all if None.
+            norm: Not used, for timm's interface.
+            stop_early: Stop after the last level asked for; needs `intermediates_only`.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return the intermediates alone.
+
+        Returns:
+            The intermediates, or the final features and the intermediates.
+        """
+        assert output_fmt == "NCHW", "Output format must be NCHW."
+        assert intermediates_only or not stop_early, "Must use intermediates_only for early stopping."
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        x = self.act1(self.conv1(x))
+        if 0 in take_indices:
+            intermediates.append(x)
+        pruned = isinstance(self.primary_caps, nn.Identity)
+        if not pruned and not (stop_early and max_index == 0):
+            x = self.primary_caps.conv(x)
+            if 1 in take_indices:
+                intermediates.append(x)
+            x = self.primary_caps.squash_map(x)
+            if 2 in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers that the given intermediates do not need, and return the indices of those left."""
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        if max_index == 0:
+            self.primary_caps = nn.Identity()
+            self.num_features = self.feature_info[0]["num_chs"]
+        if prune_head or max_index == 0:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images ``[B, C, H, W]`` to the squashed primary capsules ``[B, T*K, H', W']``."""
+        x = self.act1(self.conv1(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self.primary_caps, x)
+        return self.primary_caps(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map primary capsules ``[B, T*K, H', W']`` to class scores ``[B, J]``, or flatten them if `pre_logits`."""
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        if pre_logits or self.num_classes == 0:
+            return x.flatten(1) if self.global_pool == "flat" else x
+        return capsule_lengths(self.class_caps(self.primary_caps.to_capsules(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[B, C, H, W]`` to the lengths of the class capsules ``[B, J]``; the longest is the class."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_capsules(self, x: Tensor) -> Tensor:
+        """Map images ``[B, C, H, W]`` to class capsules ``[B, J, D]``.
+
+        Raises:
+            RuntimeError: If the model has no class capsules (`num_classes=0`).
+        """
+        if self.num_classes == 0:
+            raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+        x = self.forward_features(x)
+        if self.drop_rate > 0.0:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return self.class_caps(self.primary_caps.to_capsules(x))
+
+    @torch.jit.ignore
+    def reconstruct(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """Draw each image again from one class capsule.
+
+        Args:
+            x: Images ``[B, C, H, W]``.
+            target: Class whose capsule is drawn, ``[B]``; the longest capsule if None.
+
+        Returns:
+            Images ``[B, C, H, W]`` with values in [0, 1].
+
+        Raises:
+            RuntimeError: If the model was made without decoder.
+        """
+        if self.decoder is None:
+            raise RuntimeError("this model has no decoder: make it with create_model(..., decoder=True)")
+        capsules = self.forward_capsules(x)
+        if target is None:
+            target = capsule_lengths(capsules).argmax(dim=1)
+        return self.decoder(capsules, target)
+
+
+def _is_frozen(module: nn.Module | None) -> bool:
+    params = [] if module is None else list(module.parameters())
+    return bool(params) and not any(p.requires_grad for p in params)
+
+
+def _resolve_keep_types(keep_types: int | Sequence[int] | None, num_types: int) -> tuple[int, ...]:
+    """Check `keep_types` and return its indices, none where only a number is given."""
+    if keep_types is None:
+        return ()
+    if isinstance(keep_types, int):
+        if not 1 <= keep_types <= num_types:
+            raise ValueError(f"keep_types={keep_types} is not possible: it must be 1 to num_types={num_types}")
+        return ()
+    kept = tuple(int(t) for t in keep_types)
+    if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= num_types:
+        raise ValueError(f"keep_types={kept} is not possible: give distinct indices from 0 to {num_types - 1}")
+    return kept
+
+
+def _select_types(state_dict: dict[str, Tensor], model: CapsNet) -> dict[str, Tensor]:
+    """Cut weights that hold more capsule types down to the types that the model keeps."""
+    conv = state_dict.get("primary_caps.conv.weight")
+    caps_dim = model.primary_caps.caps_dim
+    num_types, kept = model.num_types, torch.tensor(model.keep_types)
+    if conv is None or conv.shape[0] != num_types * caps_dim or len(kept) in (0, num_types):
+        return state_dict
+    state_dict = dict(state_dict)
+    for key in ("primary_caps.conv.weight", "primary_caps.conv.bias", "class_caps.weight"):
+        # Both filters and vote matrices are type-major, with a whole number of rows per type.
+        if key in state_dict:
+            state_dict[key] = state_dict[key].unflatten(0, (num_types, -1))[kept].flatten(0, 1)
+    _logger.info(f"Kept {len(kept)} of {num_types} capsule types of the pretrained weights.")
+    return state_dict
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit weights to a model of other classes, channels or image size; keep all that can be kept.
+
+    What depends on the changed size (vote matrices of every capsule, the decoder's first and last layer) keeps the
+    model's own initialisation, and a log line says so. Class capsules and the first convolution are left to timm.
+
+    Raises:
+        ValueError: If the weights are those of another architecture.
+    """
+    state_dict = _select_types(state_dict, model)
+    cfg = model.pretrained_cfg
+    source_chans, *source_size = cfg["input_size"]
+    other_classes = model.num_classes != cfg["num_classes"]
+    other_chans = model.in_chans != source_chans
+    other_size = tuple(model.img_size) != tuple(source_size)
+    may_differ = {
+        "conv1.weight": other_chans,
+        "class_caps.weight": other_classes or other_size,
+        "class_caps.bias": other_classes,
+        "decoder.fc1.weight": other_classes,
+        "decoder.fc3.weight": other_chans or other_size,
+        "decoder.fc3.bias": other_chans or other_size,
+    }
+    own = model.state_dict()
+    out, fresh = {}, []
+    for key, value in state_dict.items():
+        if key.startswith("decoder.") and model.decoder is None:
+            continue
+        if key not in own and not (model.num_classes == 0 and key.startswith("class_caps.")):
+            raise ValueError(f"these weights do not fit {cfg['architecture']!r}: it has no {key!r}")
+        if key in own and value.shape != own[key].shape:
+            if not may_differ.get(key, False):
+                raise ValueError(
+                    f"these weights do not fit {cfg['architecture']!r}: {key!r} has shape {tuple(value.shape)}, the "
+                    f"model needs {tuple(own[key].shape)}"
+                )
+            if key not in ("conv1.weight", "class_caps.bias"):  # timm adapts these two
+                value = own[key]
+                fresh.append(key)
+        out[key] = value
+    for key in own:
+        if key not in out:
+            if not key.startswith("decoder."):
+                raise ValueError(f"these weights do not fit {cfg['architecture']!r}: they lack {key!r}")
+            out[key] = own[key]
+            fresh.append(key)
+    if fresh:
+        _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
+    return out
+
+
+def _cfg(**kwargs) -> dict[str, Any]:
+    return {
+        "num_classes": 10,
+        "input_size": (1, 28, 28),
+        "pool_size": (6, 6),
+        "fixed_input_size": True,
+        # Digits reach to the border: any crop would cut them.
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": (0.0,),
+        "std": (1.0,),
+        "first_conv": "conv1",
+        "classifier": "class_caps",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "capsnet.untrained": _cfg(),
+        "capsnet_ws.untrained": _cfg(),
+        "capsnet_pruned.untrained": _cfg(),
+        "capsnet_tiny.untrained": _cfg(),
+    }
+)
+
+
+def _create_capsnet(variant: str, pretrained: bool = False, **kwargs) -> CapsNet:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2))
+    return build_model_with_cfg(
+        CapsNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def capsnet(pretrained: bool = False, **kwargs) -> CapsNet:
+    """The baseline of Sabour, Frosst and Hinton 2017: 32 capsule types, a vote matrix per capsule."""
+    return _create_capsnet("capsnet", pretrained, **kwargs)
+
+
+@register_model
+def capsnet_ws(pretrained: bool = False, **kwargs) -> CapsNet:
+    """FasTrCaps: vote matrices shared per capsule type, and the small decoder."""
+    model_args = dict(share_weights=True, small_decoder=True)
+    return _create_capsnet("capsnet_ws", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def capsnet_pruned(pretrained: bool = False, **kwargs) -> CapsNet:
+    """The baseline with 8 of its 32 capsule types left, and the small decoder."""
+    model_args = dict(keep_types=8, small_decoder=True)
+    return _create_capsnet("capsnet_pruned", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def capsnet_tiny(pretrained: bool = False, **kwargs) -> CapsNet:
+    """A network for laptops: 64 filters, 8 capsule types with shared vote matrices, a decoder of 64 and 128 units."""
+    model_args = dict(conv_dim=64, num_types=8, share_weights=True, small_decoder=True, decoder_dims=(64, 128))
+    return _create_capsnet("capsnet_tiny", pretrained, **dict(model_args, **kwargs))

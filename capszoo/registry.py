@@ -1,0 +1,202 @@
+"""Create capsule networks by name and ask what there is."""
+import difflib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from timm.models import is_model as timm_is_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import models
+from .checkpoint import CheckpointError, load_weights, read_metadata
+from .layers import set_fused_routing, use_fused_routing
+
+__all__ = ["ModelInfo", "create_model", "is_model", "list_models", "list_pretrained", "load_model", "model_info"]
+
+# timm's registry keys models by the last part of the module's name, and counts model families of its own too.
+_FAMILIES = {"capsnet": models.CapsNet}
+
+# Keywords that timm takes for any model, beside those of the model's constructor.
+_TIMM_KEYWORDS = {
+    "cache_dir",
+    "exportable",
+    "feature_cls",
+    "features_only",
+    "no_jit",
+    "out_indices",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "scriptable",
+}
+
+
+def list_models(filter: str | list[str] = "", pretrained: bool = False, exclude_filters: str | list[str] = "") -> list:
+    """Names of the capsule networks, sorted.
+
+    Args:
+        filter: Wildcards that a name must match, such as `"*_ws"`.
+        pretrained: Only models that have weights, with their tags.
+        exclude_filters: Wildcards that a name must not match.
+    """
+    return timm.list_models(filter, module=list(_FAMILIES), pretrained=pretrained, exclude_filters=exclude_filters)
+
+
+def list_pretrained(filter: str | list[str] = "", exclude_filters: str | list[str] = "") -> list[str]:
+    """Names of the shipped weights, as `model.tag`."""
+    return list_models(filter, pretrained=True, exclude_filters=exclude_filters)
+
+
+def is_model(name: str) -> bool:
+    """Whether `name`, with or without a tag, is a capsule network of this zoo."""
+    return name.split(".")[0] in list_models()
+
+
+def create_model(
+    name: str, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
+) -> nn.Module:
+    """Create a capsule network by name, as `timm.create_model` does, with errors that say what to do.
+
+    Args:
+        name: Such as `"capsnet_ws"`, `"capsnet_ws.mnist"` (with the tag of its weights), `"local-dir:FOLDER"` or
+            `"hf-hub:OWNER/NAME"`.
+        pretrained: Load the weights that belong to the name.
+        checkpoint_path: Load this safetensors file instead, such as the `best.safetensors` of a run.
+        **kwargs: `num_classes`, `in_chans`, `img_size`, `decoder`, `num_routing` and others, see
+            :class:`capszoo.models.CapsNet`; `features_only` and other keywords of timm.
+
+    Raises:
+        ValueError: If the name, its tag or a keyword is unknown, or the weights do not fit.
+
+    Example:
+
+        ```python
+        model = capszoo.create_model("capsnet_ws", num_classes=10)
+        lengths = model(torch.rand(8, 1, 28, 28))  # [8, 10]
+        ```
+    """
+    if ":" not in name:
+        _check_name(name)
+        _check_keywords(name, kwargs)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except RuntimeError as error:
+        if pretrained and "No pretrained weights exist" in str(error):
+            known = ", ".join(list_pretrained()) or "none yet"
+            raise ValueError(
+                f"no weights are shipped for {name!r} (there are: {known}): use pretrained=False"
+            ) from None
+        raise
+    if checkpoint_path is not None:
+        load_weights(model, checkpoint_path)
+    return model
+
+
+def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
+    """Make the model that a checkpoint of `recipes/train.py` belongs to, and load it.
+
+    Args:
+        path: A safetensors file such as `runs/NAME/best.safetensors`, whose header says what model it holds.
+        **kwargs: Keywords of :func:`create_model` that take the place of the header's, such as `decoder=False`.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged, or its header names no model.
+    """
+    header = read_metadata(path)
+    if "model" not in header:
+        raise CheckpointError(
+            f"{str(path)!r} does not say what model it holds: use create_model(NAME, checkpoint_path=)"
+        )
+    model_args = json.loads(header.get("model_args", "{}"))
+    return create_model(header["model"], checkpoint_path=path, **{**model_args, **kwargs})
+
+
+def _check_name(name: str) -> None:
+    arch, _, tag = name.partition(".")
+    known = list_models()
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown model {arch!r}{hint} Known: {', '.join(known)}")
+    if tag and name not in get_arch_pretrained_cfgs(arch):
+        weights = list_pretrained(arch)
+        near = difflib.get_close_matches(name, weights, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown weights {name!r}{hint} Known: {', '.join(weights) or 'none'}")
+
+
+def _check_keywords(name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse keywords that no constructor takes; deep inside timm they would be a TypeError without a hint."""
+    family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
+    known = set(inspect.signature(family).parameters)
+    for key in kwargs:
+        if key not in known | _TIMM_KEYWORDS:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown keyword {key!r} for model {name!r}{hint} Known: {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model weighs.
+
+    Attributes:
+        name: Name of the model.
+        parameters: Number of trainable values.
+        macs: Multiply-accumulate operations of one forward pass of one image.
+        input_size: (C, H, W) of the images.
+        weights: Names of the shipped weights.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    input_size: tuple[int, int, int]
+    weights: tuple[str, ...]
+
+
+def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
+    """Count the parameters and the work of a model.
+
+    Args:
+        model: A name, or a model made by `create_model`.
+        **kwargs: Keywords of `create_model`, where a name is given.
+    """
+    if isinstance(model, str):
+        model = create_model(model, device="meta", **kwargs)
+    name = model.pretrained_cfg["architecture"]
+    input_size = (model.in_chans, *model.img_size)
+    parameter = next(model.parameters())
+    image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
+    was_training, was_fused = model.training, use_fused_routing()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.capszoo.dynamic_routing: _routing_flops})
+    model.eval()
+    set_fused_routing(True)
+    try:
+        with torch.no_grad(), counter:
+            model(image)
+    finally:
+        set_fused_routing(was_fused)
+        model.train(was_training)
+    weights = list_pretrained(name) if timm_is_model(name) else []
+    return ModelInfo(
+        name=name,
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        macs=counter.get_total_flops() // 2,
+        input_size=input_size,
+        weights=tuple(weights),
+    )
+
+
+def _routing_flops(x_shape, weight_shape, bias_shape, num_iters: int, *args, **kwargs) -> int:
+    """Two operations for every multiply-accumulate of the votes, the agreements and the weighted sums of votes."""
+    B, I, K = x_shape  # noqa: E741
+    _, _, J, D = weight_shape
+    return 2 * B * I * J * D * (K + (num_iters - 1) + num_iters)

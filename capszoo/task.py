@@ -1,0 +1,111 @@
+"""CapsuleTask: one forward pass of a capsule network to a dictionary of losses."""
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+
+from .layers import capsule_lengths
+from .losses import MarginLoss, reconstruction_loss
+
+__all__ = ["CapsuleTask"]
+
+
+class _CapsuleForward(nn.Module):
+    """Class scores and reconstructions in one forward pass, so that DDP and torch.compile see a single module."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.model.decoder is None:
+            return self.model(input), None
+        capsules = self.model.forward_capsules(input)
+        return capsule_lengths(capsules), self.model.decoder(capsules, target)
+
+
+class CapsuleTask(TrainingTask):
+    """Margin loss on the lengths of the class capsules plus a weighted reconstruction loss.
+
+    A drop-in for `timm.task.ClassificationTask`. Models without decoder train on the margin loss alone.
+
+    Args:
+        model: A capsule network of this zoo, or any with `forward`, and with `forward_capsules` and `decoder`.
+        criterion: Loss of (lengths ``[B, J]``, target ``[B]``); the margin loss if None.
+        reconstruction_weight: Weight of the reconstruction loss (sum of squared pixel differences); 0.0005 is the
+            paper's.
+        device: Device of the task.
+        dtype: Type of the task's tensors.
+        verbose: Log what the task is made of.
+
+    Example:
+
+        ```python
+        task = CapsuleTask(capszoo.create_model("capsnet", decoder=True))
+        task(images, labels)["loss"].backward()
+        ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | None = None,
+        reconstruction_weight: float = 0.0005,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if not hasattr(model, "decoder"):
+            raise ValueError(f"{type(model).__name__} is no capsule network: CapsuleTask needs a model of capszoo")
+        self.trainable_module = _CapsuleForward(model)
+        self.criterion = MarginLoss() if criterion is None else criterion
+        self.reconstruction_weight = reconstruction_weight
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, free of the wrappers of DDP and torch.compile."""
+        return unwrap_model(self.trainable_module).model
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "CapsuleTask":
+        """Wrap the network in DistributedDataParallel."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the training forward pass and the evaluation model."""
+        self.eval_model = torch.compile(self.get_eval_model(), backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The network itself, whose forward gives class scores."""
+        module = super().get_eval_model(module, ema)
+        inner = None if module is None else unwrap_model(module)
+        return inner.model if isinstance(inner, _CapsuleForward) else module
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Run the network and its losses.
+
+        Args:
+            input: Images ``[B, C, H, W]`` with values in [0, 1].
+            target: Class indices ``[B]``, int64.
+
+        Returns:
+            'loss' (scalar, for backward), 'output' (lengths ``[B, J]``), 'margin_loss' and 'reconstruction_loss'
+            (scalars, not weighted; the latter 0 without decoder).
+        """
+        lengths, images = self.trainable_module(input, target)
+        margin = self.criterion(lengths, target)
+        reconstruction = margin.new_zeros(()) if images is None else reconstruction_loss(images, input)
+        loss = margin + self.reconstruction_weight * reconstruction
+        return {
+            "loss": loss,
+            "output": lengths,
+            "margin_loss": margin.detach(),
+            "reconstruction_loss": reconstruction.detach(),
+        }

@@ -1,0 +1,412 @@
+"""Train a capsule network.
+
+    python recipes/train.py                                       # capsnet_tiny on digits, no network needed
+    python recipes/train.py --model capsnet --dataset mnist --download
+    python recipes/train.py --config recipes/configs/warm_ada_batch.yaml --data-dir data
+    python recipes/train.py --resume runs/NAME                    # go on exactly where a run ended
+
+Options come from the command line, then from --config, then from the defaults. The run folder gets args.yaml,
+summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json.
+"""
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import capszoo
+from capszoo.checkpoint import load_weights, write_atomically
+from capszoo.command_line import OptionParser, UsageError, choose_device, key_value, run
+from capszoo.data import DataSplits, Loader, load_data
+from capszoo.engine import Trainer, evaluate, find_lr, resolve_amp, write_json
+from capszoo.losses import MarginLoss
+from capszoo.policies import Policy, create_policy, list_policies, policy_options, suggest_lr
+from capszoo.task import CapsuleTask
+
+# Options that only say where and how a run is computed may change when it is resumed.
+MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "tensorboard", "save_every"}
+# Random shift of training images, in pixels: FasTrCaps shifts the grey 28x28 sets by 2.
+DEFAULT_TRANSLATE = {"digits": 2, "mnist": 2, "fashion_mnist": 2, "cifar10": 4}
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(description="Train a capsule network.")
+    add = parser.add_argument
+    group = parser.add_argument_group("what").add_argument
+    group("--config", metavar="FILE.yaml", help="take options from a YAML file of 'option: value' lines")
+    group("--model", default="capsnet_tiny", help="one of capszoo.list_models(), or local-dir:FOLDER")
+    group("--dataset", default="digits", help="digits, mnist, fashion_mnist, cifar10, an image folder or a timm name")
+    group("--data-dir", default="data", help="folder that has the data set")
+    group("--download", action="store_true", help="let torchvision download the data set into --data-dir")
+    group("--val-fraction", type=float, default=0.1, help="part of the training images kept for validation")
+    group("--output", metavar="RUN_DIR", help="run folder; default runs/MODEL-DATASET-POLICY-TIME")
+    group("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
+    group = parser.add_argument_group("model").add_argument
+    group("--pretrained", action="store_true", help="start from the weights shipped for --model")
+    group("--checkpoint", metavar="FILE", help="start from the weights in a safetensors file")
+    group("--img-size", type=int, help="height and width of the images, in pixels; default the data set's")
+    group("--in-chans", type=int, help="channels of the images; default the data set's")
+    group("--num-routing", type=int, default=3, help="routing iterations")
+    group("--routing", default="dynamic", help="kind of routing")
+    group("--squash", default="exact", help="exact or approx")
+    group("--decoder", action=argparse.BooleanOptionalAction, default=True, help="train with the decoder")
+    group("--drop-rate", type=float, default=0.0, help="dropout rate of the primary capsules")
+    group("--model-kwargs", nargs="*", type=key_value, default=[], metavar="NAME=VALUE", help="more for the model")
+    group = parser.add_argument_group("training").add_argument
+    group("--policy", default="one_cycle", help=", ".join(list_policies()))
+    group("--epochs", type=int, default=30, help="passes over the training images")
+    group("--batch-size", type=int, help="images a step, for policies with a fixed batch size; default 128, or 16 "
+          "for fewer than 10,000 training images")
+    group("--lr", type=float, default=1e-3, help="base learning rate")
+    group("--opt", default="adam", help="optimizer, by timm's names")
+    group("--weight-decay", type=float, default=0.0, help="weight decay")
+    group("--momentum", type=float, default=0.9, help="momentum, for optimizers that have it")
+    group("--clip-grad", type=float, help="largest norm of the gradient")
+    group("--m-plus", type=float, default=0.9, help="margin loss: length that a present class should reach")
+    group("--m-minus", type=float, default=0.1, help="margin loss: length that an absent class should not pass")
+    group("--margin-lambda", type=float, default=0.5, help="margin loss: weight of the absent classes")
+    group("--reconstruction-weight", type=float, default=0.0005, help="weight of the reconstruction loss")
+    group("--translate", type=int, help="random shift of training images, in pixels; default by data set, else 0")
+    group("--seed", type=int, default=0, help="seed of initial weights, shuffling and augmentation")
+    group = parser.add_argument_group("computing").add_argument
+    group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    group("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="precision of the computation")
+    group("--compile", action="store_true", help="use torch.compile")
+    group("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format of the maps")
+    group("--eval-batch-size", type=int, default=256, help="images a step in evaluation")
+    group("--workers", type=int, default=2, help="processes that read images, for sets too large for memory")
+    group("--save-every", type=int, default=0, help="also save the resume state every so many steps")
+    group = parser.add_argument_group("reporting").add_argument
+    group("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
+    group("--quiet", action="store_true", help="print the result alone")
+    add = parser.add_argument_group("policy options (default: the policy's own)").add_argument
+    seen: dict[str, list[str]] = {}
+    for policy in list_policies():
+        for name in policy_options(policy):
+            seen.setdefault(name, []).append(policy)
+    for name, policies in seen.items():
+        default, text = policy_options(policies[0])[name]
+        kind: dict[str, Any] = {"type": _option_type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = text.replace("%", "%%")
+        add("--" + name.replace("_", "-"), dest=name, default=None, help=f"{', '.join(policies)}: {text}", **kind)
+    return parser
+
+
+def _option_type(default: Any) -> type:
+    # Rates such as "10x" and a cycle of None ("auto") are text that the policy reads.
+    return str if default is None or isinstance(default, str) else type(default)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the options; with --resume, those of the run."""
+    args, given = build_parser().parse(argv)
+    if not args.resume:
+        return args
+    folder = Path(args.resume)
+    saved = folder / "args.yaml"
+    if not saved.is_file():
+        raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
+    fixed = sorted(given - MAY_CHANGE_ON_RESUME)
+    if fixed:
+        option = "--" + fixed[0].replace("_", "-")
+        raise UsageError(f"{option} cannot change when a run is resumed: leave it out, or start a run with --output")
+    resumed, _ = build_parser().parse(["--config", str(saved)])
+    for name in given & MAY_CHANGE_ON_RESUME:
+        setattr(resumed, name, getattr(args, name))
+    resumed.output = str(folder)
+    return resumed
+
+
+def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
+    kwargs = dict(
+        num_classes=data.num_classes,
+        in_chans=data.in_chans,
+        img_size=data.img_size,
+        decoder=args.decoder,
+        num_routing=args.num_routing,
+        routing=args.routing,
+        squash=args.squash,
+        drop_rate=args.drop_rate,
+    )
+    kwargs.update(args.model_kwargs)
+    model = capszoo.create_model(args.model, pretrained=args.pretrained, **kwargs)
+    if args.checkpoint:
+        load_weights(model, args.checkpoint)
+    model.creation_args = kwargs
+    return model
+
+
+def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
+    if args.batch_size is None:
+        args.batch_size = 128 if num_images >= 10_000 else 16
+    names = {name for policy in list_policies() for name in policy_options(policy)}
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return create_policy(
+        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images, **options
+    )
+
+
+def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if args.opt not in list_optimizers():
+        raise UsageError(f"unknown optimizer {args.opt!r}: see timm.optim.list_optimizers()")
+    extra = {"fused": True} if args.opt in ("adam", "adamw") else {}
+    try:
+        return create_optimizer_v2(
+            model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum, **extra
+        )
+    except (ImportError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {args.opt!r} cannot be made: {error}") from None
+
+
+def prepare_folder(args: argparse.Namespace) -> Path:
+    """Make the run folder; the last thing before work starts, so that no error leaves one behind."""
+    import yaml
+
+    name = "-".join([args.model, Path(args.dataset).name, args.policy, time.strftime("%Y%m%d-%H%M%S")])
+    default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    folder = Path(args.output) if args.output else default
+    if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"run folder {str(folder)!r} is not empty: resume it with --resume, or choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        values = {key: value for key, value in vars(args).items() if key not in ("config", "resume", "output")}
+        values["model_kwargs"] = dict(args.model_kwargs)
+        text = f"# python recipes/train.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
+        write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+    return folder
+
+
+class Report:
+    """Shows a run: a live bar on a terminal, a line an epoch elsewhere, and TensorBoard if asked for."""
+
+    def __init__(self, console: Console, policy: Policy, folder: Path, quiet: bool, tensorboard: bool):
+        self.console, self.policy, self.quiet = console, policy, quiet
+        self.live = console.is_terminal and not quiet
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.fields[speed]:>7.0f} img/s  loss {task.fields[loss]:.4f}  top1 {task.fields[top1]:.4f}"),
+            TextColumn("lr {task.fields[lr]:.2e}  batch {task.fields[batch]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("", total=policy.total_steps, epoch="", speed=0, loss=0, top1=0, lr=0, batch=0)
+        self.shown = 0.0
+        self.writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UsageError('--tensorboard needs pip install "capszoo[tensorboard]"') from None
+            self.writer = SummaryWriter(folder / "tensorboard")
+
+    def step(self, trainer: Trainer) -> None:
+        # Reading the means waits for the device, so it is done a few times a second at most.
+        if not self.live or time.monotonic() - self.shown < 0.25:
+            return
+        self.shown = time.monotonic()
+        position, means = trainer.position, trainer.running_means()
+        progress = self.policy.progress(position.epoch, position.step - 1)
+        batch = self.policy.batch_size(position.epoch)
+        self.bar.update(
+            self.task,
+            completed=progress.step + 1,
+            epoch=f"{position.epoch + 1}/{self.policy.epochs}",
+            speed=position.step * batch / max(position.seconds, 1e-9),
+            loss=means["loss"],
+            top1=means["top1"],
+            lr=trainer.lr,
+            batch=batch,
+        )
+
+    def epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            for key, value in row.items():
+                if value is not None and key != "epoch":
+                    self.writer.add_scalar(key, value, row["epoch"])
+            self.writer.flush()
+        if self.quiet:
+            return
+        evaluated = "" if row["eval_top1"] is None else f"eval top1 {row['eval_top1']:.4f} loss {row['eval_loss']:.4f}  "
+        star = "*" if trainer.position.best_epoch == row["epoch"] else " "
+        self.console.print(
+            f"epoch {row['epoch']:>3}/{self.policy.epochs}{star} train top1 {row['train_top1']:.4f} "
+            f"loss {row['train_loss']:.4f}  {evaluated}lr {row['lr']:.2e}  batch {row['batch_size']}  "
+            f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def __enter__(self) -> "Report":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self.received
+
+
+def describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module, policy: Policy) -> dict[str, Any]:
+    """Facts of the run for the header of the weights' files; `model_args` make the model again."""
+    return {
+        "capszoo_version": capszoo.__version__,
+        "model": args.model.partition(".")[0],
+        "model_args": model.creation_args,
+        "dataset": args.dataset,
+        "class_names": data.class_names,
+        "policy": args.policy,
+        "epochs": policy.epochs,
+        "seed": args.seed,
+    }
+
+
+def finish(trainer: Trainer, args: argparse.Namespace, data: DataSplits, folder: Path) -> dict[str, Any]:
+    """Measure the best epoch's weights on the test set, once, and write result.json."""
+    load_weights(trainer.task.model, folder / "best.safetensors")
+    loader = Loader(data.test, args.eval_batch_size, trainer.device, num_workers=args.workers)
+    test = evaluate(trainer.task.get_eval_model(), loader, trainer.amp)
+    best = trainer.best
+    result = {
+        "model": args.model,
+        "dataset": args.dataset,
+        "policy": args.policy,
+        "parameters": sum(p.numel() for p in trainer.task.model.parameters()),
+        "epochs": trainer.policy.epochs,
+        "best_epoch": best["epoch"],
+        "eval_top1": best["eval_top1"],
+        "test_top1": test.top1,
+        "test_margin_loss": test.margin_loss,
+        "test_reconstruction_error": test.reconstruction_error,
+        "total_seconds": trainer.position.total_seconds,
+        "seed": args.seed,
+        "amp": "none" if trainer.amp is None else str(trainer.amp).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capszoo": capszoo.__version__,
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
+    """Run the learning-rate finder and write what it saw."""
+    rates, losses = find_lr(trainer)
+    rows = "".join(f"{step},{lr:.6e},{loss:.6e}\n" for step, (lr, loss) in enumerate(zip(rates, losses, strict=True)))
+    write_atomically(folder / "lr_finder.csv", lambda temporary: temporary.write_text("step,lr,loss\n" + rows))
+    console.print(f"suggested learning rate {suggest_lr(rates, losses):.2e} ({folder / 'lr_finder.csv'})", highlight=False)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    console = Console()
+    device = choose_device(args.device)
+    amp = resolve_amp(args.amp, device)
+
+    data = load_data(
+        args.dataset,
+        args.data_dir,
+        img_size=args.img_size,
+        in_chans=args.in_chans,
+        val_fraction=args.val_fraction,
+        download=args.download,
+    )
+    torch.manual_seed(args.seed)
+    model = make_model(args, data)
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    policy = make_policy(args, len(data.train))
+    optimizer = make_optimizer(args, model)
+    criterion = MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
+    task = CapsuleTask(model, criterion, args.reconstruction_weight, device=device, verbose=False)
+    if args.compile:
+        task.compile()
+
+    folder = prepare_folder(args)
+    with Report(console, policy, folder, args.quiet, args.tensorboard) as report, StopSignal() as stop:
+        trainer = Trainer(
+            task,
+            optimizer,
+            policy,
+            data.train,
+            data.val,
+            folder=folder,
+            device=device,
+            amp=amp,
+            seed=args.seed,
+            translate=DEFAULT_TRANSLATE.get(args.dataset, 0) if args.translate is None else args.translate,
+            eval_batch_size=args.eval_batch_size,
+            clip_grad=args.clip_grad,
+            save_every=args.save_every,
+            num_workers=args.workers,
+            metadata=describe(args, data, model, policy),
+            on_step=report.step,
+            on_epoch=report.epoch,
+            should_stop=stop,
+        )
+        if not args.quiet:
+            val = 0 if data.val is None else len(data.val)
+            console.print(
+                f"{args.model} ({sum(p.numel() for p in model.parameters()):,} parameters) on {args.dataset} "
+                f"({len(data.train):,} train, {val:,} val, {len(data.test):,} test), {args.policy}, "
+                f"{device.type} {'float32' if amp is None else str(amp).removeprefix('torch.')}, folder {folder}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if args.policy == "lr_finder":
+            return search_lr(trainer, folder, console)
+        if args.resume and trainer.resume() and not args.quiet:
+            console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}", highlight=False)
+        completed = trainer.fit()
+    if not completed:
+        console.print(f"stopped and saved: go on with --resume {folder}", highlight=False, soft_wrap=True)
+        return 130
+    result = finish(trainer, args, data, folder)
+    chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"
+    console.print(
+        f"test top1 {result['test_top1']:.4f} ({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # plain lines appear as they come, also through a pipe
+    run(main)

@@ -1,0 +1,274 @@
+"""recipes/train.py and validate.py as a person runs them."""
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import capszoo
+
+ROOT = Path(__file__).parents[2]
+# Small enough for a few seconds a run; float32, where a CPU gives the same bits each time.
+SMALL = "--model-kwargs conv_dim=8 num_types=2 --amp none --epochs 3".split()
+
+
+def start(script, *args, cwd, **kwargs):
+    command = [sys.executable, str(ROOT / "recipes" / script), *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def run(script, *args, cwd, code=0):
+    process = start(script, *args, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out if code == 0 else err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run folder, and what the run printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, run("train.py", *SMALL, "--output", folder, cwd=folder.parent)
+
+
+def test_run_folder_has_all_that_was_promised(trained):
+    folder, out = trained
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "args.yaml", "summary.csv", "last.safetensors", "best.safetensors", "resume.safetensors", "result.json"
+    }
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    result = json.loads((folder / "result.json").read_text())
+    best = max(rows, key=lambda row: (float(row["eval_top1"]), -float(row["eval_loss"])))
+    assert result["best_epoch"] == int(best["epoch"]) and result["eval_top1"] == float(best["eval_top1"])
+    assert (result["model"], result["dataset"], result["policy"]) == ("capsnet_tiny", "digits", "one_cycle")
+    assert 0 <= result["test_top1"] <= 1
+    assert result["total_seconds"] == pytest.approx(sum(float(row["epoch_seconds"]) for row in rows))
+    model = capszoo.load_model(folder / "best.safetensors")
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["epochs"] == 3 and args["batch_size"] == 16
+    assert out.count("epoch ") == 3 + 1 and "\x1b" not in out  # plain lines where the output is no terminal
+    assert f"test top1 {result['test_top1']:.4f}" in out
+
+
+def test_validate_repeats_the_test_accuracy(trained, tmp_path):
+    folder, _ = trained
+    out = run("validate.py", folder / "best.safetensors", "--json", tmp_path / "v.json", cwd=tmp_path)
+    measured = json.loads((tmp_path / "v.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    assert measured["top1"] == pytest.approx(result["test_top1"], abs=1e-9)
+    assert measured["margin_loss"] == pytest.approx(result["test_margin_loss"], rel=1e-5)
+    confusion = torch.tensor(measured["confusion"])
+    assert confusion.shape == (10, 10) and confusion.sum() == measured["images"] == 360
+    assert "true class by predicted class" in out
+
+
+def test_finished_run_resumes_to_the_same_result(trained):
+    folder, _ = trained
+    before = json.loads((folder / "result.json").read_text())
+    run("train.py", "--resume", folder, cwd=folder.parent)
+    assert json.loads((folder / "result.json").read_text()) == before
+
+
+def test_saved_arguments_repeat_the_run(trained, tmp_path):
+    folder, _ = trained
+    run("train.py", "--config", folder / "args.yaml", "--output", "again", cwd=tmp_path)
+    one, other = load_file(folder / "last.safetensors"), load_file(tmp_path / "again/last.safetensors")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_to_the_same_bits(trained, tmp_path):
+    folder, _ = trained
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    killed = tmp_path / "killed"
+    arguments = [*SMALL, "--output", killed, "--save-every", 20]
+    deadline = 2 + 2.5 * rng.random()
+    for attempt in range(12):
+        process = start("train.py", *arguments, cwd=tmp_path)
+        if attempt < 4:
+            # From the moment that the run folder is there: any point of training, saving or testing.
+            while not (killed / "args.yaml").exists() and process.poll() is None:
+                time.sleep(0.01)
+            wait = deadline * rng.random() if attempt == 0 else 5 + 3 * rng.random()
+            try:
+                process.wait(wait)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        arguments = ["--resume", killed]
+    assert (killed / "result.json").exists(), f"seed {seed}"
+    for name in ("last.safetensors", "best.safetensors"):
+        one, other = load_file(folder / name), load_file(killed / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), f"{name}, seed {seed}"
+    timed = ("epoch_seconds", "images_per_second")
+    rows, expected = (list(csv.DictReader((f / "summary.csv").open())) for f in (killed, folder))
+    for row, other in zip(rows, expected, strict=True):
+        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_ctrl_c_saves_and_resume_goes_on(trained, tmp_path):
+    folder, _ = trained
+    stopped = tmp_path / "stopped"
+    process = start("train.py", *SMALL, "--output", stopped, cwd=tmp_path)
+    while not (stopped / "summary.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode != 0:  # else it was done before the signal
+        assert process.returncode == 130 and "--resume" in out and "Traceback" not in err
+        run("train.py", "--resume", stopped, cwd=tmp_path)
+    one, other = load_file(folder / "last.safetensors"), load_file(stopped / "last.safetensors")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def make_folder(root: Path, size=20) -> Path:
+    for split, count in (("train", 6), ("test", 2)):
+        for index, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (size, size), 40 * i + index).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_image_folder_trains(tmp_path):
+    make_folder(tmp_path / "pets")
+    run("train.py", "--dataset", "pets", *SMALL, "--val-fraction", 0.2, "--output", "run", cwd=tmp_path)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["dataset"] == "pets" and result["test_top1"] in (0, 0.25, 0.5, 0.75, 1)
+    out = run("validate.py", "run/best.safetensors", cwd=tmp_path)
+    assert "cat" in out and "dog" in out
+
+
+def test_lr_finder(tmp_path):
+    out = run("train.py", *SMALL, "--policy", "lr_finder", "--steps-per-decade", 20, "--output", "run", cwd=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "run/lr_finder.csv").open()))
+    assert "suggested learning rate" in out
+    assert float(rows[20]["lr"]) == pytest.approx(1e-5)
+
+
+# Each is one clear line and exit code 2, and leaves nothing behind.
+BAD = {
+    "unknown option": (["--modle", "x"], "did you mean '--model'"),
+    "unknown model": (["--model", "capsnet_w"], "did you mean 'capsnet_ws'"),
+    "unknown data set": (["--dataset", "mnits"], "did you mean 'mnist'"),
+    "unknown policy": (["--policy", "warm_adabatch"], "did you mean 'warm_ada_batch'"),
+    "unknown optimizer": (["--opt", "adma"], "adma"),
+    "option of another policy": (["--policy", "fixed", "--warm-epochs", "3"], "warm_epochs"),
+    "missing data folder": (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
+    "missing data": (["--dataset", "mnist", "--data-dir", "."], "train-images-idx3-ubyte"),
+    "too few epochs": (["--policy", "warm_ada_batch", "--epochs", "2"], "raise epochs to 4"),
+    "no number": (["--epochs", "three"], "three"),
+    "precision": (["--amp", "fp16", "--device", "cpu"], "fp16"),
+    "no such device": (["--device", "tpu9"], "tpu9"),
+    "no weights": (["--pretrained"], "capsnet_tiny"),
+    "truncated weights": (["--checkpoint", "truncated.safetensors"], "truncated.safetensors"),
+    "foreign file": (["--checkpoint", "foreign.safetensors"], "foreign.safetensors"),
+    "weights of another shape": (["--checkpoint", "capsnet8.safetensors"], "this model needs"),
+    "weights of another architecture": (
+        ["--model", "capsnet_ws", "--checkpoint", "capsnet8.safetensors"], "weights of"),
+    "file that is no image": (["--dataset", "pets"], "notes.txt"),
+    "unknown key": (["--config", "unknown.yaml"], "did you mean 'epochs'"),
+    "wrong value": (["--config", "wrong.yaml"], "epochs"),
+    "no yaml": (["--config", "broken.yaml"], "broken.yaml"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "resume of nothing": (["--resume", "nowhere"], "nowhere"),
+    "resume with other options": (["--resume", "run", "--lr", "0.1"], "--lr"),
+    "folder in use": (["--output", "run"], "--resume"),
+    "small images": (["--img-size", "12"], "12x12"),
+    "routing": (["--num-routing", "0"], "num_routing=0"),
+    "model keyword": (["--model-kwargs", "conv_dims=3"], "did you mean 'conv_dim'"),
+    "margins": (["--m-plus", "0.05"], "m_plus=0.05"),
+    "batch": (["--batch-size", "0"], "batch_size"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    make_folder(root / "pets")
+    (root / "pets/train/cat/notes.txt").write_text("no image")
+    capszoo.checkpoint.save_weights(root / "capsnet8.safetensors", capszoo.create_model("capsnet_tiny", conv_dim=8), {})
+    (root / "truncated.safetensors").write_bytes((root / "capsnet8.safetensors").read_bytes()[:5000])
+    (root / "foreign.safetensors").write_bytes(b"\x80\x04\x95 a pickle, say")
+    (root / "unknown.yaml").write_text("epoch: 3\n")
+    (root / "wrong.yaml").write_text("epochs: many\n")
+    (root / "broken.yaml").write_text("epochs: [3\n")
+    (root / "run").mkdir()
+    (root / "run/args.yaml").write_text("epochs: 3\n")
+    return root
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, bad_folder, monkeypatch, capsys):
+    # In this process: an interpreter for each of these cases would take minutes.
+    arguments, expected = BAD[case]
+    monkeypatch.chdir(bad_folder)
+    before = sorted(str(p) for p in bad_folder.rglob("*"))
+    train = load_recipe("train")
+    with pytest.raises(SystemExit) as ended:
+        capszoo.command_line.run(lambda: train.main(arguments))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
+    assert out == ""
+    assert sorted(str(p) for p in bad_folder.rglob("*")) == before
+
+
+def load_recipe(name):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bad_input_from_the_shell(bad_folder):
+    for script, arguments in (("train.py", ["--dataset", "pets"]), ("validate.py", ["nowhere.safetensors"])):
+        err = run(script, *arguments, cwd=bad_folder, code=2)
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_validate_refuses_what_does_not_fit(trained, bad_folder, monkeypatch, capsys):
+    folder, _ = trained
+    validate = load_recipe("validate")
+    monkeypatch.chdir(bad_folder)
+    for arguments, expected in (
+        (["capsnet_tiny.nothing"], "capsnet_tiny.nothing"),
+        ([str(bad_folder / "truncated.safetensors")], "truncated.safetensors"),
+        ([str(bad_folder / "capsnet8.safetensors")], "does not say what model"),
+        ([str(folder / "best.safetensors"), "--dataset", "mnist"], "data set 'mnist'"),
+        ([str(folder / "best.safetensors"), "--model", "capsnet"], "weights of"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            capszoo.command_line.run(lambda: validate.main(arguments))  # noqa: B023
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and expected in err and err.count("\n") == 1, err
+
+
+def test_every_policy_configuration_is_accepted():
+    train = load_recipe("train")
+    for path in sorted((ROOT / "recipes/configs").glob("*.yaml")):
+        args = train.parse_args(["--config", str(path)])
+        assert train.make_policy(args, 60_000).epochs == args.epochs
+        overridden = train.parse_args(["--config", str(path), "--epochs", "7"])
+        assert overridden.epochs == 7 and overridden.policy == args.policy
