@@ -14,7 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "load_state", "load_tensors", "load_weights", "read_metadata", "save_state", "save_weights"]
+__all__ = [
+    "CheckpointError",
+    "load_state",
+    "load_tensors",
+    "load_weights",
+    "read_metadata",
+    "save_state",
+    "save_weights",
+]
 
 _FORMAT = "capszoo.resume.v1"
 
@@ -100,12 +108,12 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     for key, value in own.items():
         if key not in tensors:
             if key.startswith("decoder."):
-                raise CheckpointError(f"{str(path)!r} holds no decoder ({key!r}): make the model without decoder=True")
+                raise CheckpointError(f"{str(path)!r} holds no decoder: make the model without decoder=True")
             raise CheckpointError(f"{str(path)!r} holds weights of {wanted_by}: it lacks {key!r}")
         if tensors[key].shape != value.shape:
             raise CheckpointError(
-                f"{str(path)!r} holds weights of {wanted_by}: {key!r} has shape {tuple(tensors[key].shape)}, this model "
-                f"needs {tuple(value.shape)} (other num_classes, in_chans, img_size or architecture)"
+                f"{str(path)!r} holds weights of {wanted_by}: {key!r} has shape {tuple(tensors[key].shape)}, this "
+                f"model needs {tuple(value.shape)} (other num_classes, in_chans, img_size or architecture)"
             )
     for key in tensors:
         if key not in own and not key.startswith("decoder."):
@@ -124,7 +132,7 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
             return {"__tensor__": name}
         if isinstance(value, dict):
             # JSON keys are strings; optimizer states are keyed by integers.
-            return {"__dict__": [[key, strip(item, f"{name}.{key}" if name else str(key))] for key, item in value.items()]}
+            return {"__dict__": [[key, strip(item, f"{name}.{key}")] for key, item in value.items()]}
         if isinstance(value, (list, tuple)):
             return [strip(item, f"{name}.{i}") for i, item in enumerate(value)]
         if value is None or isinstance(value, (bool, int, float, str)):

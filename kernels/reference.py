@@ -30,7 +30,7 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
     poses = x.to(_compute_dtype(x, x))
     square = poses.square().sum(dim=-1, keepdim=True)
     # A square root has no gradient at 0, and 0 * inf is NaN: zero vectors take the root of 1 and meet a factor 0.
-    norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
+    norm = torch.where(square > 0, square, 1.0).sqrt()
     if approximate:
         v = torch.where(square <= 4, poses / 2, poses / norm)
     else:
@@ -60,7 +60,8 @@ def dynamic_routing(
     poses = x.to(dtype).unflatten(1, [num_types, per_type])
     votes = torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2).to(dtype)
 
-    logits = torch.zeros_like(votes[..., 0])  # [B, I, J]
+    # Broadcasts to [B, I, J]. Made of sizes that an ONNX file may fix: never of the batch's.
+    logits = votes.new_zeros(1, 1, votes.shape[2])
     for _ in range(num_iters - 1):
         v = squash(_weighted_sum(votes, logits, bias), approximate_squash)
         agreement = (votes * v.unsqueeze(1)).sum(dim=3)

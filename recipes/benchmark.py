@@ -1,6 +1,6 @@
 """Time routing and whole training steps against plain PyTorch, in one run.
 
-    python recipes/benchmark.py                       # writes recipes/results/benchmark-cpu.csv on a machine without GPU
+    python recipes/benchmark.py        # writes recipes/results/benchmark-cpu.csv on a machine without GPU
 
 Variants take turns, round by round, so that a drift of the machine's speed meets all of them; ratios are medians over
 rounds of the ratio within a round. The variants of a training step differ in the routing alone:
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     if args.rounds < 1 or min(args.batch_sizes) < 1:
         raise UsageError("--rounds and --batch-sizes must be 1 or more")
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     device = choose_device(args.device)
     amp = resolve_amp(args.amp, device)
     check_same_numbers(device)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
     print_table(console, rows)
-    console.print(f"written to {path}", soft_wrap=True, highlight=False)
+    console.print(f"written to {path}")
     return 0
 
 

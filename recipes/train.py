@@ -9,6 +9,9 @@ Options come from the command line, then from --config, then from the defaults. 
 summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json.
 """
 import argparse
+import csv
+import io
+import shlex
 import signal
 import sys
 import time
@@ -29,7 +32,9 @@ from capszoo.policies import Policy, create_policy, list_policies, policy_option
 from capszoo.task import CapsuleTask
 
 # Options that only say where and how a run is computed may change when it is resumed.
-MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "tensorboard", "save_every"}
+MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "tensorboard", "save_every", "results"}
+# Options that belong to one call of this script and not to the run.
+NOT_SAVED = {"config", "resume", "output", "results"}
 # Random shift of training images, in pixels: FasTrCaps shifts the grey 28x28 sets by 2.
 DEFAULT_TRANSLATE = {"digits": 2, "mnist": 2, "fashion_mnist": 2, "cifar10": 4}
 
@@ -83,6 +88,7 @@ def build_parser() -> OptionParser:
     group("--save-every", type=int, default=0, help="also save the resume state every so many steps")
     group = parser.add_argument_group("reporting").add_argument
     group("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
+    group("--results", metavar="FILE.csv", help="also add the result as a row to this table")
     group("--quiet", action="store_true", help="print the result alone")
     add = parser.add_argument_group("policy options (default: the policy's own)").add_argument
     seen: dict[str, list[str]] = {}
@@ -175,10 +181,10 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(args.output) if args.output else default
     if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"run folder {str(folder)!r} is not empty: resume it with --resume, or choose another --output")
+        raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        values = {key: value for key, value in vars(args).items() if key not in ("config", "resume", "output")}
+        values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
         values["model_kwargs"] = dict(args.model_kwargs)
         text = f"# python recipes/train.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
         write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
@@ -237,14 +243,14 @@ class Report:
             self.writer.flush()
         if self.quiet:
             return
-        evaluated = "" if row["eval_top1"] is None else f"eval top1 {row['eval_top1']:.4f} loss {row['eval_loss']:.4f}  "
+        evaluated = ""
+        if row["eval_top1"] is not None:
+            evaluated = f"eval top1 {row['eval_top1']:.4f} loss {row['eval_loss']:.4f}  "
         star = "*" if trainer.position.best_epoch == row["epoch"] else " "
         self.console.print(
             f"epoch {row['epoch']:>3}/{self.policy.epochs}{star} train top1 {row['train_top1']:.4f} "
             f"loss {row['train_loss']:.4f}  {evaluated}lr {row['lr']:.2e}  batch {row['batch_size']}  "
             f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.1f} s",
-            highlight=False,
-            soft_wrap=True,
         )
 
     def __enter__(self) -> "Report":
@@ -306,6 +312,8 @@ def finish(trainer: Trainer, args: argparse.Namespace, data: DataSplits, folder:
         "policy": args.policy,
         "parameters": sum(p.numel() for p in trainer.task.model.parameters()),
         "epochs": trainer.policy.epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
         "best_epoch": best["epoch"],
         "eval_top1": best["eval_top1"],
         "test_top1": test.top1,
@@ -323,18 +331,33 @@ def finish(trainer: Trainer, args: argparse.Namespace, data: DataSplits, folder:
     return result
 
 
+def add_result(path: Path, result: dict[str, Any], argv: list[str]) -> None:
+    """Add a row with the result and the command that made it to a table of results."""
+    row = {**result, "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", "recipes/train.py", *argv])}
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows([*rows, row])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
 def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
     """Run the learning-rate finder and write what it saw."""
     rates, losses = find_lr(trainer)
     rows = "".join(f"{step},{lr:.6e},{loss:.6e}\n" for step, (lr, loss) in enumerate(zip(rates, losses, strict=True)))
     write_atomically(folder / "lr_finder.csv", lambda temporary: temporary.write_text("step,lr,loss\n" + rows))
-    console.print(f"suggested learning rate {suggest_lr(rates, losses):.2e} ({folder / 'lr_finder.csv'})", highlight=False)
+    console.print(f"suggested learning rate {suggest_lr(rates, losses):.2e} ({folder / 'lr_finder.csv'})")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     device = choose_device(args.device)
     amp = resolve_amp(args.amp, device)
 
@@ -386,23 +409,21 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.model} ({sum(p.numel() for p in model.parameters()):,} parameters) on {args.dataset} "
                 f"({len(data.train):,} train, {val:,} val, {len(data.test):,} test), {args.policy}, "
                 f"{device.type} {'float32' if amp is None else str(amp).removeprefix('torch.')}, folder {folder}",
-                highlight=False,
-                soft_wrap=True,
             )
         if args.policy == "lr_finder":
             return search_lr(trainer, folder, console)
         if args.resume and trainer.resume() and not args.quiet:
-            console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}", highlight=False)
+            console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}")
         completed = trainer.fit()
     if not completed:
-        console.print(f"stopped and saved: go on with --resume {folder}", highlight=False, soft_wrap=True)
+        console.print(f"stopped and saved: go on with --resume {folder}")
         return 130
     result = finish(trainer, args, data, folder)
+    if args.results:
+        add_result(Path(args.results), result, sys.argv[1:] if argv is None else argv)
     chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"
     console.print(
         f"test top1 {result['test_top1']:.4f} ({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
-        highlight=False,
-        soft_wrap=True,
     )
     return 0
 

@@ -71,7 +71,7 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     device = choose_device(args.device)
     amp = resolve_amp(args.amp, device)
     model, name, trained_on = load_weights_argument(args.weights, args.model)
@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         download=args.download,
     )
     if data.num_classes != model.num_classes:
-        raise UsageError(f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset")
+        raise UsageError(
+            f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
+        )
     split = getattr(data, args.split)
     if split is None:
         raise UsageError("--split val needs --val-fraction above 0")
@@ -101,8 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         f"top1 {result.top1:.4f}  margin loss {result.margin_loss:.5f}  reconstruction error "
         + ("- (no decoder)" if reconstruction is None else f"{reconstruction:.3f}")
         + f"  {len(split) / seconds:.0f} img/s",
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(confusion_table(result, data.class_names))
     if args.json:

@@ -112,7 +112,7 @@ class CapsNet(nn.Module):
 
         approximate = squash == "approx"
         self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
-        self.act1 = nn.ReLU()
+        self.act1 = nn.ReLU(inplace=True)
         self.primary_caps = PrimaryCaps(
             conv_dim, num_types, caps_dim, kernel_size, stride=2, approximate_squash=approximate, **dd
         )
@@ -120,10 +120,13 @@ class CapsNet(nn.Module):
         grid = tuple((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
         self.num_features = num_types * caps_dim
         self.head_hidden_size = self.num_features * grid[0] * grid[1]
+        # Image size over map size, as timm checks it: without padding the maps of small images shrink by more than
+        # the strides, 28 pixels to 20 and 6.
+        reduction = height // grid[0]
         self.feature_info = [
-            dict(num_chs=conv_dim, reduction=1, module="act1"),
-            dict(num_chs=self.num_features, reduction=2, module="primary_caps.conv"),
-            dict(num_chs=self.num_features, reduction=2, module="primary_caps"),
+            dict(num_chs=conv_dim, reduction=height // (height - kernel_size + 1), module="act1"),
+            dict(num_chs=self.num_features, reduction=reduction, module="primary_caps.conv"),
+            dict(num_chs=self.num_features, reduction=reduction, module="primary_caps"),
         ]
         num_capsules = num_types * grid[0] * grid[1]
         self._class_caps_args: dict[str, Any] = dict(

@@ -1,0 +1,157 @@
+"""Every model through every way out of eager PyTorch: scripts, traced graphs, exported programs, ONNX, compilation."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import create_feature_extractor
+from timm.models import FeatureGraphNet
+from timm.utils.onnx import onnx_export
+
+import capszoo
+
+every_model = pytest.mark.parametrize("name", capszoo.list_models())
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler for its CPU kernels"
+)
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**dict(conv_dim=8, img_size=20, num_classes=5), **kwargs}).eval()
+
+
+def images(batch_size=2):
+    return torch.rand(batch_size, 1, 20, 20, generator=torch.Generator().manual_seed(1))
+
+
+@every_model
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_script(name, decoder, train, tmp_path):
+    model = small(name, decoder=decoder, drop_rate=0.0).train(train)
+    expected = model(images())
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(images()), expected)
+    scripted(images()).square().sum().backward()
+    assert model.conv1.weight.grad.abs().sum() > 0
+    torch.jit.save(scripted, tmp_path / "model.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "model.pt")(images(3)), model(images(3)))
+
+
+@every_model
+def test_trace(name):
+    model = small(name)
+    traced = torch.jit.trace(model, images())
+    assert torch.equal(traced(images(3)), model(images(3)))
+
+
+@every_model
+def test_fx(name):
+    model = small(name)
+    extractor = create_feature_extractor(model, {"act1": "convolution", "primary_caps": "capsules"})
+    found = extractor(images())
+    assert torch.equal(found["convolution"], model.act1(model.conv1(images())))
+    assert torch.equal(found["capsules"], model.forward_features(images()))
+
+    traced = FeatureGraphNet(model, out_indices=(0, 1, 2))
+    expected = model.forward_intermediates(images(), intermediates_only=True)
+    assert all(torch.equal(*pair) for pair in zip(traced(images()), expected, strict=True))
+
+    whole = create_feature_extractor(model, ["class_caps"])
+    assert torch.equal(whole(images())["class_caps"], model.forward_capsules(images()))
+
+
+@every_model
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_torch_export(name, strict, decoder, tmp_path):
+    model = small(name, decoder=decoder)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},), strict=strict)
+    assert torch.equal(program.module()(images(3)), model(images(3)))
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(images()), model(images()))
+
+
+@every_model
+@pytest.mark.parametrize("dynamo, exportable", [(True, True), (False, None), (False, True)])
+def test_onnx(name, dynamo, exportable, tmp_path):
+    """By torch itself, at a fixed size; the fused operators must not reach the file."""
+    model = small(name, exportable=exportable)
+    path = str(tmp_path / "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters deprecate each other
+        torch.onnx.export(model, (images(),), path, dynamo=dynamo, verbose=False)
+    np.testing.assert_allclose(run_onnx(path, images()), model(images()).detach().numpy(), rtol=0, atol=1e-4)
+    assert capszoo.layers.use_fused_routing()
+
+
+@every_model
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_by_timm(name, dynamo, tmp_path):
+    """By timm's helper, which its script calls: the batch size stays open."""
+    model = small(name)
+    path = str(tmp_path / "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx_export(model, path, input_size=(1, 20, 20), batch_size=2, use_dynamo=dynamo, check_forward=True)
+    np.testing.assert_allclose(run_onnx(path, images(5)), model(images(5)).detach().numpy(), rtol=0, atol=1e-4)
+
+
+def run_onnx(path, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+def gradients(model, function, x):
+    model.zero_grad()
+    output = function(x)
+    output.square().sum().backward()
+    return output, *(p.grad.clone() for p in model.parameters())
+
+
+@every_model
+def test_compile_in_one_graph(name):
+    """Capture of forward and backward pass without code generation, which needs no compiler."""
+    model = small(name).train()
+    expected = gradients(model, model, images())
+    torch._dynamo.reset()
+    found = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), images())
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
+
+
+@every_model
+@needs_compiler
+@pytest.mark.slow
+def test_compile(name):
+    model = small(name).train()
+    expected = gradients(model, model, images())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    for pair in zip(gradients(model, compiled, images()), expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images()), expected[0], rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compile_with_autocast():
+    model = small("capsnet").train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = gradients(model, model, images())
+        found = gradients(model, compiled, images())
+    assert found[0].dtype == expected[0].dtype == torch.float32
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm()

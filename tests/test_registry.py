@@ -1,0 +1,215 @@
+"""Names, keywords and files: what `capszoo.create_model` and its companions accept, count and refuse."""
+
+import json
+
+import pytest
+import torch
+
+import capszoo
+from capszoo import ModelInfo
+from capszoo.checkpoint import CheckpointError, save_weights
+from capszoo.models import CapsNet
+
+every_model = pytest.mark.parametrize("name", capszoo.list_models())
+SMALL = dict(conv_dim=8, img_size=20)
+
+# Per capsule of the first convolution's map and of the primary capsules, as the paper's table of shapes gives them.
+CONVOLUTIONS = 256 * 20 * 20 * 81 + 256 * 6 * 6 * 256 * 81
+
+
+def routing_macs(I, K=8, J=10, D=16, R=3):  # noqa: E741
+    votes, agreements, sums = I * K * J * D, (R - 1) * I * J * D, R * I * J * D
+    return votes + agreements + sums
+
+
+def refused(function, *args, **kwargs):
+    """The one line in which a ValueError says what is wrong."""
+    with pytest.raises(ValueError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """As if weights had been shipped for two of the models."""
+    monkeypatch.setattr(
+        capszoo.registry, "list_pretrained", lambda *args: ["capsnet_ws.fashion_mnist", "capsnet_ws.mnist"]
+    )
+
+
+@every_model
+def test_create(name):
+    model = capszoo.create_model(name, num_classes=3, **SMALL)
+    assert isinstance(model, CapsNet) and model(torch.rand(1, 1, 20, 20)).shape == (1, 3)
+
+
+def test_create_passes_timm_keywords():
+    model = capszoo.create_model("capsnet", features_only=True, out_indices=(0, 2), feature_cls="hook", **SMALL)
+    assert model.feature_info.channels() == [8, 256]
+    model = capszoo.create_model("capsnet", pretrained_cfg_overlay=dict(num_classes=4), scriptable=True, **SMALL)
+    assert model.num_classes == 4
+    assert capszoo.create_model("capsnet", img_size=None, num_classes=None).img_size == (28, 28)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("capsnt", "capsnet"), ("capsnet-ws", "capsnet_ws"), ("capsnet_prune", "capsnet_pruned"), ("CapsNet_tiny", None)],
+)
+def test_unknown_model(name, near):
+    message = refused(capszoo.create_model, name)
+    assert message.startswith(f"unknown model {name!r}") and "Known: capsnet, " in message
+    assert near is None or f"did you mean {near!r}?" in message
+    assert all(known in message for known in capszoo.list_models())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "", "timm/capsnet", "mobilenetv3_small_100.lamb_in1k"])
+def test_not_a_model_of_this_zoo(name):
+    assert "unknown model" in refused(capszoo.create_model, name) and not capszoo.is_model(name)
+
+
+@pytest.mark.parametrize("name", ["capsnet.foo", "capsnet_ws.mnst", "capsnet.mnist.v2"])
+def test_unknown_weights(name):
+    assert refused(capszoo.create_model, name).startswith(f"unknown weights {name!r}")
+    assert refused(capszoo.create_model, name, pretrained=True).startswith(f"unknown weights {name!r}")
+
+
+def test_unknown_weights_near_known_ones(weights):
+    message = refused(capszoo.create_model, "capsnet_ws.mnst")
+    assert "did you mean 'capsnet_ws.mnist'?" in message and "Known: capsnet_ws.fashion_mnist, " in message
+
+
+def test_no_weights(weights):
+    """A configuration without a file, whatever is shipped by now."""
+    cfg = dict(num_classes=10, input_size=(1, 28, 28), fixed_input_size=True)
+    message = refused(capszoo.create_model, "capsnet", pretrained=True, pretrained_cfg=cfg)
+    assert message.startswith("no weights are shipped for 'capsnet' (there are: capsnet_ws.fashion_mnist,")
+    assert message.endswith("use pretrained=False")
+
+
+@pytest.mark.parametrize(
+    "keyword, near",
+    [("num_clases", "num_classes"), ("share_weight", "share_weights"), ("routin", "routing"), ("x", None)],
+)
+def test_unknown_keyword(keyword, near):
+    message = refused(capszoo.create_model, "capsnet_ws", **{keyword: 1})
+    assert message.startswith(f"unknown keyword {keyword!r} for model 'capsnet_ws'")
+    assert (f"did you mean {near!r}?" in message) if near else ("did you mean" not in message)
+    assert "num_routing" in message and "img_size" in message
+
+
+@pytest.mark.parametrize("keyword", ["variant", "model_cls", "feature_cfg", "model_name", "self", "kwargs"])
+def test_keywords_that_only_timm_fills_in(keyword):
+    assert "unknown keyword" in refused(capszoo.create_model, "capsnet", **{keyword: "x"})
+
+
+def test_list_models():
+    names = capszoo.list_models()
+    assert {"capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"} <= set(names) and names == sorted(names)
+    assert capszoo.list_models("*_ws") == ["capsnet_ws"]
+    assert capszoo.list_models("capsnet") == ["capsnet"]
+    assert capszoo.list_models(["*_ws", "*_tiny"]) == ["capsnet_tiny", "capsnet_ws"]
+    assert capszoo.list_models("resnet*") == []
+    assert "capsnet_ws" not in capszoo.list_models(exclude_filters="*_ws")
+
+
+def test_list_pretrained():
+    for name in capszoo.list_pretrained():
+        assert capszoo.is_model(name) and "." in name and not name.endswith(".untrained")
+    assert set(capszoo.list_pretrained("capsnet_ws")) <= set(capszoo.list_pretrained("capsnet*"))
+    assert capszoo.list_pretrained("resnet*") == []
+
+
+@every_model
+def test_is_model(name):
+    assert capszoo.is_model(name) and capszoo.is_model(f"{name}.mnist") and not capszoo.is_model(f"{name}_")
+
+
+@every_model
+def test_model_info(name):
+    info = capszoo.model_info(name)
+    model = capszoo.create_model(name)
+    assert info == capszoo.model_info(model) and isinstance(info, ModelInfo)
+    assert info.name == name and info.input_size == (1, 28, 28)
+    assert info.parameters == sum(p.numel() for p in model.parameters())
+    assert info.weights == tuple(capszoo.list_pretrained(name))
+    conv1, conv2 = model.conv1.weight.numel() * 20 * 20, model.primary_caps.conv.weight.numel() * 6 * 6
+    assert info.macs == conv1 + conv2 + routing_macs(model.class_caps.num_capsules)
+
+
+def test_model_info_of_the_baseline():
+    assert CONVOLUTIONS == 199_397_376
+    assert capszoo.model_info("capsnet").macs == CONVOLUTIONS + routing_macs(1152) == 201_793_536
+    assert capszoo.model_info("capsnet", num_routing=1).macs == CONVOLUTIONS + routing_macs(1152, R=1)
+    assert capszoo.model_info("capsnet", num_classes=0).macs == CONVOLUTIONS
+    assert capszoo.model_info("capsnet", decoder=True).macs == 201_793_536  # forward never uses it
+    assert capszoo.model_info("capsnet", decoder=True).parameters == 8_215_728
+
+
+def test_model_info_leaves_everything_as_it_was():
+    """And it counts the same with the reference, whose sums are no operations to torch's counter."""
+    expected = capszoo.model_info("capsnet_tiny")
+    model = capszoo.create_model("capsnet_tiny", drop_rate=0.5)
+    assert model.training
+    capszoo.set_fused_routing(False)
+    try:
+        assert capszoo.model_info(model).macs == expected.macs
+        assert not capszoo.layers.use_fused_routing() and model.training
+    finally:
+        capszoo.set_fused_routing(True)
+    model.conv1.requires_grad_(False)
+    assert capszoo.model_info(model.eval()).parameters == expected.parameters - (64 * 81 + 64)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_model_info_of_half_precision_and_other_sizes():
+    info = capszoo.model_info("capsnet", in_chans=3, img_size=(32, 24), dtype=torch.bfloat16)
+    assert info.input_size == (3, 32, 24)
+    assert info.macs == 256 * 24 * 16 * 243 + 256 * 8 * 4 * 256 * 81 + routing_macs(1024)
+
+
+def test_model_info_of_unknown_models():
+    assert "unknown model" in refused(capszoo.model_info, "capsnt")
+    assert "unknown keyword" in refused(capszoo.model_info, "capsnet", num_clases=3)
+
+
+@every_model
+def test_load_model(name, tmp_path):
+    args = dict(num_classes=4, num_routing=2, in_chans=2, decoder=True, img_size=[20, 21], conv_dim=8)
+    model = capszoo.create_model(name, **args).eval()
+    path = tmp_path / "best.safetensors"
+    save_weights(path, model, {"model": name, "model_args": args, "accuracy": 0.5})
+
+    x = torch.rand(2, 2, 20, 21)
+    loaded = capszoo.load_model(path).eval()
+    assert loaded.pretrained_cfg["architecture"] == name
+    assert torch.equal(loaded(x), model(x)) and torch.equal(loaded.reconstruct(x), model.reconstruct(x))
+    plain = capszoo.load_model(str(path), decoder=False, num_routing=3).eval()
+    assert plain.decoder is None and plain.class_caps.routing.num_iters == 3
+    assert torch.equal(plain.conv1.weight, model.conv1.weight)
+    assert "has shape" in refused(capszoo.load_model, path, num_classes=5)
+    assert "unknown keyword" in refused(capszoo.load_model, path, num_clases=5)
+
+
+def test_load_model_of_a_file_that_does_not_say(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, capszoo.create_model("capsnet", **SMALL), {})
+    with pytest.raises(CheckpointError, match="does not say what model it holds: use create_model"):
+        capszoo.load_model(path)
+    assert capszoo.create_model("capsnet", checkpoint_path=path, **SMALL).num_classes == 10
+    save_weights(path, capszoo.create_model("capsnet", **SMALL), {"model": "resnet18", "model_args": json.dumps({})})
+    assert "unknown model 'resnet18'" in refused(capszoo.load_model, path)
+    with pytest.raises(CheckpointError, match="check the path"):
+        capszoo.load_model(tmp_path / "nothing.safetensors")
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, capszoo.create_model("capsnet_ws", **SMALL), {"model": "capsnet_ws"})
+    message = refused(capszoo.create_model, "capsnet", checkpoint_path=path, **SMALL)
+    assert "holds weights of the model 'capsnet_ws'" in message and str(path) in message
+
+
+def test_names_of_the_package():
+    assert set(capszoo.__all__) <= set(dir(capszoo))
+    assert capszoo.create_model.__doc__ and capszoo.__version__

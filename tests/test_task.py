@@ -1,0 +1,204 @@
+"""CapsuleTask in the hands of timm's training loop: losses, evaluation model, moving average, compilation, DDP."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import capszoo
+from capszoo.losses import SpreadLoss, margin_loss, reconstruction_loss
+from capszoo.task import CapsuleTask
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    return capszoo.create_model("capsnet_tiny", conv_dim=8, img_size=20, **{**dict(decoder=True), **kwargs})
+
+
+def batch(size=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(size, 1, 20, 20, generator=generator), torch.arange(size) % 10
+
+
+def make_task(model=None, **kwargs):
+    return CapsuleTask(make() if model is None else model, verbose=False, **kwargs)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo backend")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("weight", [0.0005, 0.0, 0.392])
+def test_losses(weight):
+    images, target = batch()
+    task = make_task(reconstruction_weight=weight)
+    result = task(images, target)
+    assert set(result) == {"loss", "output", "margin_loss", "reconstruction_loss"}
+    lengths = task.model(images)
+    margin = margin_loss(lengths, target)
+    reconstruction = reconstruction_loss(task.model.reconstruct(images, target), images)
+    torch.testing.assert_close(result["output"], lengths)
+    torch.testing.assert_close(result["margin_loss"], margin.detach())
+    torch.testing.assert_close(result["reconstruction_loss"], reconstruction.detach())
+    torch.testing.assert_close(result["loss"], margin + weight * reconstruction)
+    assert result["loss"].requires_grad and not result["margin_loss"].requires_grad
+    assert not result["reconstruction_loss"].requires_grad
+
+
+def test_paper_weight_is_the_default():
+    assert make_task().reconstruction_weight == 0.0005
+
+
+def test_gradients_reach_everything():
+    task = make_task()
+    task(*batch())["loss"].backward()
+    for key, parameter in task.model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+
+
+def test_the_reconstruction_trains_the_capsules_too():
+    task = make_task(reconstruction_weight=1.0, criterion=nn.MultiMarginLoss(margin=0.0))
+    task(*batch())["loss"].backward()
+    assert task.model.decoder.fc1.weight.grad.abs().sum() > 0
+    assert task.model.conv1.weight.grad.abs().sum() > 0
+
+
+def test_without_decoder():
+    images, target = batch()
+    task = make_task(make(decoder=False))
+    result = task(images, target)
+    torch.testing.assert_close(result["loss"], margin_loss(task.model(images), target))
+    assert result["reconstruction_loss"].item() == 0
+    result["loss"].backward()
+    assert all(p.grad is not None for p in task.model.parameters())
+
+
+def test_another_criterion():
+    images, target = batch()
+    task = make_task(criterion=SpreadLoss(0.2), reconstruction_weight=0.0)
+    assert task(images, target)["loss"].item() == pytest.approx(SpreadLoss(0.2)(task.model(images), target).item())
+
+
+def test_no_capsule_network():
+    with pytest.raises(ValueError, match="^Linear is no capsule network: CapsuleTask needs a model of capszoo$"):
+        CapsuleTask(nn.Linear(2, 2))
+
+
+def test_eval_model():
+    model = make().eval()
+    task = make_task(model)
+    assert task.get_eval_model() is model and task.model is model
+    assert torch.equal(task.get_eval_model()(batch()[0]), model(batch()[0]))
+    assert task.get_checkpoint_state()["state_dict"].keys() == model.state_dict().keys()
+
+
+def test_training_lowers_the_losses():
+    torch.manual_seed(0)
+    task = make_task().train()
+    optimizer = torch.optim.Adam(task.model.parameters(), lr=3e-3)
+    images, target = batch(10)
+    first = task(images, target)
+    for _ in range(30):
+        optimizer.zero_grad()
+        result = task(images, target)
+        result["loss"].backward()
+        optimizer.step()
+    assert result["margin_loss"] < 0.5 * first["margin_loss"]
+    assert result["reconstruction_loss"] < first["reconstruction_loss"]
+
+
+def test_moving_average():
+    task = make_task()
+    assert task.get_eval_model(ema=True) is None and not task.has_ema()
+    task.setup_ema(decay=0.75)
+    average = task.get_eval_model(ema=True)
+    assert type(average) is type(task.model) and average is not task.model
+    before = {key: value.clone() for key, value in average.state_dict().items()}
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter += 1
+    task.update_ema()
+    for key, value in task.get_eval_model(ema=True).state_dict().items():
+        torch.testing.assert_close(value, before[key] + 0.25)
+    state = task.get_checkpoint_state(ema=True)["state_dict_ema"]
+    assert state.keys() == task.model.state_dict().keys()
+    task.load_checkpoint_state(before, ema=True)
+    assert torch.equal(task.get_eval_model(ema=True).conv1.weight, before["conv1.weight"])
+
+
+def test_checkpoint_state_round_trip():
+    source, task = make_task(), make_task(make(drop_rate=0.1))
+    with torch.no_grad():
+        source.model.conv1.weight += 1
+    task.load_checkpoint_state(source.get_checkpoint_state()["state_dict"])
+    assert torch.equal(task.model.conv1.weight, source.model.conv1.weight)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile(backend, decoder):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    images, target = batch()
+    expected = make_task(make(decoder=decoder))(images, target)
+    task = make_task(make(decoder=decoder))
+    torch._dynamo.reset()
+    compiled = task.compile(backend=backend, fullgraph=True)
+    assert compiled is task.get_eval_model() and compiled is not task.model
+    result = task(images, target)
+    for key in expected:
+        torch.testing.assert_close(result[key], expected[key], rtol=1e-4, atol=1e-5)
+    result["loss"].backward()
+    assert all(p.grad is not None for p in task.model.parameters())
+    torch.testing.assert_close(compiled(images), expected["output"], rtol=1e-4, atol=1e-5)
+    assert task.get_checkpoint_state()["state_dict"].keys() == make(decoder=decoder).state_dict().keys()
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_distributed(process_group, decoder, compiled):
+    images, target = batch()
+    plain = make_task(make(decoder=decoder))
+    expected = plain(images, target)
+    expected["loss"].backward()
+
+    task = make_task(make(decoder=decoder))
+    if compiled:
+        torch._dynamo.reset()
+        task.compile(backend="eager")
+    assert task.prepare_distributed() is task
+    assert isinstance(task.trainable_module, nn.parallel.DistributedDataParallel)
+    for _ in range(2):  # the second step fails where the first left parameters without gradient
+        task.zero_grad()
+        result = task(images, target)
+        result["loss"].backward()
+    torch.testing.assert_close(result["loss"], expected["loss"])
+    for found, wanted in zip(task.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)
+
+    keys = make(decoder=decoder).state_dict().keys()
+    assert task.model.state_dict().keys() == keys
+    assert task.get_checkpoint_state()["state_dict"].keys() == keys
+    assert task.get_eval_model()(images).shape == (4, 10)
+    with task.no_sync():
+        task(images, target)["loss"].backward()
+    task.setup_ema(decay=0.5)
+    task.update_ema()
+    assert task.get_checkpoint_state(ema=True)["state_dict_ema"].keys() == keys
+
+
+def test_device_and_type():
+    task = make_task().double()
+    images, target = batch()
+    assert task.dtype == torch.float64
+    assert task(images.double(), target)["loss"].dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = make_task()(images, target)
+    assert result["loss"].dtype == torch.float32 and result["reconstruction_loss"].dtype == torch.float32
+    result["loss"].backward()
