@@ -84,6 +84,11 @@ def create_model(
     if ":" not in name:
         _check_name(name)
         _check_keywords(name, kwargs)
+    if checkpoint_path is not None and kwargs.get("features_only"):
+        raise ValueError(
+            "features_only=True does not go with checkpoint_path: pass pretrained=True and "
+            "pretrained_cfg_overlay=dict(file=PATH) instead"
+        )
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except RuntimeError as error:

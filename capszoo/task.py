@@ -23,7 +23,8 @@ class _CapsuleForward(nn.Module):
         if self.model.decoder is None:
             return self.model(input), None
         capsules = self.model.forward_capsules(input)
-        return capsule_lengths(capsules), self.model.decoder(capsules, target)
+        chosen = target if target.ndim == 1 else target.argmax(dim=1)
+        return capsule_lengths(capsules), self.model.decoder(capsules, chosen)
 
 
 class CapsuleTask(TrainingTask):
@@ -93,7 +94,8 @@ class CapsuleTask(TrainingTask):
 
         Args:
             input: Images ``[B, C, H, W]`` with values in [0, 1].
-            target: Class indices ``[B]``, int64.
+            target: Class indices ``[B]``, int64, or weights of the classes ``[B, J]`` (mixed labels); the decoder then
+                draws the class of the largest weight.
 
         Returns:
             'loss' (scalar, for backward), 'output' (lengths ``[B, J]``), 'margin_loss' and 'reconstruction_loss'

@@ -213,3 +213,16 @@ def test_checkpoint_of_another_model(tmp_path):
 def test_names_of_the_package():
     assert set(capszoo.__all__) <= set(dir(capszoo))
     assert capszoo.create_model.__doc__ and capszoo.__version__
+
+
+def test_features_only_with_a_checkpoint_says_what_to_do(tmp_path):
+    path = tmp_path / "w.safetensors"
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4)
+    save_weights(path, model, {})
+    with pytest.raises(ValueError, match="pretrained_cfg_overlay"):
+        capszoo.create_model("capsnet_tiny", conv_dim=4, features_only=True, checkpoint_path=path)
+    overlay = {"file": str(path)}
+    features = capszoo.create_model(
+        "capsnet_tiny", conv_dim=4, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    assert torch.equal(features.model.conv1.weight, model.conv1.weight)

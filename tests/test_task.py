@@ -202,3 +202,12 @@ def test_device_and_type():
         result = make_task()(images, target)
     assert result["loss"].dtype == torch.float32 and result["reconstruction_loss"].dtype == torch.float32
     result["loss"].backward()
+
+
+def test_mixed_labels_draw_the_heavier_class():
+    torch.manual_seed(0)
+    task, images = make_task(), torch.rand(4, 1, 20, 20)
+    hard = torch.tensor([1, 0, 2, 2])
+    soft = torch.nn.functional.one_hot(hard, 10) * 0.7 + 0.3 / 10
+    assert task(images, soft)["reconstruction_loss"] == task(images, hard)["reconstruction_loss"]
+    assert task(images, soft)["margin_loss"] != task(images, hard)["margin_loss"]

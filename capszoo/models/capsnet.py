@@ -234,7 +234,8 @@ class CapsNet(nn.Module):
             intermediates.append(x)
         pruned = isinstance(self.primary_caps, nn.Identity)
         if not pruned and not (stop_early and max_index == 0):
-            x = self.primary_caps.conv(x)
+            checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
+            x = checkpoint(self.primary_caps.conv, x) if checkpointed else self.primary_caps.conv(x)
             if 1 in take_indices:
                 intermediates.append(x)
             x = self.primary_caps.squash_map(x)
