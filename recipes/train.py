@@ -199,10 +199,10 @@ class Report:
         self.live = console.is_terminal and not quiet
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("{task.fields[speed]:>7.0f} img/s  loss {task.fields[loss]:.4f}  top1 {task.fields[top1]:.4f}"),
-            TextColumn("lr {task.fields[lr]:.2e}  batch {task.fields[batch]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=6),  # all of it fits into 80 columns
+            TextColumn("{task.fields[speed]:.0f} img/s loss {task.fields[loss]:.3f} top1 {task.fields[top1]:.3f}"),
+            TextColumn("lr {task.fields[lr]:.1e} batch {task.fields[batch]}"),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not self.live,
         )
