@@ -74,6 +74,9 @@ class Policy:
         base_batch_size: Images a step, for the policies with a fixed batch size.
         epochs: Epochs of the whole run.
         num_images: Training images seen in an epoch.
+        warmup_steps: Steps over which the rate first rises linearly to the formula's. Not in the paper: Adam's first
+            steps are as long as its rate whatever the gradient, and at batch 1 they can saturate all primary capsules,
+            from which a network does not recover.
     """
 
     name: ClassVar[str]
@@ -82,19 +85,28 @@ class Policy:
     base_batch_size: int
     epochs: int
     num_images: int
+    warmup_steps: int = _option(0, "first steps over which the rate rises linearly to the policy's; 0 for none")
 
     def __post_init__(self) -> None:
         self._check_number("lr", self.base_lr, above=0, remedy="pass a positive number, such as 0.001")
         self._check_whole("batch_size", self.base_batch_size, least=1)
         self._check_whole("epochs", self.epochs, least=1)
         self._check_whole("num_images", self.num_images, least=1)
+        self._check_whole("warmup_steps", self.warmup_steps, least=0)
 
     def phases(self) -> list[Phase]:
         """The phases in order; together at least as long as the run."""
         return [Phase(self.epochs, self.base_batch_size)]
 
     def lr(self, progress: Progress) -> float:
-        """The learning rate of the step that is about to be taken."""
+        """The learning rate of the step that is about to be taken: the policy's formula, times the warm-up's factor."""
+        rate = self.formula(progress)
+        if progress.step < self.warmup_steps:
+            rate *= (progress.step + 1) / self.warmup_steps
+        return rate
+
+    def formula(self, progress: Progress) -> float:
+        """The paper's learning rate of this step, without warm-up."""
         return self.base_lr
 
     def batch_size(self, epoch: int) -> int:
@@ -222,7 +234,7 @@ class ExpDecay(Policy):
         if not isinstance(self.staircase, bool):
             raise ValueError(f"policy '{self.name}' got staircase={self.staircase!r}: pass true or false")
 
-    def lr(self, progress: Progress) -> float:
+    def formula(self, progress: Progress) -> float:
         decays = progress.step // self.decay_steps if self.staircase else progress.step / self.decay_steps
         return self.base_lr * self.decay_rate**decays
 
@@ -267,7 +279,7 @@ class OneCycle(Policy):
     def lowest_lr(self) -> float:
         return self._rate("final_lr", least=0)
 
-    def lr(self, progress: Progress) -> float:
+    def formula(self, progress: Progress) -> float:
         x = progress.step / progress.total_steps
         if x < self.rise:
             return _line(self.base_lr, self.highest_lr, x / self.rise)
@@ -323,7 +335,7 @@ class WarmRestarts(Policy):
             cycle *= self.cycle_mult
         return phases
 
-    def lr(self, progress: Progress) -> float:
+    def formula(self, progress: Progress) -> float:
         return _cosine(self.highest_lr, self.base_lr, progress)
 
 
@@ -390,7 +402,7 @@ class WarmAdaBatch(AdaBatch):
     def highest_lr(self) -> float:
         return self._rate("max_lr", least=self.base_lr)
 
-    def lr(self, progress: Progress) -> float:
+    def formula(self, progress: Progress) -> float:
         return _cosine(self.highest_lr, self.base_lr, progress)
 
 
@@ -419,7 +431,7 @@ class LRFinder(Policy):
                 f"{self.steps_per_decade}"
             )
 
-    def lr(self, progress: Progress) -> float:
+    def formula(self, progress: Progress) -> float:
         return 10.0 ** (self.start_exponent + progress.step / self.steps_per_decade)
 
 
@@ -495,10 +507,9 @@ def list_policies() -> list[str]:
 
 def policy_options(name: str) -> dict[str, tuple[Any, str]]:
     """The options of a policy: name to (default, help), for command lines and configuration files."""
-    shared = {option.name for option in fields(Policy)}
     return {
         option.name: (option.default, option.metadata["help"])
-        for option in fields(_policy_class(name)) if option.name not in shared
+        for option in fields(_policy_class(name)) if "help" in option.metadata
     }
 
 

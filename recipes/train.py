@@ -67,7 +67,7 @@ def build_parser() -> OptionParser:
     group("--epochs", type=int, default=30, help="passes over the training images")
     group("--batch-size", type=int, help="images a step, for policies with a fixed batch size; default 128, or 16 "
           "for fewer than 10,000 training images")
-    group("--lr", type=float, default=1e-3, help="base learning rate")
+    group("--lr", type=float, help="base learning rate; default 0.001, for warm_ada_batch 0.0001")
     group("--opt", default="adam", help="optimizer, by timm's names")
     group("--weight-decay", type=float, default=0.0, help="weight decay")
     group("--momentum", type=float, default=0.9, help="momentum, for optimizers that have it")
@@ -150,8 +150,14 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
 
 
 def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
+    """Make the policy, and fill in the options whose defaults depend on it or on the data set."""
+    # At batch 1 Adam at the paper's rates sends these networks to chance, see warmup_steps in capszoo.policies.
     if args.batch_size is None:
         args.batch_size = 128 if num_images >= 10_000 else 16
+    if args.lr is None:
+        args.lr = 1e-4 if args.policy == "warm_ada_batch" else 1e-3
+    if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
+        args.warmup_steps = 1000
     names = {name for policy in list_policies() for name in policy_options(policy)}
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return create_policy(

@@ -399,7 +399,20 @@ def test_config_is_the_papers_run(name):
         "model": "capsnet", "dataset": "mnist", "policy": name, "epochs": epochs, "batch_size": 128, "lr": lr
     }
     assert set(config) == set(policy_options(name))
-    assert list(make(name, epochs, 1437, **config).schedule()) == list(make(name, epochs, 1437).schedule())
+    warmup = config["warmup_steps"]
+    assert warmup == (1000 if "ada_batch" in name else 0)
+    expected = make(name, epochs, 1437, warmup_steps=warmup)
+    assert list(make(name, epochs, 1437, **config).schedule()) == list(expected.schedule())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_warm_up_is_a_factor_on_the_first_steps(name):
+    plain = list(make(name, epochs=5, num_images=1437).schedule())
+    warmed = list(make(name, epochs=5, num_images=1437, warmup_steps=40).schedule())
+    for step, ((*where, lr), (*other, warm)) in enumerate(zip(plain, warmed, strict=True)):
+        assert where == other
+        assert warm == (lr * ((step + 1) / 40) if step < 40 else lr)
+    assert "warmup_steps" in error(name, warmup_steps=-1)
 
 
 # The learning-rate finder's answer
