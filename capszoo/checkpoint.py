@@ -2,7 +2,7 @@
 
 A model's file holds its weights under their own names and readable metadata in the header. The resume state of a run
 is one safetensors file too: tensors of model, optimizer and random number generators, and everything else as JSON in
-the header. Nothing is ever pickled.
+the header. Loading a file never runs code of it.
 """
 import json
 import os

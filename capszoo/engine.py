@@ -4,7 +4,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -360,7 +360,7 @@ class Trainer:
         """Write `summary.csv`, `last.safetensors` and the resume state."""
         if self.folder is None:
             return
-        write_summary(self.folder / "summary.csv", self.history)
+        write_csv(self.folder / "summary.csv", SUMMARY_COLUMNS, self.history)
         last = self.history[-1] if self.history else None
         save_weights(self.folder / "last.safetensors", self.task.model, self._header(last))
         state = {
@@ -411,12 +411,12 @@ def _rank(row: dict[str, Any]) -> tuple[float, float]:
     return row["eval_top1"], -row["eval_loss"]
 
 
-def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write the rows of a run as CSV, atomically."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as CSV, atomically; None and missing values are empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, SUMMARY_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in history)
+    writer.writerows(rows)
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 

@@ -10,8 +10,6 @@ rounds of the ratio within a round. The variants of a training step differ in th
              stored, autograd through everything
     none     no routing: class capsules are a slice of the primary capsules. The floor that the convolutions set.
 """
-import csv
-import io
 import platform
 import statistics
 import sys
@@ -25,9 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import capszoo
-from capszoo.checkpoint import write_atomically
 from capszoo.command_line import OptionParser, UsageError, choose_device, run
-from capszoo.engine import autocast, resolve_amp
+from capszoo.engine import autocast, resolve_amp, write_csv
 from capszoo.kernels import dynamic_routing
 from capszoo.task import CapsuleTask
 
@@ -215,14 +212,10 @@ def main(argv: list[str] | None = None) -> int:
             steps = {v: routing_step(name, v, batch_size, device) for v in ("fused", "plain")}
             facts.update(subject="routing forward+backward", amp="none")
             rows += summarise(race(steps, args.rounds, device), facts)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     short = "cpu" if device.type == "cpu" else "".join(c if c.isalnum() else "-" for c in machine["device"].lower())
     path = Path(args.output) if args.output else RESULTS / f"benchmark-{short}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    write_csv(path, COLUMNS, rows)
     print_table(console, rows)
     console.print(f"written to {path}")
     return 0

@@ -10,7 +10,6 @@ summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.j
 """
 import argparse
 import csv
-import io
 import shlex
 import signal
 import sys
@@ -26,7 +25,7 @@ import capszoo
 from capszoo.checkpoint import load_weights, write_atomically
 from capszoo.command_line import OptionParser, UsageError, choose_device, key_value, run
 from capszoo.data import DataSplits, Loader, load_data
-from capszoo.engine import Trainer, evaluate, find_lr, resolve_amp, write_json
+from capszoo.engine import Trainer, evaluate, find_lr, resolve_amp, write_csv, write_json
 from capszoo.losses import MarginLoss
 from capszoo.policies import Policy, create_policy, list_policies, policy_options, suggest_lr
 from capszoo.task import CapsuleTask
@@ -344,19 +343,15 @@ def add_result(path: Path, result: dict[str, Any], argv: list[str]) -> None:
     if path.exists():
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(row), lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows([*rows, row])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
 
 
 def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
     """Run the learning-rate finder and write what it saw."""
     rates, losses = find_lr(trainer)
-    rows = "".join(f"{step},{lr:.6e},{loss:.6e}\n" for step, (lr, loss) in enumerate(zip(rates, losses, strict=True)))
-    write_atomically(folder / "lr_finder.csv", lambda temporary: temporary.write_text("step,lr,loss\n" + rows))
+    rows = [{"step": i, "lr": lr, "loss": loss} for i, (lr, loss) in enumerate(zip(rates, losses, strict=True))]
+    write_csv(folder / "lr_finder.csv", ("step", "lr", "loss"), rows)
     console.print(f"suggested learning rate {suggest_lr(rates, losses):.2e} ({folder / 'lr_finder.csv'})")
     return 0
 

@@ -272,3 +272,14 @@ def test_every_policy_configuration_is_accepted():
         assert train.make_policy(args, 60_000).epochs == args.epochs
         overridden = train.parse_args(["--config", str(path), "--epochs", "7"])
         assert overridden.epochs == 7 and overridden.policy == args.policy
+
+
+def test_results_table_grows_and_keeps_old_rows(tmp_path):
+    train = load_recipe("train")
+    table = tmp_path / "new/results.csv"
+    train.add_result(table, {"model": "a", "test_top1": 0.5}, ["--epochs", "1"])
+    train.add_result(table, {"model": "b", "eval_top1": None, "device": "x, y"}, [])
+    rows = list(csv.DictReader(table.open()))
+    assert [row["model"] for row in rows] == ["a", "b"]
+    assert rows[0]["test_top1"] == "0.5" and rows[0]["command"] == "python recipes/train.py --epochs 1"
+    assert rows[1]["device"] == "x, y" and rows[1]["test_top1"] == rows[1]["eval_top1"] == ""
