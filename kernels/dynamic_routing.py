@@ -595,12 +595,11 @@ def _sizes(x: Tensor, weight: Tensor) -> dict[str, int | str]:
 
 
 def _precision(x: Tensor, weight: Tensor) -> str:
-    """Of products in the kernels. Half precision is exact in TF32, whose own rounding is finer."""
-    device = torch.device("cpu") if not x.is_cuda else x.device
-    if device.type == "cpu" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    """Of products in the kernels. bfloat16 and float16 are exact in TF32, which rounds no coarser than they do."""
+    if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "ieee"
     matmul = torch.backends.cuda.matmul
     # Of the two settings torch raises an error for the older one once the newer has been used.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype in (torch.bfloat16, torch.float16)
-    return "tf32" if allowed or half else "tf32x3"
+    return "tf32" if allowed or half else "ieee"
