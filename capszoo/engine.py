@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +43,12 @@ SUMMARY_COLUMNS = (
     "epoch_seconds",
     "images_per_second",
 )
+_logger = logging.getLogger(__name__)
+
+# Steps taken one operator at a time before one is captured: kernels are compiled and tuned in them, which a capture
+# does not allow.
+_STEPS_BEFORE_CAPTURE = 3
+
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -177,6 +184,9 @@ class Trainer:
         clip_grad: Largest norm of the gradient; None for no limit.
         save_every: Also keep the resume state every so many steps; 0 for after epochs only.
         num_workers: Processes that read images, for data sets too large for memory.
+        cuda_graphs: On a CUDA device, capture the step of a batch size once and replay it: at small batches launching
+            hundreds of kernels takes longer than running them. Ignored where it is impossible: on other devices, with
+            float16's scaler, and with optimizers that torch cannot capture.
         metadata: Facts for the header of the weights' files.
         on_step: Called with the trainer after each step.
         on_epoch: Called with the trainer and the new row of the summary after each epoch.
@@ -200,6 +210,7 @@ class Trainer:
         clip_grad: float | None = None,
         save_every: int = 0,
         num_workers: int = 0,
+        cuda_graphs: bool = True,
         metadata: dict[str, Any] | None = None,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
         on_epoch: Callable[["Trainer", dict], None] = lambda trainer, row: None,
@@ -213,6 +224,14 @@ class Trainer:
         self.metadata = metadata or {}
         self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
+        self.cuda_graphs = (
+            cuda_graphs
+            and self.device.type == "cuda"
+            and not self.scaler.is_enabled()
+            and "capturable" in optimizer.defaults
+        )
+        self._rate = torch.zeros((), device=self.device)  # the learning rate as captured steps read it
+        self._captured: _CapturedStep | None = None
         self.position = _Position()
         # Of the last step taken.
         self.lr = 0.0
@@ -290,8 +309,30 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         self.lr = self.policy.lr(self.policy.progress(self.position.epoch, self.position.step))
+        # A last batch that is not full has no graph of its own.
+        if self.cuda_graphs and len(labels) == self.policy.batch_size(self.position.epoch):
+            if self._captured is None or self._captured.batch_size != len(labels):
+                self._captured = _CapturedStep(self._compute_step, len(labels))
+            self._set_lr()
+            try:
+                self._captured(images, labels)
+                return
+            except _CaptureError as error:
+                _logger.warning(f"training without CUDA graphs, more slowly at small batches: {error}")
+                self.cuda_graphs = False
+        self._set_lr()
+        self._compute_step(images, labels)
+
+    def _set_lr(self) -> None:
+        """A captured step reads the learning rate from memory, and its optimizer keeps its counts there."""
+        self._rate.fill_(self.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self._rate if self.cuda_graphs else self.lr
+            if "capturable" in group:
+                group["capturable"] = self.cuda_graphs
+
+    def _compute_step(self, images: Tensor, labels: Tensor) -> None:
+        """Forward pass, backward pass and optimizer, without a wait for the device."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.amp):
             result = self.task(images, labels)
@@ -405,6 +446,57 @@ class Trainer:
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+class _CaptureError(RuntimeError):
+    """A step that cannot be captured."""
+
+
+class _CapturedStep:
+    """A training step for batches of one size: the first few as they are, one captured, all others replayed."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], None], batch_size: int):
+        self.step = step
+        self.batch_size = batch_size
+        self.count = 0
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Take one step; raises _CaptureError, with the step not taken, if it cannot be captured."""
+        if self.count < _STEPS_BEFORE_CAPTURE:
+            self.count += 1
+            _on_side_stream(lambda: self.step(images, labels))
+            return
+        if self.replay is None:
+            # What a replay reads and writes stays where it was at the capture.
+            self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            self.replay = _capture(lambda: self.step(self.images, self.labels))
+        else:
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+        self.replay()
+
+
+def _on_side_stream(step: Callable[[], None]) -> None:
+    """Run a step on a stream of its own, as torch asks for of the steps before a capture."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        step()
+    current.wait_stream(side)
+
+
+def _capture(step: Callable[[], None]) -> Callable[[], None]:
+    """Record the kernels of a step without running them; what is returned runs them."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        raise _CaptureError(str(error).splitlines()[0]) from error
+    return graph.replay
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:

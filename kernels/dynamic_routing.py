@@ -7,16 +7,17 @@ of the design: with G_tj = W_tj V^(r-1)_j and H_tj = W_tj ds^r_j in R^K, which a
     logits_ij = x_i . G_tj          c_ij  = exp(logits_ij - lse_i), lse_i the logarithm of the sum of exp over all j
     dc_ij     = x_i . H_tj          dl_ij = c_ij (dc_ij - delta_i), delta_i = sum over j of c_ij dc_ij
 
-Forward. s^1 = bias + (sum over the P of x) W / J is one matrix product. For r = 2..R:
-    statistics   lse_i, a loop over j with a running maximum, so that the softmax is exact for any J
-    sum          s_j = sum over t of (sum over the i of t of c_ij x_i) W_tj, in parts
+Forward, for r = 1..R:
+    statistics   lse_i, a loop over j with a running maximum, so that the softmax is exact for any J; not for r = 1
+    sum          s_j = sum over t of (sum over the i of t of c_ij x_i) W_tj, in parts; a plain product for r = 1, where
+                 c = 1/J
     finish       adds the parts and the bias: s^r; v^r = squash(s^r); V^r = V^(r-1) + v^r
 
 Backward from g = dL/dv^R. V^1..V^(R-1) and ds^R = (d squash / ds at s^R)^T g come from the saved s. For r = R..2:
     statistics   lse_i and delta_i, kept for the last pass: 8 * (R - 1) * B * I bytes
     sum          sum over t of (sum over the i of t of dl_ij x_i) W_tj, in parts
     finish       adds the parts to Vbar; ds^(r-1) = (d squash / ds at s^(r-1))^T Vbar
-and last, with the terms of r = 1, where c = 1/J and dl = 0, as one matrix product each:
+and last, with c = 1/J and dl = 0 for r = 1:
     dposes       dx_i  = sum over r and j of c_ij H_tj + dl_ij G_tj
     dweight      dW_tj = sum over r and b of (sum over the i of t of c_ij x_i) ds^r_j^T + (the same, dl_ij) V^(r-1)_j^T
 
@@ -160,9 +161,24 @@ def _fitting(configs: list[triton.Config], named_args: dict, **kwargs) -> list[t
 
 def _tuned(*sizes: tuple[int, int, int, int]):
     """Chooses tile sizes by measuring, once for each problem; on disk between runs where this Triton can."""
-    key = ["T", "P", "J", "K", "D", "MAX_B", "PRECISION"]
-    caching = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
-    return triton.autotune(_configs(*sizes), key, prune_configs_by={"early_config_prune": _fitting}, **caching)
+
+    def decorate(kernel):
+        names = kernel.fn.arg_names
+        key = [n for n in ("T", "P", "J", "K", "D", "MAX_B", "R", "UNIFORM", "BACKWARD", "PRECISION") if n in names]
+        known = inspect.signature(triton.autotune).parameters
+        options = {name: value for name, value in _TUNING.items() if name in known}
+        pruning = {"early_config_prune": _fitting}
+        return triton.autotune(_configs(*sizes), key, prune_configs_by=pruning, **options)(kernel)
+
+    return decorate
+
+
+def _measure(call, quantiles):
+    """Milliseconds of a call. Tile sizes differ by more than so short a measurement errs."""
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+
+_TUNING = {"cache_results": True, "do_bench": _measure}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,12 +186,12 @@ def _tuned(*sizes: tuple[int, int, int, int]):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_tuned((16, 256, 8, 2), (16, 128, 4, 2), (32, 128, 8, 2))
+@_tuned((16, 64, 4, 2), (16, 128, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 8, 2))
 @triton.heuristics({"BLOCK_T": block_t})
 @triton.jit
 def statistics_kernel(
-    p_x, p_w, p_v, p_ds, p_lse, p_delta, B, T, P, J,
-    K: tl.constexpr, D: tl.constexpr, MAX_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_x, p_w, p_v, p_ds, p_lse, p_delta, B, T, P, J, MAX_B,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -211,16 +227,16 @@ def statistics_kernel(
         tl.store(p_delta + offsets, b_agreement / b_total, mask=m_i)
 
 
-@_tuned((16, 256, 8, 2), (16, 128, 4, 2), (32, 128, 8, 2))
+@_tuned((16, 64, 4, 2), (16, 128, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 8, 2))
 @triton.heuristics({"BLOCK_T": block_t})
 @triton.jit
 def sum_kernel(
-    p_x, p_w, p_v, p_ds, p_lse, p_delta, p_parts, B, T, P, J, num_parts,
-    K: tl.constexpr, D: tl.constexpr, MAX_B: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    p_x, p_w, p_v, p_ds, p_lse, p_delta, p_parts, B, T, P, J, MAX_B, num_parts,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIFORM: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The sum over i of c_ij u_ij, of dl_ij u_ij if BACKWARD, in parts `[num_parts, B, J, D]`.
+    """The sum over i of c_ij u_ij, of u_ij if UNIFORM, of dl_ij u_ij if BACKWARD, in parts `[num_parts, B, J, D]`.
 
     A program for each tile of samples, part of the capsules and class. It may have no capsules, and writes zeros then.
     """
@@ -235,7 +251,8 @@ def sum_kernel(
     num_tiles = tl.cdiv(T, BLOCK_T) * num_p
     tiles_per_part = tl.cdiv(num_tiles, num_parts)
 
-    b_v = _load_classes(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+    if not UNIFORM:
+        b_v = _load_classes(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
     if BACKWARD:
         b_ds = _load_classes(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
     b_sums = tl.zeros([NUM_S, BLOCK_B, BLOCK_D], tl.float32)
@@ -244,15 +261,18 @@ def sum_kernel(
         i_p = i_tile % num_p * BLOCK_P
         b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
         b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-        offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
-        b_lse = tl.load(p_lse + offsets, mask=m_i, other=0.0)
-        b_logits = tl.sum(b_x * _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
-        b_factor = tl.exp(b_logits - b_lse)
-        if BACKWARD:
-            b_delta = tl.load(p_delta + offsets, mask=m_i, other=0.0)
-            b_dc = tl.sum(b_x * _project(b_ds, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
-            b_factor *= b_dc - b_delta
-        b_y = _gather(b_factor, b_x, BLOCK_B, BLOCK_T, BLOCK_K)
+        if UNIFORM:
+            b_y = tl.reshape(tl.sum(b_x, axis=2), [BLOCK_B, BLOCK_T * BLOCK_K])
+        else:
+            offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+            b_lse = tl.load(p_lse + offsets, mask=m_i, other=0.0)
+            b_logits = tl.sum(b_x * _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
+            b_factor = tl.exp(b_logits - b_lse)
+            if BACKWARD:
+                b_delta = tl.load(p_delta + offsets, mask=m_i, other=0.0)
+                b_dc = tl.sum(b_x * _project(b_ds, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
+                b_factor *= b_dc - b_delta
+            b_y = _gather(b_factor, b_x, BLOCK_B, BLOCK_T, BLOCK_K)
         b_y = tl.permute(tl.reshape(b_y, [BLOCK_B, NUM_S, SLICE]), [1, 0, 2])
         b_sums += tl.dot(b_y, tl.reshape(b_w, [NUM_S, SLICE, BLOCK_D]), input_precision=PRECISION)
 
@@ -343,16 +363,16 @@ def finish_backward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@_tuned((16, 256, 8, 1), (16, 128, 4, 1))
+@_tuned((16, 64, 4, 1), (16, 128, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1))
 @triton.heuristics({"BLOCK_T": block_t})
 @triton.jit
 def dposes_kernel(
-    p_x, p_w, p_v, p_ds, p_lse, p_delta, p_first, p_dx, B, T, P, J, R,
-    K: tl.constexpr, D: tl.constexpr, MAX_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_x, p_w, p_v, p_ds, p_lse, p_delta, p_dx, B, T, P, J, MAX_B, R,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dx `[B, I, K]`. `first` `[B, T, K]` is the term of r = 1; V, ds, lse and delta are those of r = 2..R."""
+    """dx `[B, I, K]`, from ds of r = 1..R and V^(r-1), lse and delta of r = 2..R."""
     num_b = tl.cdiv(B, BLOCK_B)
     num_p = tl.cdiv(P, BLOCK_P)
     i_b = tl.program_id(0) % num_b * BLOCK_B
@@ -361,10 +381,11 @@ def dposes_kernel(
     i_p = i_tile % num_p * BLOCK_P
 
     b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
-    b_first = _load_poses(p_first, i_b, i_t, 0, B, T, 1, K, BLOCK_B, BLOCK_T, 1, BLOCK_K)
-    b_dx = tl.zeros([BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K], tl.float32) + b_first
+    b_dx = tl.zeros([BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K], tl.float32)
     offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+    p_first = p_ds
     for _ in range(R - 1):
+        p_ds += tl.cast(B, tl.int64) * J * D
         b_lse = tl.load(p_lse + offsets, mask=m_i, other=0.0)
         b_delta = tl.load(p_delta + offsets, mask=m_i, other=0.0)
         for i_j in range(J):
@@ -377,23 +398,28 @@ def dposes_kernel(
             b_dlogits = b_couplings * (tl.sum(b_x * b_h, axis=3) - b_delta)
             b_dx += b_couplings[:, :, :, None] * b_h + b_dlogits[:, :, :, None] * b_g
         p_v += tl.cast(B, tl.int64) * J * D
-        p_ds += tl.cast(B, tl.int64) * J * D
         p_lse += tl.cast(B, tl.int64) * T * P
         p_delta += tl.cast(B, tl.int64) * T * P
+    b_first = tl.zeros([BLOCK_B, BLOCK_T, 1, BLOCK_K], tl.float32)
+    for i_j in range(J):
+        b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+        b_ds = _load_classes(p_first, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_first += _project(b_ds, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION)
+    b_dx += b_first / J
     p_tile, m_x = _poses(p_dx, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
     tl.store(p_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
 
 
-@_tuned((16, 128, 4, 1), (32, 64, 4, 1))
+@_tuned((16, 64, 4, 1), (16, 128, 4, 1), (32, 64, 4, 1), (32, 128, 8, 1), (64, 64, 8, 1))
 @triton.heuristics({"BLOCK_T": block_t})
 @triton.jit
 def dweight_kernel(
-    p_x, p_w, p_v, p_ds, p_lse, p_delta, p_first, p_parts, B, T, P, J, R, num_parts,
-    K: tl.constexpr, D: tl.constexpr, MAX_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_x, p_w, p_v, p_ds, p_lse, p_delta, p_parts, B, T, P, J, MAX_B, R, num_parts,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dW in parts `[num_parts, T, K, J, D]`. `first` `[T, K, J, D]` is the term of r = 1, the rest is as in dposes.
+    """dW in parts `[num_parts, T, K, J, D]`, from the same as dposes.
 
     A program for each tile of types, class and part of the tiles of samples and of capsules of a type.
     """
@@ -405,17 +431,19 @@ def dweight_kernel(
     tiles_per_part = tl.cdiv(num_tiles, num_parts)
 
     b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-    b_first = _load_matrices(p_first, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-    b_dw = tl.where(i_part == 0, b_first, 0.0)
+    b_dw = tl.zeros([BLOCK_T * BLOCK_K, BLOCK_D], tl.float32)
     for i_tile in range(i_part * tiles_per_part, tl.minimum(num_tiles, (i_part + 1) * tiles_per_part)):
         i_b = i_tile // num_p * BLOCK_B
         i_p = i_tile % num_p * BLOCK_P
         b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
         offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+        b_ds = _load_classes(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_by_type = tl.trans(tl.reshape(tl.sum(b_x, axis=2), [BLOCK_B, BLOCK_T * BLOCK_K]))
+        b_dw += tl.dot(b_by_type, b_ds / J, input_precision=PRECISION)
         for r in range(R - 1):
             o_r = r * tl.cast(B, tl.int64)
             b_v = _load_classes(p_v + o_r * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
-            b_ds = _load_classes(p_ds + o_r * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+            b_ds = _load_classes(p_ds + (o_r + B) * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
             b_lse = tl.load(p_lse + o_r * T * P + offsets, mask=m_i, other=0.0)
             b_delta = tl.load(p_delta + o_r * T * P + offsets, mask=m_i, other=0.0)
             b_logits = tl.sum(b_x * _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
@@ -438,7 +466,7 @@ def dweight_kernel(
 
 
 def dynamic_routing(
-    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate: bool
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate: bool, tf32: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Class capsules v^R `[B, J, D]` in the dtype of x, and the sums before squash, s^1..s^R `[R, B, J, D]` in float32.
 
@@ -448,6 +476,7 @@ def dynamic_routing(
         bias: `[J, D]`.
         num_iters: R.
         approximate: The squash variant.
+        tf32: Allow products in TF32; torch's own setting allows them as well.
     """
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     B, J, D = x.shape[0], weight.shape[2], weight.shape[3]
@@ -456,14 +485,14 @@ def dynamic_routing(
     if v.numel() == 0:
         return v, sums
     grid, rows = _rows(B * J, D)
+    sizes = _sizes(x, weight, tf32)
     with torch.cuda.device_of(x):
         total = torch.empty_like(sums[0])  # V^r
-        parts = (_over_positions(x, weight) @ weight.flatten(0, 1).flatten(1).float())[None]
-        statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
+        lse = x.new_empty(x.shape[:2], dtype=torch.float32)
         for r in range(num_iters):
             if r > 0:
-                _statistics(x, weight, total, None, statistics, None)
-                parts = _sum(x, weight, total, None, statistics, None)
+                _statistics(x, weight, total, None, lse, None, sizes)
+            parts = _sum(x, weight, total, None, lse, None, sizes, uniform=r == 0)
             finish_kernel[grid](
                 parts, bias, total, sums[r], v, 1.0 if r > 0 else 1.0 / J,
                 J=J, num_parts=len(parts), APPROXIMATE=approximate, FIRST=r == 0, LAST=r == num_iters - 1, **rows,
@@ -472,62 +501,51 @@ def dynamic_routing(
 
 
 def dynamic_routing_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, approximate: bool
+    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, approximate: bool, tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x and weight in their dtypes and by bias in float32, from `grad` `[B, J, D]` and what
     `dynamic_routing` took and returned."""
     grad, x, weight, sums = grad.contiguous(), x.contiguous(), weight.contiguous(), sums.contiguous()
     R, B, J, D = sums.shape
-    T, K = weight.shape[:2]
-    P = x.shape[1] // T
     if sums.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), sums.new_zeros(J, D)
     grid, rows = _rows(B * J, D)
+    sizes = _sizes(x, weight, tf32)
     with torch.cuda.device_of(x):
         totals, dsums = torch.empty_like(sums[1:]), torch.empty_like(sums)  # V^1..V^(R-1) and ds^1..ds^R
         begin_backward_kernel[grid](grad, sums, totals, dsums, R=R, APPROXIMATE=approximate, **rows)
-        lse = x.new_empty(R - 1, B, T * P, dtype=torch.float32)
+        lse = x.new_empty(R - 1, *x.shape[:2], dtype=torch.float32)
         delta, dtotal = torch.empty_like(lse), torch.empty_like(sums[0])
         for r in range(R - 1, 0, -1):
             tensors = x, weight, totals[r - 1], dsums[r], lse[r - 1], delta[r - 1]
-            _statistics(*tensors)
-            parts = _sum(*tensors)
+            _statistics(*tensors, sizes)
+            parts = _sum(*tensors, sizes)
             finish_backward_kernel[grid](
                 parts, dtotal, sums[r - 1], dsums[r - 1],
                 num_parts=len(parts), APPROXIMATE=approximate, FIRST=r == R - 1, **rows,
             )  # fmt: skip
         dbias = dsums.sum((0, 1))
-
-        first = dsums[0].flatten(1) / J  # [B, J * D]
-        last = x, weight, totals, dsums[1:], lse, delta
-        dx = _dposes(*last, first @ weight.flatten(0, 1).flatten(1).float().t())
-        dweight = _dweight(*last, _over_positions(x, weight).t() @ first)
+        dx = _dposes(x, weight, totals, dsums, lse, delta, sizes)
+        dweight = _dweight(x, weight, totals, dsums, lse, delta, sizes)
     return dx, dweight, dbias
 
 
-def _over_positions(x: Tensor, weight: Tensor) -> Tensor:
-    """The poses of each type summed over its capsules, `[B, T * K]`, in float32."""
-    T, K = weight.shape[:2]
-    if x.shape[1] == T:
-        return x.flatten(1).float()
-    return x.view(len(x), T, x.shape[1] // T, K).sum(2, dtype=torch.float32).flatten(1)
-
-
 def _statistics(
-    x: Tensor, weight: Tensor, total: Tensor, dsum: Tensor | None, lse: Tensor, delta: Tensor | None
+    x: Tensor, weight: Tensor, total: Tensor, dsum: Tensor | None, lse: Tensor, delta: Tensor | None, sizes: dict
 ) -> None:
     """Writes lse, and delta if there is a ds."""
-    sizes = _sizes(x, weight)
     backward = dsum is not None
     statistics_kernel[_tiles_grid(sizes)](
         x, weight, total, dsum if backward else total, lse, delta if backward else lse, BACKWARD=backward, **sizes
     )
 
 
-def _sum(x: Tensor, weight: Tensor, total: Tensor, dsum: Tensor | None, lse: Tensor, delta: Tensor | None) -> Tensor:
+def _sum(
+    x: Tensor, weight: Tensor, total: Tensor, dsum: Tensor | None, lse: Tensor, delta: Tensor | None, sizes: dict,
+    uniform: bool = False,
+) -> Tensor:  # fmt: skip
     """The sum over the capsules of c_ij u_ij, or of dl_ij u_ij if there is a ds, in parts `[parts, B, J, D]`."""
-    sizes = _sizes(x, weight)
-    B, T, P, J, K, D = (sizes[name] for name in "BTPJKD")
+    B, T, P, J, K = (sizes[name] for name in "BTPJK")
     # Sizes of parts and tiles are independent, so that tuning need not know the one to choose the other.
     tiles = triton.cdiv(B, min(sizes["MAX_B"], 32)) * J
     num_parts = max(1, min(triton.cdiv(NUM_PROGRAMS, tiles), triton.cdiv(T * P * K, 256)))
@@ -535,31 +553,29 @@ def _sum(x: Tensor, weight: Tensor, total: Tensor, dsum: Tensor | None, lse: Ten
     backward = dsum is not None
     sum_kernel[lambda meta: (triton.cdiv(B, meta["BLOCK_B"]) * num_parts, J)](
         x, weight, total, dsum if backward else total, lse, delta if backward else lse, parts,
-        num_parts=num_parts, BACKWARD=backward, **sizes,
+        num_parts=num_parts, UNIFORM=uniform, BACKWARD=backward, **sizes,
     )  # fmt: skip
     return parts
 
 
 def _dposes(
-    x: Tensor, weight: Tensor, totals: Tensor, dsums: Tensor, lse: Tensor, delta: Tensor, first: Tensor
+    x: Tensor, weight: Tensor, totals: Tensor, dsums: Tensor, lse: Tensor, delta: Tensor, sizes: dict
 ) -> Tensor:
     dx = torch.empty_like(x)
-    sizes = _sizes(x, weight)
-    dposes_kernel[_tiles_grid(sizes)](x, weight, totals, dsums, lse, delta, first, dx, R=len(totals) + 1, **sizes)
+    dposes_kernel[_tiles_grid(sizes)](x, weight, totals, dsums, lse, delta, dx, R=len(dsums), **sizes)
     return dx
 
 
 def _dweight(
-    x: Tensor, weight: Tensor, totals: Tensor, dsums: Tensor, lse: Tensor, delta: Tensor, first: Tensor
+    x: Tensor, weight: Tensor, totals: Tensor, dsums: Tensor, lse: Tensor, delta: Tensor, sizes: dict
 ) -> Tensor:
-    sizes = _sizes(x, weight)
     B, T, P, J, K = (sizes[name] for name in "BTPJK")
     tiles = triton.cdiv(T * K, 256) * J
     num_parts = max(1, min(triton.cdiv(NUM_PROGRAMS, tiles), triton.cdiv(B, 16) * triton.cdiv(P, sizes["BLOCK_P"])))
     parts = torch.empty(num_parts, *weight.shape, dtype=weight.dtype if num_parts == 1 else torch.float32,
                         device=x.device)  # fmt: skip
     dweight_kernel[lambda meta: (triton.cdiv(T, meta["BLOCK_T"]), J, num_parts)](
-        x, weight, totals, dsums, lse, delta, first, parts, R=len(totals) + 1, num_parts=num_parts, **sizes
+        x, weight, totals, dsums, lse, delta, parts, R=len(dsums), num_parts=num_parts, **sizes
     )
     return parts[0] if num_parts == 1 else parts.sum(0).to(weight.dtype)
 
@@ -579,7 +595,7 @@ def _rows(N: int, D: int) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(N, BLOCK_N),), {"N": N, "D": D, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}
 
 
-def _sizes(x: Tensor, weight: Tensor) -> dict[str, int | str]:
+def _sizes(x: Tensor, weight: Tensor, tf32: bool) -> dict[str, int | str]:
     """What all kernels over tiles take."""
     B, T, P = x.shape[0], weight.shape[0], x.shape[1] // weight.shape[0]
     K, J, D = weight.shape[1:]
@@ -590,11 +606,11 @@ def _sizes(x: Tensor, weight: Tensor) -> dict[str, int | str]:
         "BLOCK_P": next(p for p in (4, 2, 1) if p == 1 or triton.cdiv(P, p) * p * 6 <= P * 7),
         "BLOCK_K": triton.next_power_of_2(K),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "PRECISION": _precision(x, weight),
+        "PRECISION": _precision(x, weight, tf32),
     }  # fmt: skip
 
 
-def _precision(x: Tensor, weight: Tensor) -> str:
+def _precision(x: Tensor, weight: Tensor, tf32: bool) -> str:
     """Of products in the kernels. bfloat16 and float16 are exact in TF32, which rounds no coarser than they do."""
     if not x.is_cuda or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "ieee"
@@ -602,4 +618,4 @@ def _precision(x: Tensor, weight: Tensor) -> str:
     # Of the two settings torch raises an error for the older one once the newer has been used.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     half = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype in (torch.bfloat16, torch.float16)
-    return "tf32" if allowed or half else "ieee"
+    return "tf32" if tf32 or allowed or half else "ieee"

@@ -2,13 +2,31 @@
 
 Each operator is opaque to torch.compile and torch.export: they record one call and do not look into its tiles. The
 kernel registered first serves every device by PyTorch operators alone; a device with a kernel of its own adds it with
-`dynamic_routing_op.register_kernel("cuda")`, and no caller changes.
+`dynamic_routing_op.register_kernel("cuda")`, and no caller changes. On CUDA that is Triton, except in float64, and
+where Triton or the GPU is missing or too old, which one warning tells.
 """
+
+import functools
+import warnings
 
 import torch
 from torch import Tensor
 
 from . import cpu
+
+try:
+    # Imported here and not at first use: importing a submodule puts it into the package under its name, where the
+    # functions of the same names must come after it.
+    from . import dynamic_routing as triton_routing
+    from . import squash as triton_squash
+except (ImportError, AttributeError, TypeError) as error:  # no Triton, or one without what the kernels use
+    triton_routing = triton_squash = None
+    TRITON_PROBLEM = f"Triton cannot be used here ({error})"
+else:
+    TRITON_PROBLEM = None
+
+# Triton has no code for GPUs before it.
+LEAST_CAPABILITY = (7, 0)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -21,35 +39,65 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+@functools.cache
+def _warn(problem: str) -> None:
+    warnings.warn(f"{problem}: squash and routing run as PyTorch operators, more slowly", stacklevel=2)
+
+
+@functools.cache
+def _problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on this GPU, if it cannot."""
+    if TRITON_PROBLEM:
+        return TRITON_PROBLEM
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY and not torch.version.hip:
+        found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+        return f"The GPU has compute capability {found}, Triton needs {least}"
+    try:  # the least kernel shows whether it can compile and launch: without a C compiler, say, it cannot
+        triton_squash.squash_forward(torch.zeros(1, 1, device=device), False)
+    except Exception as error:
+        return f"Triton cannot be used here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None
+
+
+def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton computes in this dtype there; warns once if only the machine prevents it."""
+    if dtype != torch.float32:
+        return False
+    problem = _problem(device)
+    if problem:
+        _warn(problem)
+    return problem is None
+
+
 # An operator may not return memory of its inputs. None does below: `to` passes on a tensor that has the dtype already,
 # but only computed ones are returned.
 
 
-@torch.library.custom_op("capszoo::squash", mutates_args=())
-def squash_op(x: Tensor, approximate: bool) -> Tensor:
+def _squash(x: Tensor, approximate: bool) -> Tensor:
     return cpu.squash(x.to(_compute_dtype(x, x)), approximate).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("capszoo::squash_backward", mutates_args=())
-def squash_backward_op(grad: Tensor, x: Tensor, approximate: bool) -> Tensor:
+def _squash_backward(grad: Tensor, x: Tensor, approximate: bool) -> Tensor:
     dtype = _compute_dtype(x, x)
     return cpu.squash_backward(grad.to(dtype), x.to(dtype), approximate).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("capszoo::dynamic_routing", mutates_args=())
-def dynamic_routing_op(
-    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool
+def _routing(
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool, tf32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Class capsules `[B, J, D]`, and the sums before squash `[R, B, J, D]` that the backward pass needs."""
+    """Class capsules `[B, J, D]`, and the sums before squash `[R, B, J, D]` that the backward pass needs.
+
+    `tf32` allows products in TF32 where the device has it; the PyTorch algorithm leaves that to torch's own setting.
+    """
     dtype = _compute_dtype(x, weight)
     with _no_autocast(x):
         v, sums = cpu.dynamic_routing(x.to(dtype), weight.to(dtype), bias.to(dtype), num_iters, approximate_squash)
     return v.to(x.dtype), sums
 
 
-@torch.library.custom_op("capszoo::dynamic_routing_backward", mutates_args=())
-def dynamic_routing_backward_op(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool
+def _routing_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = sums.dtype
     with _no_autocast(x):
@@ -57,6 +105,43 @@ def dynamic_routing_backward_op(
             grad.to(dtype), x.to(dtype), weight.to(dtype), sums, approximate_squash
         )
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+squash_op = torch.library.custom_op("capszoo::squash", _squash, mutates_args=())
+squash_backward_op = torch.library.custom_op("capszoo::squash_backward", _squash_backward, mutates_args=())
+dynamic_routing_op = torch.library.custom_op("capszoo::dynamic_routing", _routing, mutates_args=())
+dynamic_routing_backward_op = torch.library.custom_op(
+    "capszoo::dynamic_routing_backward", _routing_backward, mutates_args=()
+)
+
+
+@squash_op.register_kernel("cuda")
+def _(x, approximate):
+    if not _runs_triton(x.device, _compute_dtype(x, x)):
+        return _squash(x, approximate)
+    return triton_squash.squash_forward(x, approximate)
+
+
+@squash_backward_op.register_kernel("cuda")
+def _(grad, x, approximate):
+    if not _runs_triton(x.device, _compute_dtype(x, x)):
+        return _squash_backward(grad, x, approximate)
+    return triton_squash.squash_backward(grad, x, approximate)
+
+
+@dynamic_routing_op.register_kernel("cuda")
+def _(x, weight, bias, num_iters, approximate_squash, tf32=False):
+    if not _runs_triton(x.device, _compute_dtype(x, weight)):
+        return _routing(x, weight, bias, num_iters, approximate_squash)
+    return triton_routing.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)
+
+
+@dynamic_routing_backward_op.register_kernel("cuda")
+def _(grad, x, weight, bias, sums, approximate_squash, tf32):
+    if not _runs_triton(x.device, sums.dtype):
+        return _routing_backward(grad, x, weight, bias, sums, approximate_squash, tf32)
+    dx, dweight, dbias = triton_routing.dynamic_routing_backward(grad, x, weight, sums, approximate_squash, tf32)
+    return dx, dweight, dbias.to(bias.dtype)
 
 
 @squash_op.register_fake
@@ -70,13 +155,13 @@ def _(grad, x, approximate):
 
 
 @dynamic_routing_op.register_fake
-def _(x, weight, bias, num_iters, approximate_squash):
+def _(x, weight, bias, num_iters, approximate_squash, tf32=False):
     v = x.new_empty(x.shape[0], *weight.shape[2:])
     return v, x.new_empty(num_iters, *v.shape, dtype=_compute_dtype(x, weight))
 
 
 @dynamic_routing_backward_op.register_fake
-def _(grad, x, weight, bias, sums, approximate_squash):
+def _(grad, x, weight, bias, sums, approximate_squash, tf32):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
 
 
@@ -91,14 +176,15 @@ def _squash_gradients(ctx, grad):
 
 
 def _save_routing(ctx, inputs, output):
-    x, weight, bias, _, ctx.approximate_squash = inputs
+    x, weight, bias, _, ctx.approximate_squash, ctx.tf32 = inputs
     _, sums = output
     ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(x, weight, bias, sums)
 
 
 def _routing_gradients(ctx, grad, _):
-    return *dynamic_routing_backward_op(grad, *ctx.saved_tensors, ctx.approximate_squash), None, None
+    grads = dynamic_routing_backward_op(grad, *ctx.saved_tensors, ctx.approximate_squash, ctx.tf32)
+    return *grads, None, None, None
 
 
 squash_op.register_autograd(_squash_gradients, setup_context=_save_squash)
@@ -150,7 +236,9 @@ def dynamic_routing(
 
     Returns:
         Class capsules, `[B, J, D]`, in the dtype of `x`. Computed in float64 if `x` or `weight` is, else in float32,
-        under autocast too; dtypes may differ, and each gradient has the dtype of its input.
+        under autocast too; dtypes may differ, and each gradient has the dtype of its input. On a GPU the factors of
+        products are rounded to TF32 if torch.backends.cuda.matmul allows it, under autocast, and where `x` and
+        `weight` are of half precision; sums are float32 always.
 
     Raises:
         ValueError: If a shape, a dtype, a device or `num_iters` does not fit; the message names it and the remedy.
@@ -183,4 +271,8 @@ def dynamic_routing(
         raise ValueError(
             f"x is on {x.device}, weight on {weight.device}, bias on {bias.device}: move them to one device"
         )
-    return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash)[0]
+    # Autocast asks for speed at 8 or 11 bits. It is over when the backward pass runs, so it is told to the operator.
+    tf32 = False
+    if not torch.jit.is_scripting():
+        tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)[0]

@@ -27,15 +27,16 @@ def few(digits):
     return train, val
 
 
-def make_trainer(splits, folder=None, epochs=3, policy="one_cycle", drop_rate=0.2, **kwargs):
+def make_trainer(splits, folder=None, epochs=3, policy="one_cycle", drop_rate=0.2, device="cpu", **kwargs):
     train, val = splits
     torch.manual_seed(0)
     model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True, drop_rate=drop_rate)
-    model.to(memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     options = {"lr": 1e-3, "batch_size": 16, "epochs": epochs, "num_images": len(train)}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     task = CapsuleTask(model, verbose=False)
-    return Trainer(task, optimizer, create_policy(policy, **options), train, val, folder=folder, translate=2, **kwargs)
+    policy = create_policy(policy, **options)
+    return Trainer(task, optimizer, policy, train, val, folder=folder, translate=2, device=device, **kwargs)
 
 
 def weights(trainer):
@@ -240,3 +241,84 @@ def test_resolve_amp():
     for wrong in ("fp16", "fp8"):
         with pytest.raises(TrainingError, match=wrong):
             resolve_amp(wrong, cpu)
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    """Captures that record what they would have run, on a machine without CUDA."""
+    captures = []
+
+    def capture(step):
+        captures.append(step)
+        return step
+
+    monkeypatch.setattr(engine, "_on_side_stream", lambda step: step())
+    monkeypatch.setattr(engine, "_capture", capture)
+    # Of the optimizers that can be captured, those of torch refuse CPU tensors.
+    monkeypatch.setattr(Trainer, "_set_lr", _set_lr_alone)
+    return captures
+
+
+def _set_lr_alone(trainer):
+    trainer._rate.fill_(trainer.lr)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = trainer._rate
+
+
+def test_captured_steps_take_every_batch_and_rate(few, pretended_graphs):
+    plain, captured = make_trainer(few, drop_rate=0.0), make_trainer(few, drop_rate=0.0)
+    plain.fit()
+    captured.cuda_graphs = True
+    captured.fit()
+    # 50 images: three full batches and one of two in each epoch; the fourth full one is captured.
+    assert len(pretended_graphs) == 1 and captured._captured.images.shape[0] == 16
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(captured)[key], value, rtol=1e-4, atol=1e-6)
+    for row, expected in zip(captured.history, plain.history, strict=True):
+        assert row["lr"] == expected["lr"] and row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+
+
+def test_a_graph_for_each_batch_size(few, pretended_graphs):
+    trainer = make_trainer(few)
+    trainer.policy = create_policy(
+        "warm_ada_batch", lr=1e-4, batch_size=8, epochs=3, num_images=50, warm_epochs=1, warm_batch=4, first_batch=8
+    )
+    trainer.cuda_graphs = True
+    trainer.fit()
+    assert len(pretended_graphs) == 2 and trainer._captured.batch_size == 8
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_it_is(few, pretended_graphs, monkeypatch, caplog):
+    def fail(step):
+        raise engine._CaptureError("not permitted")
+
+    plain, trainer = make_trainer(few, drop_rate=0.0), make_trainer(few, drop_rate=0.0)
+    plain.fit()
+    trainer.cuda_graphs = True
+    monkeypatch.setattr(engine, "_capture", fail)
+    trainer.fit()
+    assert not trainer.cuda_graphs and len([r for r in caplog.records if "CUDA graphs" in r.getMessage()]) == 1
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(trainer)[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("policy", ["one_cycle", "warm_ada_batch"])
+def test_captured_steps_on_a_gpu(few, policy, tmp_path, caplog):
+    """Graphs change the order of nothing: the losses are those of steps launched one kernel at a time."""
+    histories = []
+    for name, graphs in (("plain", False), ("captured", True)):
+        (tmp_path / name).mkdir()
+        trainer = make_trainer(few, tmp_path / name, epochs=4, policy=policy, device="cuda", cuda_graphs=graphs)
+        assert trainer.cuda_graphs == graphs
+        trainer.fit()
+        assert trainer.cuda_graphs == graphs, caplog.text
+        histories.append(untimed(trainer.history))
+    for row, expected in zip(*histories, strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=2e-2)
+    assert trainer._captured.replay is not None
+    # The state of a captured run is taken up on either side.
+    for graphs in (True, False):
+        again = make_trainer(few, tmp_path / "captured", epochs=5, policy=policy, device="cuda", cuda_graphs=graphs)
+        assert again.resume() and again.fit()

@@ -1,11 +1,14 @@
 """The registered operators: dtypes, autograd, compilation, export, scripts, and the messages for wrong inputs."""
 
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from capszoo.kernels import dynamic_routing, reference, squash
+from capszoo.kernels import dynamic_routing, ops, reference, squash
 
 
 def make_inputs(B=3, T=3, P=2, K=4, J=5, D=7, dtype=torch.float32):
@@ -196,3 +199,42 @@ def test_other_wrong_inputs():
         squash(x.long())
     with pytest.raises(ValueError, match="x is a scalar"):
         squash(torch.tensor(1.0))
+
+
+def test_without_triton():
+    """On a machine where it is missing the package imports and computes; a GPU would get one warning."""
+    code = """
+import sys, warnings
+sys.modules["triton"] = None
+import torch
+from capszoo.kernels import dynamic_routing, ops, squash
+assert ops.triton_routing is None and "Triton cannot be used here" in ops._problem(torch.device("cuda"))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert not ops._runs_triton(torch.device("cuda"), torch.float32)
+    assert not ops._runs_triton(torch.device("cuda"), torch.float32)
+    assert not ops._runs_triton(torch.device("cuda"), torch.float64)
+assert len(caught) == 1 and "run as PyTorch operators" in str(caught[0].message), caught
+assert dynamic_routing(torch.rand(2, 3, 4), torch.rand(3, 4, 5, 6), torch.rand(5, 6)).shape == (2, 5, 6)
+assert callable(squash) and squash(torch.rand(2, 3)).shape == (2, 3)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(ops, "TRITON_PROBLEM", None)
+    assert ops._problem.__wrapped__(torch.device("cuda")) == "The GPU has compute capability 6.1, Triton needs 7.0"
+
+
+def test_a_machine_where_triton_cannot_compile(monkeypatch):
+    def fail(x, approximate):
+        raise RuntimeError("Failed to find C compiler\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(ops, "TRITON_PROBLEM", None)
+    monkeypatch.setattr(ops, "triton_squash", SimpleNamespace(squash_forward=fail))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    problem = ops._problem.__wrapped__(torch.device("cuda"))
+    assert problem == "Triton cannot be used here (Failed to find C compiler)"

@@ -1,0 +1,100 @@
+"""Peak memory of the routing's forward and backward pass at the standard sizes, counted allocation by allocation."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from capszoo.kernels import cpu, ops, reference
+
+# B, T, P, K, J, D of the standard network, with a matrix for each capsule and with one for each type.
+SIZES = [(128, 1152, 1, 8, 10, 16), (128, 32, 36, 8, 10, 16)]
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is on, saved ones included, at the moment of most."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        results = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
+                storage = tensor.untyped_storage()
+                self.living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.living = {key: pair for key, pair in self.living.items() if not pair[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.living.values()))
+        return results
+
+
+def make_inputs(B, T, P, K, J, D, device):
+    return [torch.zeros(shape, device=device) for shape in ((B, T * P, K), (T, K, J, D), (J, D), (B, J, D))]
+
+
+def stored_form(route, sizes):
+    """Peak of a form that autograd differentiates; on the meta device, which allocates nothing."""
+    x, weight, bias, grad = make_inputs(*sizes, "meta")
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    with Allocations() as allocations:
+        torch.autograd.grad(route(*inputs), inputs, grad)
+    return allocations.peak
+
+
+def recomputing_form(module, sizes, device):
+    x, weight, bias, grad = make_inputs(*sizes, device)
+    with Allocations() as allocations:
+        _, sums = module.dynamic_routing(x, weight, bias, 3, False)
+        gradients = module.dynamic_routing_backward(grad, x, weight, sums, False)
+    del gradients
+    return allocations.peak
+
+
+def plain_form():
+    """Routing as public codes write it, which recipes/benchmark.py races."""
+    path = Path(__file__).parents[2] / "recipes" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.plain_dynamic_routing
+
+
+def test_the_count_itself():
+    with Allocations() as allocations:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100) * 2
+    assert allocations.peak == 8000 and c.shape == (10, 100)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["own", "shared"])
+def test_triton_allocates_a_twentieth_of_the_plain_form(sizes, monkeypatch):
+    routing = ops.triton_routing
+    if routing is None:
+        pytest.skip("needs Triton")
+
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    for name in [name for name in vars(routing) if name.endswith("_kernel")]:
+        monkeypatch.setattr(routing, name, NoKernel())
+    ours, plain = recomputing_form(routing, sizes, "meta"), stored_form(plain_form(), sizes)
+    print(f"Triton {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
+    assert ours * 20 <= plain
+    # Also of the reference, which stores votes but not the product of all poses and matrices.
+    assert ours * 10 <= stored_form(reference.dynamic_routing, sizes)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["own", "shared"])
+def test_cpu_allocates_a_twentieth_of_the_plain_form(sizes):
+    ours, plain = recomputing_form(cpu, sizes, "cpu"), stored_form(plain_form(), sizes)
+    print(f"CPU {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
+    assert ours * 20 <= plain

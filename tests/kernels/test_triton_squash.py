@@ -1,0 +1,83 @@
+"""Squash in Triton against the reference in float64, through the interpreter.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so the module runs itself in a process that has it set.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+@pytest.mark.skipif(INTERPRETING, reason="is the process that it starts")
+def test_through_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="run by test_through_the_interpreter")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def error(actual, expected):
+    difference = (actual.double() - expected).norm().item()
+    return difference / expected.norm().item() if expected.any() else difference
+
+
+def check(x, grad, approximate):
+    from capszoo.kernels import reference
+    from capszoo.kernels.squash import squash_backward, squash_forward
+
+    exact = x.detach().double().requires_grad_()
+    v = reference.squash(exact, approximate)
+    (dx,) = torch.autograd.grad(v, exact, grad.double())
+    for actual, expected in ((squash_forward(x, approximate), v.detach()), (squash_backward(grad, x, approximate), dx)):
+        assert actual.is_contiguous() and actual.shape == x.shape and actual.dtype == x.dtype
+        assert error(actual, expected) <= BOUNDS[x.dtype]
+
+
+@interpreted
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 300),
+    width=st.one_of(st.integers(1, 33), st.integers(34, 256)),
+    scale=st.sampled_from([1e-4, 0.1, 1.0, 30.0]),
+    approximate=st.booleans(),
+    dtype=st.sampled_from(list(BOUNDS)),
+    seed=st.integers(0, 2**20),
+)
+def test_output_and_gradient(rows, width, scale, approximate, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = torch.randn(2, rows, width, generator=generator, dtype=torch.float64)
+    x[rows // 2] = 0
+    check((scale * x).to(dtype), grad.to(dtype), approximate)
+
+
+@interpreted
+@pytest.mark.parametrize("approximate", [False, True])
+def test_strides_and_empty(approximate):
+    from capszoo.kernels.squash import squash_backward, squash_forward
+
+    x, grad = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+    check(x.transpose(1, 2), grad.permute(0, 2, 1), approximate)
+    for shape in ((0, 5), (5, 0)):
+        assert squash_forward(torch.empty(shape), approximate).shape == shape
+        assert squash_backward(torch.empty(shape), torch.empty(shape), approximate).shape == shape
