@@ -227,7 +227,7 @@ def statistics_kernel(
         tl.store(p_delta + offsets, b_agreement / b_total, mask=m_i)
 
 
-@_tuned((16, 64, 4, 2), (16, 128, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 8, 2))
+@_tuned((16, 64, 4, 2), (16, 128, 4, 2), (32, 64, 4, 2), (32, 128, 8, 2))
 @triton.heuristics({"BLOCK_T": block_t})
 @triton.jit
 def sum_kernel(
@@ -410,7 +410,7 @@ def dposes_kernel(
     tl.store(p_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
 
 
-@_tuned((16, 64, 4, 1), (16, 128, 4, 1), (32, 64, 4, 1), (32, 128, 8, 1), (64, 64, 8, 1))
+@_tuned((16, 128, 4, 1), (32, 64, 4, 1), (32, 128, 8, 1), (64, 64, 8, 1))
 @triton.heuristics({"BLOCK_T": block_t})
 @triton.jit
 def dweight_kernel(
