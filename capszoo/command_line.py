@@ -1,14 +1,34 @@
 """What the recipes' command lines have in common: options with near matches, YAML, errors in one line."""
 import argparse
+import csv
 import difflib
+import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["OptionParser", "UsageError", "format_error", "key_value", "read_yaml", "run"]
+from .engine import write_csv
+from .policies import list_policies, policy_options
+
+__all__ = [
+    "OptionParser",
+    "StopSignal",
+    "UsageError",
+    "add_policy_options",
+    "add_result",
+    "choose_device",
+    "create_optimizer",
+    "format_error",
+    "key_value",
+    "policy_arguments",
+    "read_yaml",
+    "run",
+]
 
 
 class UsageError(ValueError):
@@ -141,6 +161,82 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used ({format_error(error)}): use --device auto or cpu") from None
     return device
+
+
+def add_policy_options(parser: argparse.ArgumentParser, policies: Sequence[str]) -> None:
+    """Give a recipe an option for every option of these policies, None where it is not given."""
+    add = parser.add_argument_group("policy options (default: the policy's own)").add_argument
+    takers: dict[str, list[str]] = {}
+    for policy in policies:
+        for name in policy_options(policy):
+            takers.setdefault(name, []).append(policy)
+    for name, names in takers.items():
+        default, text = policy_options(names[0])[name]
+        # Rates such as "10x" and a cycle of None ("auto") are text that the policy reads.
+        kind: dict[str, Any] = {"type": str if default is None or isinstance(default, str) else type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = text.replace("%", "%%")
+        add("--" + name.replace("_", "-"), dest=name, default=None, help=f"{', '.join(names)}: {text}", **kind)
+
+
+def policy_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_policy_options` that were given."""
+    names = {name for policy in list_policies() for name in policy_options(policy)}
+    return {name: value for name in sorted(names) if (value := getattr(args, name, None)) is not None}
+
+
+def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of --opt, --lr, --weight-decay and, where the recipe has it, --momentum.
+
+    Raises:
+        UsageError: If there is no such optimizer, or it does not take these options.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if args.opt not in list_optimizers():
+        raise UsageError(f"unknown optimizer {args.opt!r}: see timm.optim.list_optimizers()")
+    extra = {"fused": True} if args.opt in ("adam", "adamw") else {}
+    extra.update({"momentum": args.momentum} if "momentum" in args else {})
+    try:
+        return create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **extra)
+    except (ImportError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {args.opt!r} cannot be made: {error}") from None
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self.received
+
+
+def add_result(path: Path, result: dict[str, Any], recipe: str, argv: Sequence[str] | None) -> None:
+    """Add a row with a result, the date and the command that made it to a table of results."""
+    command = shlex.join(["python", recipe, *(sys.argv[1:] if argv is None else argv)])
+    row = {**result, "date": time.strftime("%Y-%m-%d"), "command": command}
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
 
 
 def format_error(error: BaseException) -> str:

@@ -35,7 +35,7 @@ from capszoo.readers import (
     to_uint8,
 )
 
-__all__ = ["DataError", "DataSplits", "Loader", "Split", "list_datasets", "load_data"]
+__all__ = ["DataError", "DataSplits", "Loader", "Split", "default_translate", "list_datasets", "load_data"]
 
 _MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -80,6 +80,11 @@ class DataSplits:
 def list_datasets() -> list[str]:
     """Return the names that `load_data` knows by itself."""
     return ["digits", *_TORCHVISION]
+
+
+def default_translate(name: str | os.PathLike) -> int:
+    """Random shift of training images in pixels: FasTrCaps shifts the grey 28x28 sets by 2, other sets get none."""
+    return {"digits": 2, "mnist": 2, "fashion_mnist": 2, "cifar10": 4}.get(str(name), 0)
 
 
 def load_data(

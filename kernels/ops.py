@@ -116,28 +116,28 @@ dynamic_routing_backward_op = torch.library.custom_op(
 
 
 @squash_op.register_kernel("cuda")
-def _(x, approximate):
+def _squash_cuda(x, approximate):
     if not _runs_triton(x.device, _compute_dtype(x, x)):
         return _squash(x, approximate)
     return triton_squash.squash_forward(x, approximate)
 
 
 @squash_backward_op.register_kernel("cuda")
-def _(grad, x, approximate):
+def _squash_backward_cuda(grad, x, approximate):
     if not _runs_triton(x.device, _compute_dtype(x, x)):
         return _squash_backward(grad, x, approximate)
     return triton_squash.squash_backward(grad, x, approximate)
 
 
 @dynamic_routing_op.register_kernel("cuda")
-def _(x, weight, bias, num_iters, approximate_squash, tf32=False):
+def _routing_cuda(x, weight, bias, num_iters, approximate_squash, tf32=False):
     if not _runs_triton(x.device, _compute_dtype(x, weight)):
         return _routing(x, weight, bias, num_iters, approximate_squash)
     return triton_routing.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)
 
 
 @dynamic_routing_backward_op.register_kernel("cuda")
-def _(grad, x, weight, bias, sums, approximate_squash, tf32):
+def _routing_backward_cuda(grad, x, weight, bias, sums, approximate_squash, tf32):
     if not _runs_triton(x.device, sums.dtype):
         return _routing_backward(grad, x, weight, bias, sums, approximate_squash, tf32)
     dx, dweight, dbias = triton_routing.dynamic_routing_backward(grad, x, weight, sums, approximate_squash, tf32)

@@ -114,7 +114,9 @@ def registers_and_spills(compiled, target):
             file.write(compiled.asm["ptx"])
         capability = int(target[3:])
         name = target + ("a" if capability >= 90 else "")
-        arguments = [compiler.get_ptxas(capability).path, "-lineinfo", "-v", f"--gpu-name={name}", ptx, "-o", cubin]
+        ptxas = compiler.get_ptxas(capability)
+        ptxas = ptxas[0] if isinstance(ptxas, tuple) else ptxas.path  # Triton 3.3 gave path and version
+        arguments = [ptxas, "-lineinfo", "-v", f"--gpu-name={name}", ptx, "-o", cubin]
         report = subprocess.run(arguments, capture_output=True, text=True, check=True).stderr
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 

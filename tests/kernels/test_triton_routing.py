@@ -134,3 +134,21 @@ def test_empty_batch():
     v, dx, dweight, dbias = route(*(t.float() for t in make_inputs(0, 4, 2, 3, 5, 6)), 3, False)
     assert v.shape == (0, 5, 6) and dx.shape == (0, 8, 3)
     assert dweight.shape == (4, 3, 5, 6) and not dweight.any() and not dbias.any()
+
+
+@interpreted
+def test_what_is_registered_for_cuda(monkeypatch):
+    from capszoo.kernels import ops, reference
+
+    monkeypatch.setattr(ops, "_runs_triton", lambda device, dtype: dtype == torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        x, weight, bias, grad = [t.to(dtype) for t in make_inputs(2, 3, 2, 4, 3, 5)]
+        v, sums = ops._routing_cuda(x, weight, bias, 3, False, True)
+        results = v, *ops._routing_backward_cuda(grad, x, weight, bias, sums, False, True)
+        exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+        expected = reference.dynamic_routing(*exact)
+        wanted = expected.detach(), *torch.autograd.grad(expected, exact, grad.double())
+        assert all(r.dtype == dtype and error(r, w) <= 1e-4 for r, w in zip(results, wanted, strict=True))
+        squashed = ops._squash_cuda(x, False)
+        assert error(squashed, reference.squash(x.double())) <= 1e-6
+        assert ops._squash_backward_cuda(x, x, False).dtype == dtype
