@@ -1,4 +1,4 @@
-"""Create capsule networks by name and ask what there is."""
+"""Create models by name and ask what there is."""
 import difflib
 import inspect
 import json
@@ -17,10 +17,19 @@ from . import models
 from .checkpoint import CheckpointError, load_weights, read_metadata
 from .layers import set_fused_routing, use_fused_routing
 
-__all__ = ["ModelInfo", "create_model", "is_model", "list_models", "list_pretrained", "load_model", "model_info"]
+__all__ = [
+    "ModelInfo",
+    "create_model",
+    "is_model",
+    "list_models",
+    "list_pretrained",
+    "load_model",
+    "model_info",
+    "model_keywords",
+]
 
 # timm's registry keys models by the last part of the module's name, and counts model families of its own too.
-_FAMILIES = {"capsnet": models.CapsNet}
+_FAMILIES = {"capsnet": models.CapsNet, "cnn_baseline": models.CNNBaseline}
 
 # Keywords that timm takes for any model, beside those of the model's constructor.
 _TIMM_KEYWORDS = {
@@ -38,11 +47,11 @@ _TIMM_KEYWORDS = {
 
 
 def list_models(filter: str | list[str] = "", pretrained: bool = False, exclude_filters: str | list[str] = "") -> list:
-    """Names of the capsule networks, sorted.
+    """Names of the models, sorted: the capsule networks, and the plain CNN that they are compared with.
 
     Args:
         filter: Wildcards that a name must match, such as `"*_ws"`.
-        pretrained: Only models that have weights, with their tags.
+        pretrained: Only models whose weights are shipped, with their tags.
         exclude_filters: Wildcards that a name must not match.
     """
     return timm.list_models(filter, module=list(_FAMILIES), pretrained=pretrained, exclude_filters=exclude_filters)
@@ -54,7 +63,7 @@ def list_pretrained(filter: str | list[str] = "", exclude_filters: str | list[st
 
 
 def is_model(name: str) -> bool:
-    """Whether `name`, with or without a tag, is a capsule network of this zoo."""
+    """Whether `name`, with or without a tag, is a model of this zoo."""
     return name.split(".")[0] in list_models()
 
 
@@ -82,7 +91,6 @@ def create_model(
         ```
     """
     if ":" not in name:
-        _check_name(name)
         _check_keywords(name, kwargs)
     if checkpoint_path is not None and kwargs.get("features_only"):
         raise ValueError(
@@ -136,10 +144,20 @@ def _check_name(name: str) -> None:
         raise ValueError(f"unknown weights {name!r}{hint} Known: {', '.join(weights) or 'none'}")
 
 
+def model_keywords(name: str) -> set[str]:
+    """Keywords of a model's constructor, by which its kind can be told: not all have routing, or a decoder.
+
+    Raises:
+        ValueError: If the name or its tag is unknown.
+    """
+    _check_name(name)
+    family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
+    return set(inspect.signature(family).parameters)
+
+
 def _check_keywords(name: str, kwargs: dict[str, Any]) -> None:
     """Refuse keywords that no constructor takes; deep inside timm they would be a TypeError without a hint."""
-    family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
-    known = set(inspect.signature(family).parameters)
+    known = model_keywords(name)
     for key in kwargs:
         if key not in known | _TIMM_KEYWORDS:
             near = difflib.get_close_matches(key, known, n=1)

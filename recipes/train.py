@@ -9,9 +9,6 @@ Options come from the command line, then from --config, then from the defaults. 
 summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json.
 """
 import argparse
-import csv
-import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -23,24 +20,33 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import capszoo
 from capszoo.checkpoint import load_weights, write_atomically
-from capszoo.command_line import OptionParser, UsageError, choose_device, key_value, run
-from capszoo.data import DataSplits, Loader, load_data
+from capszoo.command_line import (
+    OptionParser,
+    StopSignal,
+    UsageError,
+    add_policy_options,
+    add_result,
+    choose_device,
+    create_optimizer,
+    key_value,
+    policy_arguments,
+    run,
+)
+from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.engine import Trainer, evaluate, find_lr, resolve_amp, write_csv, write_json
 from capszoo.losses import MarginLoss
-from capszoo.policies import Policy, create_policy, list_policies, policy_options, suggest_lr
+from capszoo.policies import Policy, create_policy, list_policies, suggest_lr
+from capszoo.registry import model_keywords
 from capszoo.task import CapsuleTask
 
 # Options that only say where and how a run is computed may change when it is resumed.
 MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "tensorboard", "save_every", "results"}
 # Options that belong to one call of this script and not to the run.
 NOT_SAVED = {"config", "resume", "output", "results"}
-# Random shift of training images, in pixels: FasTrCaps shifts the grey 28x28 sets by 2.
-DEFAULT_TRANSLATE = {"digits": 2, "mnist": 2, "fashion_mnist": 2, "cifar10": 4}
 
 
 def build_parser() -> OptionParser:
     parser = OptionParser(description="Train a capsule network.")
-    add = parser.add_argument
     group = parser.add_argument_group("what").add_argument
     group("--config", metavar="FILE.yaml", help="take options from a YAML file of 'option: value' lines")
     group("--model", default="capsnet_tiny", help="one of capszoo.list_models(), or local-dir:FOLDER")
@@ -81,6 +87,7 @@ def build_parser() -> OptionParser:
     group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     group("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="precision of the computation")
     group("--compile", action="store_true", help="use torch.compile")
+    group("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="replay captured steps on a GPU")
     group("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format of the maps")
     group("--eval-batch-size", type=int, default=256, help="images a step in evaluation")
     group("--workers", type=int, default=2, help="processes that read images, for sets too large for memory")
@@ -89,24 +96,8 @@ def build_parser() -> OptionParser:
     group("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
     group("--results", metavar="FILE.csv", help="also add the result as a row to this table")
     group("--quiet", action="store_true", help="print the result alone")
-    add = parser.add_argument_group("policy options (default: the policy's own)").add_argument
-    seen: dict[str, list[str]] = {}
-    for policy in list_policies():
-        for name in policy_options(policy):
-            seen.setdefault(name, []).append(policy)
-    for name, policies in seen.items():
-        default, text = policy_options(policies[0])[name]
-        kind: dict[str, Any] = {"type": _option_type(default)}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        text = text.replace("%", "%%")
-        add("--" + name.replace("_", "-"), dest=name, default=None, help=f"{', '.join(policies)}: {text}", **kind)
+    add_policy_options(parser, list_policies())
     return parser
-
-
-def _option_type(default: Any) -> type:
-    # Rates such as "10x" and a cycle of None ("auto") are text that the policy reads.
-    return str if default is None or isinstance(default, str) else type(default)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,6 +131,10 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
         squash=args.squash,
         drop_rate=args.drop_rate,
     )
+    if ":" not in args.model:
+        # A model without routing or decoder is not told of them, unless the user changed something about them.
+        parser, known = build_parser(), model_keywords(args.model)
+        kwargs = {key: v for key, v in kwargs.items() if key in known or v != parser.get_default(key)}
     kwargs.update(args.model_kwargs)
     model = capszoo.create_model(args.model, pretrained=args.pretrained, **kwargs)
     if args.checkpoint:
@@ -157,25 +152,10 @@ def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
         args.lr = 1e-4 if args.policy == "warm_ada_batch" else 1e-3
     if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
         args.warmup_steps = 1000
-    names = {name for policy in list_policies() for name in policy_options(policy)}
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return create_policy(
-        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images, **options
+        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images,
+        **policy_arguments(args),
     )
-
-
-def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    if args.opt not in list_optimizers():
-        raise UsageError(f"unknown optimizer {args.opt!r}: see timm.optim.list_optimizers()")
-    extra = {"fused": True} if args.opt in ("adam", "adamw") else {}
-    try:
-        return create_optimizer_v2(
-            model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum, **extra
-        )
-    except (ImportError, AssertionError, TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {args.opt!r} cannot be made: {error}") from None
 
 
 def prepare_folder(args: argparse.Namespace) -> Path:
@@ -268,29 +248,6 @@ class Report:
             self.writer.close()
 
 
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        return self.received
-
-
 def describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module, policy: Policy) -> dict[str, Any]:
     """Facts of the run for the header of the weights' files; `model_args` make the model again."""
     return {
@@ -336,17 +293,6 @@ def finish(trainer: Trainer, args: argparse.Namespace, data: DataSplits, folder:
     return result
 
 
-def add_result(path: Path, result: dict[str, Any], argv: list[str]) -> None:
-    """Add a row with the result and the command that made it to a table of results."""
-    row = {**result, "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", "recipes/train.py", *argv])}
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
-
-
 def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
     """Run the learning-rate finder and write what it saw."""
     rates, losses = find_lr(trainer)
@@ -361,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     device = choose_device(args.device)
     amp = resolve_amp(args.amp, device)
+    torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm
 
     data = load_data(
         args.dataset,
@@ -376,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     policy = make_policy(args, len(data.train))
-    optimizer = make_optimizer(args, model)
+    optimizer = create_optimizer(args, model)
     criterion = MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
     task = CapsuleTask(model, criterion, args.reconstruction_weight, device=device, verbose=False)
     if args.compile:
@@ -394,11 +341,12 @@ def main(argv: list[str] | None = None) -> int:
             device=device,
             amp=amp,
             seed=args.seed,
-            translate=DEFAULT_TRANSLATE.get(args.dataset, 0) if args.translate is None else args.translate,
+            translate=default_translate(args.dataset) if args.translate is None else args.translate,
             eval_batch_size=args.eval_batch_size,
             clip_grad=args.clip_grad,
             save_every=args.save_every,
             num_workers=args.workers,
+            cuda_graphs=args.cuda_graphs,
             metadata=describe(args, data, model, policy),
             on_step=report.step,
             on_epoch=report.epoch,
@@ -421,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     result = finish(trainer, args, data, folder)
     if args.results:
-        add_result(Path(args.results), result, sys.argv[1:] if argv is None else argv)
+        add_result(Path(args.results), result, "recipes/train.py", argv)
     chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"
     console.print(
         f"test top1 {result['test_top1']:.4f} ({chosen}), {result['total_seconds']:.1f} s of training, {folder}",

@@ -2,12 +2,21 @@
 
     python recipes/validate.py runs/NAME/best.safetensors                    # model and data set from the file's header
     python recipes/validate.py capsnet_ws.mnist --data-dir data              # shipped weights by name
-    python recipes/validate.py runs/NAME/best.safetensors --dataset fashion_mnist --split val
+    python recipes/validate.py runs/NAME/best.safetensors --dataset fashion_mnist --split val --robustness
+    python recipes/validate.py --all --data-dir data                         # all shipped weights, into the tables
+    python recipes/validate.py --all --also runs/cnn/best.safetensors        # and a file that is not shipped
+
+`--all` writes a table for each data set, recipes/results/results-DATASET.csv. `param_count` and `macs` are those of the
+class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
+changed images (capszoo/robustness.py says how).
 """
+import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,14 +26,38 @@ from rich.table import Table
 import capszoo
 from capszoo.checkpoint import read_metadata
 from capszoo.command_line import OptionParser, UsageError, choose_device, run
-from capszoo.data import Loader, load_data
-from capszoo.engine import Evaluation, evaluate, resolve_amp, write_json
+from capszoo.data import DataSplits, Loader, Split, load_data
+from capszoo.engine import Evaluation, autocast, evaluate, resolve_amp, write_csv, write_json
+from capszoo.pretrained import read_table
+from capszoo.registry import model_keywords
+from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
+
+COLUMNS = (
+    "model",
+    "top1",
+    "margin_loss",
+    "reconstruction_error",
+    "param_count",
+    "param_count_with_decoder",
+    "macs",
+    "img_size",
+    "images_per_second",
+    *ROBUSTNESS_COLUMNS,
+    "precision",
+    "device",
+    "torch",
+    "capszoo",
+    "date",
+)
 
 
 def build_parser() -> OptionParser:
     parser = OptionParser(description="Measure a checkpoint or shipped weights on a data set.")
     add = parser.add_argument
-    add("weights", help="a safetensors file, or the name of shipped weights such as capsnet_ws.mnist")
+    add("weights", nargs="?", help="a safetensors file, or the name of shipped weights such as capsnet_ws.mnist")
+    add("--all", action="store_true", help="measure all shipped weights and write the tables of results")
+    add("--also", nargs="+", default=[], metavar="FILE", help="with --all: weights that are not shipped")
+    add("--results-dir", default=str(Path(__file__).with_name("results")), help="with --all: folder of the tables")
     add("--model", help="model of the weights, where the file's header does not say it")
     add("--dataset", help="data set; default the one that the weights were trained on")
     add("--data-dir", default="data", help="folder that has the data set")
@@ -35,6 +68,11 @@ def build_parser() -> OptionParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--amp", default="none", choices=["auto", "none", "bf16", "fp16"], help="precision of the computation")
     add("--workers", type=int, default=2, help="processes that read images, for sets too large for memory")
+    add(
+        "--robustness",
+        action=argparse.BooleanOptionalAction,
+        help="also measure on rotated, shifted and resized images; default only with --all",
+    )
     add("--json", metavar="FILE", help="also write the measures to this file")
     return parser
 
@@ -42,9 +80,10 @@ def build_parser() -> OptionParser:
 def load_weights_argument(weights: str, model_name: str | None) -> tuple[torch.nn.Module, str, str | None]:
     """Return the model, its name for people, and the data set that its weights were trained on, if known."""
     if capszoo.is_model(weights):
-        tag = weights.partition(".")[2]
-        model = capszoo.create_model(weights, pretrained=True, decoder=True)
-        return model, weights, tag or model.pretrained_cfg.get("tag")
+        decoder = {"decoder": True} if "decoder" in model_keywords(weights) else {}
+        model = capszoo.create_model(weights, pretrained=True, **decoder)
+        name = f"{weights.partition('.')[0]}.{model.pretrained_cfg['tag']}"
+        return model, name, read_table()[name]["dataset"]
     if not Path(weights).is_file():
         known = ", ".join(capszoo.list_pretrained()) or "none yet"
         raise UsageError(f"{weights!r} is no file and no shipped weights (there are: {known}): check the path")
@@ -69,15 +108,62 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, _ = build_parser().parse(argv)
-    console = Console(highlight=False, soft_wrap=True)
-    device = choose_device(args.device)
+@torch.inference_mode()
+def measure_speed(
+    model: torch.nn.Module, split: Split, batch_size: int, device: torch.device, amp: torch.dtype | None
+) -> float:
+    """Images a second of the class scores: the median of eight batches, after one that is not counted."""
+    model.eval()
+    seconds = []
+    images, _ = next(iter(Loader(split, batch_size, device)))
+    for _ in range(9):
+        start = time.perf_counter()
+        with autocast(device, amp):
+            model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return len(images) / statistics.median(seconds[1:])
+
+
+def measure(
+    model: torch.nn.Module, name: str, split: Split, args: argparse.Namespace, device: torch.device, robustness: bool
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Measure one model on the images of a split; the second value is its row in a table of results."""
     amp = resolve_amp(args.amp, device)
-    model, name, trained_on = load_weights_argument(args.weights, args.model)
-    dataset = args.dataset or trained_on
-    if dataset is None:
-        raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
+    info = capszoo.model_info(model)
+    model.to(device, memory_format=torch.channels_last)
+
+    def loader() -> Loader:
+        return Loader(split, args.batch_size, device, num_workers=args.workers)
+
+    evaluation = evaluate(model, loader(), amp)
+    total = sum(p.numel() for p in model.parameters())
+    decoder = 0 if model.decoder is None else sum(p.numel() for p in model.decoder.parameters())
+    height, width = model.img_size
+    row = {
+        "model": name,
+        "top1": evaluation.top1,
+        "margin_loss": evaluation.margin_loss,
+        "reconstruction_error": evaluation.reconstruction_error,
+        "param_count": total - decoder,
+        "param_count_with_decoder": total,
+        "macs": info.macs,
+        "img_size": height if height == width else f"{height}x{width}",
+        "images_per_second": round(measure_speed(model, split, args.batch_size, device, amp), 1),
+        "precision": "float32" if amp is None else str(amp).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "capszoo": capszoo.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if robustness:
+        row.update(measure_robustness(model, loader(), amp))
+    return evaluation, row
+
+
+def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[DataSplits, Split]:
+    """The data set in the model's image size, and the split to measure on."""
     data = load_data(
         dataset,
         args.data_dir,
@@ -93,17 +179,29 @@ def main(argv: list[str] | None = None) -> int:
     split = getattr(data, args.split)
     if split is None:
         raise UsageError("--split val needs --val-fraction above 0")
-    model.to(device, memory_format=torch.channels_last)
-    start = time.perf_counter()
-    result = evaluate(model, Loader(split, args.batch_size, device, num_workers=args.workers), amp)
-    seconds = time.perf_counter() - start
+    return data, split
+
+
+def measure_one(args: argparse.Namespace, console: Console) -> None:
+    """Measure and print the weights on the command line."""
+    device = choose_device(args.device)
+    resolve_amp(args.amp, device)  # says what is impossible before anything is read
+    model, name, trained_on = load_weights_argument(args.weights, args.model)
+    dataset = args.dataset or trained_on
+    if dataset is None:
+        raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
+    data, split = open_data(model, dataset, args)
+    result, row = measure(model, name, split, args, device, bool(args.robustness))
     reconstruction = result.reconstruction_error
     console.print(
         f"{name} on {dataset} {args.split} ({len(split):,} images)\n"
         f"top1 {result.top1:.4f}  margin loss {result.margin_loss:.5f}  reconstruction error "
         + ("- (no decoder)" if reconstruction is None else f"{reconstruction:.3f}")
-        + f"  {len(split) / seconds:.0f} img/s",
+        + f"  {row['images_per_second']:.0f} img/s",
     )
+    robustness = {key: row[key] for key in ROBUSTNESS_COLUMNS if key in row}
+    for key, value in robustness.items():
+        console.print(f"{key} {value:.4f}")
     console.print(confusion_table(result, data.class_names))
     if args.json:
         write_json(
@@ -116,9 +214,65 @@ def main(argv: list[str] | None = None) -> int:
                 "top1": result.top1,
                 "margin_loss": result.margin_loss,
                 "reconstruction_error": reconstruction,
+                **robustness,
                 "confusion": result.confusion.tolist(),
             },
         )
+
+
+def measure_all(args: argparse.Namespace, console: Console) -> None:
+    """Measure all shipped weights and the files of --also, and write a table for each data set."""
+    device = choose_device(args.device)
+    resolve_amp(args.amp, device)
+    weights = [*capszoo.list_pretrained(), *args.also]
+    if not weights:
+        raise UsageError("no weights are shipped yet: give files with --also")
+    loaded = []
+    for argument in weights:
+        model, name, dataset = load_weights_argument(argument, None)
+        if dataset is None:
+            raise UsageError(f"{argument!r} does not say what data set it was trained on: it belongs to no table")
+        if name.endswith(f" {argument}"):  # a file: its folder tells it from others of the same model, if there are any
+            name = model.pretrained_cfg["architecture"]
+            same = [other for _, other, other_dataset in loaded if (other, other_dataset) == (name, dataset)]
+            name = f"{name} ({Path(argument).parent.name})" if same else name
+        if args.dataset in (None, dataset):
+            loaded.append((model, name, dataset))
+    if not loaded:
+        raise UsageError(f"no weights are of the data set {args.dataset!r}: check --dataset")
+    # All data first: what is missing is said before minutes of work.
+    splits: dict[tuple, Split] = {}
+    for model, _, dataset in loaded:
+        key = dataset, model.in_chans, model.img_size, model.num_classes
+        if key not in splits:
+            splits[key] = open_data(model, dataset, args)[1]
+    folder = Path(args.results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for dataset in dict.fromkeys(dataset for _, _, dataset in loaded):
+        rows = []
+        for model, name, _ in (entry for entry in loaded if entry[2] == dataset):
+            split = splits[dataset, model.in_chans, model.img_size, model.num_classes]
+            _, row = measure(model, name, split, args, device, args.robustness is not False)
+            console.print(f"{name} on {dataset} {args.split}: top1 {row['top1']:.4f}")
+            rows.append(row)
+        path = folder / f"results-{Path(dataset).name}.csv"
+        write_csv(path, COLUMNS, sorted(rows, key=lambda row: (-row["top1"], row["model"])))
+        console.print(f"{path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, given = build_parser().parse(argv)
+    if args.all == (args.weights is not None):
+        raise UsageError("give either weights (a file, or a name of capszoo.list_pretrained()), or --all")
+    wrong = given & ({"json", "model", "split"} if args.all else {"also", "results_dir"})
+    for key in sorted(wrong):
+        does = "does not go with --all" if args.all else "needs --all"
+        raise UsageError(f"--{key.replace('_', '-')} {does}: see --help")
+    console = Console(highlight=False, soft_wrap=True)
+    if args.all:
+        measure_all(args, console)
+    else:
+        measure_one(args, console)
     return 0
 
 

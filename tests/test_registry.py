@@ -10,7 +10,7 @@ from capszoo import ModelInfo
 from capszoo.checkpoint import CheckpointError, save_weights
 from capszoo.models import CapsNet
 
-every_model = pytest.mark.parametrize("name", capszoo.list_models())
+every_model = pytest.mark.parametrize("name", capszoo.list_models("capsnet*"))
 SMALL = dict(conv_dim=8, img_size=20)
 
 # Per capsule of the first convolution's map and of the primary capsules, as the paper's table of shapes gives them.
@@ -103,12 +103,25 @@ def test_keywords_that_only_timm_fills_in(keyword):
     assert "unknown keyword" in refused(capszoo.create_model, "capsnet", **{keyword: "x"})
 
 
+def test_model_keywords():
+    known = capszoo.registry.model_keywords("capsnet_ws")
+    assert {"num_routing", "decoder", "num_classes", "img_size"} <= known
+    assert not {"num_routing", "decoder"} & capszoo.registry.model_keywords("cnn_baseline")
+    assert refused(capszoo.registry.model_keywords, "capsnt").startswith("unknown model 'capsnt'")
+    assert refused(capszoo.registry.model_keywords, "capsnet.mnst").startswith("unknown weights 'capsnet.mnst'")
+    message = refused(capszoo.create_model, "cnn_baseline", num_routing=3)
+    assert message.startswith("unknown keyword 'num_routing' for model 'cnn_baseline'")
+
+
 def test_list_models():
     names = capszoo.list_models()
+    assert {"cnn_baseline", "cnn_baseline_tiny"} <= set(names) and capszoo.list_models("cnn*") == sorted(
+        set(names) - set(capszoo.list_models("capsnet*"))
+    )
     assert {"capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"} <= set(names) and names == sorted(names)
     assert capszoo.list_models("*_ws") == ["capsnet_ws"]
     assert capszoo.list_models("capsnet") == ["capsnet"]
-    assert capszoo.list_models(["*_ws", "*_tiny"]) == ["capsnet_tiny", "capsnet_ws"]
+    assert capszoo.list_models(["*_ws", "*t_tiny"]) == ["capsnet_tiny", "capsnet_ws"]
     assert capszoo.list_models("resnet*") == []
     assert "capsnet_ws" not in capszoo.list_models(exclude_filters="*_ws")
 

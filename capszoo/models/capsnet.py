@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_device_dtype, to_2tuple
+from timm.layers import _assert, get_device_dtype, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, capsule_lengths
+from capszoo.pretrained import check_shipped, fit_weights, shipped_cfgs
 
 __all__ = ["CapsNet"]
 
@@ -44,6 +45,7 @@ class CapsNet(nn.Module):
         class_dim: int = 16,
         kernel_size: int = 9,
         keep_types: int | Sequence[int] | None = None,
+        keep_capsules: Sequence[int] | None = None,
         share_weights: bool = False,
         decoder: bool = False,
         small_decoder: bool = False,
@@ -69,6 +71,9 @@ class CapsNet(nn.Module):
             kernel_size: Side of both convolution kernels, in pixels.
             keep_types: Types that a pruned network keeps of `num_types`: their number, or their indices, which also
                 select the matching part of weights that hold all types.
+            keep_capsules: Single primary capsules that a pruned network keeps, as indices into the ``T*H*W`` capsules
+                of the kept types, type-major (``t*H*W + position``); in any order, they are kept in ascending order.
+                Positions are those of images of `img_size`.
             share_weights: One vote matrix per capsule type instead of one per capsule.
             decoder: Add the reconstruction decoder, a training aid that `forward` never uses.
             small_decoder: Feed the decoder the chosen capsule alone instead of all with the others set to zero.
@@ -107,6 +112,23 @@ class CapsNet(nn.Module):
         self.grad_checkpointing = False
         self.num_types = num_types
         self.keep_types = _resolve_keep_types(keep_types, num_types)
+        self._arguments: dict[str, Any] = dict(
+            in_chans=in_chans,
+            img_size=[height, width],
+            conv_dim=conv_dim,
+            num_types=num_types,
+            caps_dim=caps_dim,
+            class_dim=class_dim,
+            kernel_size=kernel_size,
+            keep_types=list(self.keep_types) or keep_types,
+            share_weights=share_weights,
+            decoder=decoder,
+            small_decoder=small_decoder,
+            decoder_dims=list(decoder_dims),
+            num_routing=num_routing,
+            routing=routing,
+            squash=squash,
+        )
         if keep_types is not None:
             num_types = len(self.keep_types) if self.keep_types else int(keep_types)
 
@@ -118,6 +140,7 @@ class CapsNet(nn.Module):
         )
         # Positions of one capsule type after the two convolutions.
         grid = tuple((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
+        self.grid_size = grid
         self.num_features = num_types * caps_dim
         self.head_hidden_size = self.num_features * grid[0] * grid[1]
         # Image size over map size, as timm checks it: without padding the maps of small images shrink by more than
@@ -129,6 +152,12 @@ class CapsNet(nn.Module):
             dict(num_chs=self.num_features, reduction=reduction, module="primary_caps"),
         ]
         num_capsules = num_types * grid[0] * grid[1]
+        self.num_primary = num_capsules  # made by the convolution, kept or not
+        self.keep_capsules = _resolve_keep_capsules(keep_capsules, num_capsules, self.img_size)
+        self.share_weights = share_weights
+        self.init_non_persistent_buffers(device)
+        if self.capsule_index is not None:
+            num_capsules = len(self.capsule_index)
         self._class_caps_args: dict[str, Any] = dict(
             num_capsules=num_capsules,
             caps_dim=caps_dim,
@@ -162,6 +191,43 @@ class CapsNet(nn.Module):
         self.register_module(
             "decoder", Decoder(num_classes=num_classes, **self._decoder_args, **dd) if has_decoder else None
         )
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self, device: torch.device | str | None = None) -> None:
+        """Make the index of the capsules that remain, which no checkpoint holds; after leaving the meta device too.
+
+        Own matrices take the kept capsules as they come. A shared matrix serves equally many capsules of each type:
+        types that keep fewer are filled up with a capsule of zeros, whose vote is zero and adds nothing.
+        """
+        index = list(self.keep_capsules)
+        if index and self.share_weights:
+            per_type = self.grid_size[0] * self.grid_size[1]
+            types = [[i for i in index if i // per_type == t] for t in range(self.primary_caps.num_types)]
+            longest = max(map(len, types))
+            index = [i for kept in types for i in kept + [self.num_primary] * (longest - len(kept))]
+        # Read by `to_capsules`: the place after the last capsule is the capsule of zeros.
+        self.fill_capsules = self.num_primary in index
+        self.register_buffer(
+            "capsule_index", torch.tensor(index, device=device) if index else None, persistent=False
+        )
+
+    def _apply(self, fn, recurse: bool = True) -> "CapsNet":
+        was_meta = self.capsule_index is not None and self.capsule_index.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.capsule_index.is_meta:
+            self.init_non_persistent_buffers(self.capsule_index.device)
+        return self
+
+    @torch.jit.ignore
+    def arguments(self) -> dict[str, Any]:
+        """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
+        return {
+            **self._arguments,
+            "num_classes": self.num_classes,
+            "global_pool": self.global_pool,
+            "keep_capsules": list(self.keep_capsules) or None,
+            "drop_rate": self.drop_rate,
+        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -270,7 +336,21 @@ class CapsNet(nn.Module):
             x = F.dropout(x, p=self.drop_rate, training=self.training)
         if pre_logits or self.num_classes == 0:
             return x.flatten(1) if self.global_pool == "flat" else x
-        return capsule_lengths(self.class_caps(self.primary_caps.to_capsules(x)))
+        return capsule_lengths(self.class_caps(self.to_capsules(x)))
+
+    def to_capsules(self, x: Tensor) -> Tensor:
+        """Reorder a map ``[B, T*K, H, W]`` into the capsules ``[B, I, K]`` that the class capsules take."""
+        x = self.primary_caps.to_capsules(x)
+        if self.capsule_index is not None:
+            # Maps of other sizes would have capsules at these places too, and give wrong numbers silently.
+            _assert(
+                x.shape[1] == self.num_primary,
+                f"a choice of {self.num_primary} capsules got {x.shape[1]}: make the model for this img_size",
+            )
+            if self.fill_capsules:
+                x = F.pad(x, (0, 0, 0, 1))
+            x = x.index_select(1, self.capsule_index)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the lengths of the class capsules ``[B, J]``; the longest is the class."""
@@ -288,7 +368,7 @@ class CapsNet(nn.Module):
         x = self.forward_features(x)
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return self.class_caps(self.primary_caps.to_capsules(x))
+        return self.class_caps(self.to_capsules(x))
 
     @torch.jit.ignore
     def reconstruct(self, x: Tensor, target: Tensor | None = None) -> Tensor:
@@ -331,19 +411,57 @@ def _resolve_keep_types(keep_types: int | Sequence[int] | None, num_types: int) 
     return kept
 
 
+def _resolve_keep_capsules(
+    keep_capsules: Sequence[int] | None, num_capsules: int, img_size: tuple[int, int]
+) -> tuple[int, ...]:
+    """Check `keep_capsules` and return its indices in ascending order, none where all capsules are kept."""
+    if keep_capsules is None:
+        return ()
+    if isinstance(keep_capsules, int):
+        raise ValueError(f"keep_capsules={keep_capsules} is not possible: give the indices of the capsules to keep")
+    kept = sorted(int(i) for i in keep_capsules)
+    images = f"{num_capsules} capsules of {img_size[0]}x{img_size[1]} images"
+    if not kept:
+        raise ValueError(f"keep_capsules is empty: give at least one index of the {images}")
+    for one, other in zip(kept, kept[1:], strict=False):
+        if one == other:
+            raise ValueError(f"keep_capsules holds {one} twice: give distinct indices")
+    for i in (kept[0], kept[-1]):
+        if not 0 <= i < num_capsules:
+            raise ValueError(f"keep_capsules holds {i}: give indices from 0 to {num_capsules - 1}, of the {images}")
+    return tuple(kept) if len(kept) < num_capsules else ()
+
+
 def _select_types(state_dict: dict[str, Tensor], model: CapsNet) -> dict[str, Tensor]:
-    """Cut weights that hold more capsule types down to the types that the model keeps."""
+    """Cut weights that hold more capsule types, or more capsules, down to those that the model keeps.
+
+    Raises:
+        ValueError: If the model keeps single capsules, and the weights are for images of another size.
+    """
+    size, source_size = tuple(model.img_size), tuple(model.pretrained_cfg["input_size"][1:])
+    if model.keep_capsules and model.num_classes and size != source_size:
+        raise ValueError(
+            f"keep_capsules chooses positions of {source_size[0]}x{source_size[1]} images, for which these weights "
+            f"are, and means others at img_size={size[0]}x{size[1]}: leave img_size as it is, or resize the images"
+        )
     conv = state_dict.get("primary_caps.conv.weight")
-    caps_dim = model.primary_caps.caps_dim
-    num_types, kept = model.num_types, torch.tensor(model.keep_types)
-    if conv is None or conv.shape[0] != num_types * caps_dim or len(kept) in (0, num_types):
+    if conv is None:
         return state_dict
     state_dict = dict(state_dict)
-    for key in ("primary_caps.conv.weight", "primary_caps.conv.bias", "class_caps.weight"):
-        # Both filters and vote matrices are type-major, with a whole number of rows per type.
-        if key in state_dict:
-            state_dict[key] = state_dict[key].unflatten(0, (num_types, -1))[kept].flatten(0, 1)
-    _logger.info(f"Kept {len(kept)} of {num_types} capsule types of the pretrained weights.")
+    caps_dim, num_types, kept = model.primary_caps.caps_dim, model.num_types, torch.tensor(model.keep_types)
+    votes = state_dict.get("class_caps.weight")
+    own_votes = votes is not None and bool(model.keep_capsules) and not model.share_weights
+    # Rows of weights whose capsules are cut already do not divide by types.
+    divisible = not own_votes or votes.shape[0] == num_types * model.grid_size[0] * model.grid_size[1]
+    if conv.shape[0] == num_types * caps_dim and len(kept) not in (0, num_types) and divisible:
+        for key in ("primary_caps.conv.weight", "primary_caps.conv.bias", "class_caps.weight"):
+            # Both filters and vote matrices are type-major, with a whole number of rows per type.
+            if key in state_dict:
+                state_dict[key] = state_dict[key].unflatten(0, (num_types, -1))[kept].flatten(0, 1)
+        _logger.info(f"Kept {len(kept)} of {num_types} capsule types of the pretrained weights.")
+    if own_votes and state_dict["class_caps.weight"].shape[0] == model.num_primary:
+        state_dict["class_caps.weight"] = state_dict["class_caps.weight"][torch.tensor(model.keep_capsules)]
+        _logger.info(f"Kept {len(model.keep_capsules)} of {model.num_primary} capsules of the pretrained weights.")
     return state_dict
 
 
@@ -370,32 +488,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         "decoder.fc3.weight": other_chans or other_size,
         "decoder.fc3.bias": other_chans or other_size,
     }
-    own = model.state_dict()
-    out, fresh = {}, []
-    for key, value in state_dict.items():
-        if key.startswith("decoder.") and model.decoder is None:
-            continue
-        if key not in own and not (model.num_classes == 0 and key.startswith("class_caps.")):
-            raise ValueError(f"these weights do not fit {cfg['architecture']!r}: it has no {key!r}")
-        if key in own and value.shape != own[key].shape:
-            if not may_differ.get(key, False):
-                raise ValueError(
-                    f"these weights do not fit {cfg['architecture']!r}: {key!r} has shape {tuple(value.shape)}, the "
-                    f"model needs {tuple(own[key].shape)}"
-                )
-            if key not in ("conv1.weight", "class_caps.bias"):  # timm adapts these two
-                value = own[key]
-                fresh.append(key)
-        out[key] = value
-    for key in own:
-        if key not in out:
-            if not key.startswith("decoder."):
-                raise ValueError(f"these weights do not fit {cfg['architecture']!r}: they lack {key!r}")
-            out[key] = own[key]
-            fresh.append(key)
-    if fresh:
-        _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
-    return out
+    return fit_weights(state_dict, model, [key for key, differs in may_differ.items() if differs])
 
 
 def _cfg(**kwargs) -> dict[str, Any]:
@@ -416,17 +509,15 @@ def _cfg(**kwargs) -> dict[str, Any]:
     }
 
 
+# A tag for each of the shipped weights, `untrained` for a model that has none on MNIST.
 default_cfgs = generate_default_cfgs(
-    {
-        "capsnet.untrained": _cfg(),
-        "capsnet_ws.untrained": _cfg(),
-        "capsnet_pruned.untrained": _cfg(),
-        "capsnet_tiny.untrained": _cfg(),
-    }
+    shipped_cfgs(("capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"), _cfg)
 )
 
 
 def _create_capsnet(variant: str, pretrained: bool = False, **kwargs) -> CapsNet:
+    if pretrained:
+        check_shipped(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     out_indices = kwargs.pop("out_indices", (0, 1, 2))
     return build_model_with_cfg(
         CapsNet,

@@ -1,4 +1,4 @@
-"""timm's model contract, for every model of the zoo: what timm's own tests and scripts ask of a model."""
+"""timm's model contract, for every capsule network of the zoo: what timm's own tests and scripts ask of a model."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from timm.task import ClassificationTask
 
 import capszoo
 
-NAMES = capszoo.list_models()
+NAMES = capszoo.list_models("capsnet*")
 every_model = pytest.mark.parametrize("name", NAMES)
 
 # The channels of the first convolution are not the point anywhere here, and neither is the size of the image.

@@ -179,7 +179,8 @@ BAD = {
     "no number": (["--epochs", "three"], "three"),
     "precision": (["--amp", "fp16", "--device", "cpu"], "fp16"),
     "no such device": (["--device", "tpu9"], "tpu9"),
-    "no weights": (["--pretrained"], "capsnet_tiny"),
+    "no weights": (["--pretrained", "--model", "cnn_baseline"], "no weights are shipped for 'cnn_baseline'"),
+    "routing of a model without": (["--model", "cnn_baseline", "--num-routing", "2"], "unknown keyword 'num_routing'"),
     "truncated weights": (["--checkpoint", "truncated.safetensors"], "truncated.safetensors"),
     "foreign file": (["--checkpoint", "foreign.safetensors"], "foreign.safetensors"),
     "weights of another shape": (["--checkpoint", "capsnet8.safetensors"], "this model needs"),
@@ -277,8 +278,8 @@ def test_every_policy_configuration_is_accepted():
 def test_results_table_grows_and_keeps_old_rows(tmp_path):
     train = load_recipe("train")
     table = tmp_path / "new/results.csv"
-    train.add_result(table, {"model": "a", "test_top1": 0.5}, ["--epochs", "1"])
-    train.add_result(table, {"model": "b", "eval_top1": None, "device": "x, y"}, [])
+    train.add_result(table, {"model": "a", "test_top1": 0.5}, "recipes/train.py", ["--epochs", "1"])
+    train.add_result(table, {"model": "b", "eval_top1": None, "device": "x, y"}, "recipes/train.py", [])
     rows = list(csv.DictReader(table.open()))
     assert [row["model"] for row in rows] == ["a", "b"]
     assert rows[0]["test_top1"] == "0.5" and rows[0]["command"] == "python recipes/train.py --epochs 1"

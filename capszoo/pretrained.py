@@ -1,0 +1,162 @@
+"""The weights that come with capszoo: where they are, what they are, whether they are whole, and what they fit.
+
+`weights/weights.json` has an entry for every file `weights/MODEL.TAG.safetensors`, with its sha256 and what a model's
+`pretrained_cfg` says of it; `recipes/export.py ship` writes both. timm loads a file without looking at its hash, so
+the models check it here before timm reads it. Files of users have no entry, and are not checked.
+"""
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from timm.models import resolve_pretrained_cfg
+from torch import Tensor, nn
+
+__all__ = ["check_shipped", "fit_weights", "read_table", "sha256_of", "shipped_cfgs", "weights_path"]
+
+_logger = logging.getLogger(__name__)
+
+# Inside the package, so that a wheel has them and loading needs no network.
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+
+
+def weights_path(name: str) -> Path:
+    """Where the file of the weights `name` (``model.tag``) is."""
+    return WEIGHTS_DIR / f"{name}.safetensors"
+
+
+def read_table() -> dict[str, dict[str, Any]]:
+    """Read the entries of the shipped weights by name; those without a file are left out.
+
+    Raises:
+        ValueError: If the table is damaged.
+    """
+    path = WEIGHTS_DIR / "weights.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): install capszoo anew") from None
+    return {name: entry for name, entry in table.items() if weights_path(name).is_file()}
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def shipped_cfgs(models: Iterable[str], cfg: Callable[..., dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Make what `generate_default_cfgs` takes: a configuration for each of the models' shipped weights.
+
+    A model's default are its MNIST weights. Without them it has none: `create_model` must not change its classes and
+    image size with the weights that happen to be shipped.
+
+    Args:
+        models: Names of the entrypoints.
+        cfg: Makes a configuration of those of its fields that differ from the family's.
+    """
+    table = read_table()
+    cfgs: dict[str, dict[str, Any]] = {}
+    for model in models:
+        names = sorted(name for name in table if name.partition(".")[0] == model)
+        for name in sorted(names, key=lambda name: not name.endswith(".mnist")):
+            cfgs[name] = cfg(file=str(weights_path(name)), **_fields(table[name]))
+        if f"{model}.mnist" not in names:
+            cfgs[f"{model}.untrained*"] = cfg()  # timm: the default, whatever stands before it
+    return cfgs
+
+
+def _fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """Fields of timm's PretrainedCfg; it has none for a hash or an accuracy, which go into its notes."""
+    notes = (f"sha256 {entry['sha256']}", f"test top1 {entry['top1']:.4f}", f"recipe {entry['recipe']}")
+    return {
+        "num_classes": entry["num_classes"],
+        "input_size": tuple(entry["input_size"]),
+        "pool_size": tuple(entry["pool_size"]),
+        "label_names": tuple(entry["label_names"]),
+        "license": entry["license"],
+        "description": entry["description"],
+        "notes": notes,
+    }
+
+
+def check_shipped(
+    variant: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict[str, Any] | None = None
+) -> None:
+    """Check the sha256 of the file that timm is about to load, if capszoo shipped it.
+
+    Args:
+        variant: Name of the model.
+        pretrained_cfg: As timm gives it to an entrypoint: a tag, a configuration or None.
+        pretrained_cfg_overlay: Fields that take the place of the configuration's.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or holds other weights than its name says.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if not cfg.file or cfg.state_dict:  # tensors in hand come before any file
+        return
+    path = Path(cfg.file)
+    name = path.name.removesuffix(".safetensors")
+    if path.absolute() != weights_path(name).absolute():
+        return
+    table = read_table()
+    if name not in table:
+        if not path.is_file():
+            raise ValueError(f"the shipped weights {name!r} are missing ({str(path)!r}): install capszoo anew")
+        return
+    expected, found = table[name]["sha256"], sha256_of(path)
+    if found == expected:
+        return
+    owner = next((other for other, entry in table.items() if entry["sha256"] == found), None)
+    if owner is not None:
+        raise ValueError(f"{str(path)!r} holds the weights {owner!r} instead of {name!r}: install capszoo anew")
+    raise ValueError(
+        f"the shipped weights {name!r} are damaged: {str(path)!r} has sha256 {found[:16]}..., not {expected[:16]}...: "
+        f"install capszoo anew"
+    )
+
+
+def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Collection[str]) -> dict[str, Tensor]:
+    """Fit weights to a model of other classes, channels or image size; keep all that can be kept.
+
+    What has another shape keeps the model's own initialisation, and a log line says so. The bias of the classifier
+    and the first convolution are left to timm, which drops the one and adapts the other.
+
+    Args:
+        state_dict: The weights.
+        model: The model, with `decoder` a module or None.
+        may_differ: Names of the weights whose shape may be another one in this model.
+
+    Raises:
+        ValueError: If the weights are those of another architecture.
+    """
+    cfg = model.pretrained_cfg
+    misfit = f"these weights do not fit {cfg['architecture']!r}"
+    left_to_timm = (f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.bias")
+    own = model.state_dict()
+    out, fresh = {}, []
+    for key, value in state_dict.items():
+        if key.startswith("decoder.") and model.decoder is None:
+            continue
+        if key not in own and not (model.num_classes == 0 and key.startswith(f"{cfg['classifier']}.")):
+            raise ValueError(f"{misfit}: it has no {key!r}")
+        if key in own and value.shape != own[key].shape:
+            if key not in may_differ:
+                raise ValueError(
+                    f"{misfit}: {key!r} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
+                )
+            if key not in left_to_timm:
+                value = own[key]
+                fresh.append(key)
+        out[key] = value
+    for key in own:
+        if key not in out:
+            if not key.startswith("decoder."):
+                raise ValueError(f"{misfit}: they lack {key!r}")
+            out[key] = own[key]
+            fresh.append(key)
+    if fresh:
+        _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
+    return out

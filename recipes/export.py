@@ -1,0 +1,348 @@
+"""Put trained weights where others load them from: into capszoo itself, or into a folder for the Hugging Face hub.
+
+    python recipes/export.py ship runs/NAME/best.safetensors --name capsnet_ws.mnist
+    python recipes/export.py hub capsnet_ws.mnist --output FOLDER            # shipped weights
+    python recipes/export.py hub runs/NAME/best.safetensors --output FOLDER  # the weights of a run
+
+`ship` writes capszoo/weights/NAME.safetensors in float16, with a card in its header, and its sha256 and the essentials
+of the card to capszoo/weights/weights.json. `hub` writes config.json, model.safetensors and README.md, as timm's
+`local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them; the weights are the given file, byte for byte.
+"""
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+import capszoo
+from capszoo import pretrained
+from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
+from capszoo.command_line import OptionParser, UsageError, run
+from capszoo.engine import write_json
+from capszoo.registry import model_keywords
+
+# Arguments that change what a network computes, and the shapes of its weights not always.
+COMPUTING = ("num_routing", "routing", "squash", "keep_capsules")
+# Options that say where and how fast a run is computed, and not what comes out.
+NOT_IN_RECIPE = {"data_dir", "device", "download", "workers", "quiet", "tensorboard", "save_every", "cuda_graphs"}
+# Options that a recipe names even at their default, for those who read it.
+ALWAYS_IN_RECIPE = {"model", "dataset", "policy", "epochs"}
+# All files together; they are part of every clone and every wheel.
+MAX_BYTES = 45_000_000
+# Names of the data sets on the Hugging Face hub.
+HUB_DATASETS = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+}
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(description="Ship trained weights with capszoo, or make a folder for the Hugging Face hub.")
+    jobs = parser.add_subparsers(dest="job", required=True, parser_class=argparse.ArgumentParser)
+    job = jobs.add_parser("ship", allow_abbrev=False, help="write weights into capszoo/weights, in float16")
+    job.add_argument("file", help="best.safetensors of a finished run")
+    job.add_argument("--name", required=True, metavar="MODEL.TAG", help="name of the weights, such as capsnet_ws.mnist")
+    job.add_argument("--recipe", help="command that made the weights; default from the run folder's args.yaml")
+    job.add_argument("--license", default="mit", help="licence of the weights")
+    job.add_argument("--replace", action="store_true", help="replace weights of this name")
+    job = jobs.add_parser("hub", allow_abbrev=False, help="make a model folder in the Hugging Face hub's layout")
+    job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
+    job.add_argument("--output", required=True, metavar="FOLDER", help="folder to make; must be empty or absent")
+    job.add_argument("--license", help="licence of the weights; default as shipped, else mit")
+    for job in jobs.choices.values():
+        job.error = parser.error  # one line, as everywhere
+    return parser
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """Facts about weights: the header of their file, and result.json where it lies beside them."""
+    header = read_metadata(file)
+    if "model" not in header:
+        raise UsageError(f"{str(file)!r} does not say what model it holds: give the best.safetensors of a run")
+    card: dict[str, Any] = {}
+    for key, value in header.items():
+        try:
+            card[key] = json.loads(value)  # checkpoints hold everything but strings as JSON
+        except ValueError:
+            card[key] = value
+    result_file = file.with_name("result.json")
+    if result_file.is_file():
+        result = json.loads(result_file.read_text())
+        if "epoch" in card and card["epoch"] != result.get("best_epoch", card["epoch"]):
+            raise UsageError(
+                f"{str(file)!r} holds epoch {card['epoch']}, and {str(result_file)!r} is the result of epoch "
+                f"{result['best_epoch']}: give best.safetensors"
+            )
+        card.update({key: result[key] for key in ("eval_top1", "test_top1", "amp") if key in result})
+    return card
+
+
+def read_recipe(folder: Path) -> str | None:
+    """The command that repeats a run, from the args.yaml that its recipe wrote; most defaults are left out.
+
+    Its first line names the recipe, whose parser knows the options; None where there is no such file.
+    """
+    import yaml
+
+    file = folder / "args.yaml"
+    if not file.is_file():
+        return None
+    text = file.read_text()
+    match = re.match(r"# python recipes/(\w+)\.py ", text)
+    script = Path(__file__).with_name(f"{match[1]}.py") if match else None
+    if script is None or not script.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(f"recipe_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    actions = module.build_parser().destinations
+    words, named = ["python", f"recipes/{script.name}"], []
+    for key, value in (yaml.safe_load(text) or {}).items():
+        action = actions.get(key)
+        if action is None or key in NOT_IN_RECIPE or value in (None, [], {}):
+            continue
+        if value == action.default and key not in ALWAYS_IN_RECIPE:
+            continue
+        options = action.option_strings
+        if isinstance(value, bool):
+            named.append(options[0] if value else options[-1])
+            continue
+        if isinstance(value, dict):
+            values = [f"{name}={json.dumps(item)}" for name, item in value.items()]
+        else:
+            values = [str(item) for item in (value if isinstance(value, list) else [value])]
+        # What has no name stands before the options that take any number of values.
+        if options:
+            named += [options[0], *values]
+        else:
+            words += values
+    return shlex.join([*words, *named])
+
+
+def check_fit(name: str, tensors: dict[str, Tensor], card: dict[str, Any]) -> nn.Module:
+    """Make the model that `create_model(name)` would load the weights into, on the meta device.
+
+    Raises:
+        UsageError: If the weights are those of another model; it names the first difference.
+    """
+    model_args = card.get("model_args", {})
+    task = {key: model_args[key] for key in ("num_classes", "in_chans", "img_size") if key in model_args}
+    decoder = {"decoder": True} if "decoder" in model_keywords(name) else {}
+    model = capszoo.create_model(name, device="meta", **task, **decoder)
+    own = model.state_dict()
+    for key in [*own, *tensors]:
+        if key not in own:
+            raise UsageError(f"the weights do not fit {name!r}: it has no {key!r}")
+        if key not in tensors:
+            raise UsageError(f"the weights do not fit {name!r}: they lack {key!r}")
+        if tensors[key].shape != own[key].shape:
+            raise UsageError(
+                f"the weights do not fit {name!r}: {key!r} has shape {tuple(tensors[key].shape)}, the model needs "
+                f"{tuple(own[key].shape)}"
+            )
+    ours, theirs = model.arguments(), capszoo.create_model(card["model"], device="meta", **model_args).arguments()
+    for key in COMPUTING:
+        if ours.get(key) != theirs.get(key):
+            raise UsageError(
+                f"the weights do not fit {name!r}: they were trained with {key}={theirs.get(key)!r}, the model has "
+                f"{key}={ours.get(key)!r}"
+            )
+    return model
+
+
+def ship(args: argparse.Namespace) -> int:
+    """Write weights and their entry in the table."""
+    file, name = Path(args.file), args.name
+    arch, _, tag = name.partition(".")
+    if arch not in capszoo.list_models():
+        capszoo.create_model(arch, device="meta")  # says which name is near
+    if not re.fullmatch(r"[a-z0-9_]+", tag):
+        raise UsageError(f"--name {name!r} needs a tag in small letters, such as {arch}.mnist")
+    path, table = pretrained.weights_path(name), pretrained.read_table()
+    if (name in table or path.exists()) and not args.replace:
+        raise UsageError(f"weights {name!r} are there already: choose another tag, or add --replace")
+    tensors, _ = load_tensors(file)
+    card = read_card(file)
+    for key in ("eval_top1", "test_top1", "dataset", "class_names", "epochs", "seed"):
+        if card.get(key) is None:
+            raise UsageError(f"{str(file)!r} comes without {key}: give the file of a run that has ended")
+    recipe = args.recipe or read_recipe(file.parent)
+    if recipe is None:
+        raise UsageError(f"{str(file.parent)!r} has no args.yaml of a recipe: give --recipe with what made the weights")
+    for word in shlex.split(recipe):
+        if Path(word.rpartition("=")[2]).is_absolute():
+            raise UsageError(f"the recipe has {word!r}, a path of this machine: give the command with --recipe")
+    model = check_fit(arch, tensors, card)
+
+    small = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+    for key, value in small.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{key!r} holds numbers that float16 cannot: the largest is {tensors[key].abs().max():g}")
+    others = sum(pretrained.weights_path(other).stat().st_size for other in table if other != name)
+    size = sum(value.nbytes for value in small.values())
+    if others + size > MAX_BYTES:
+        raise UsageError(f"{size / 1e6:.1f} MB more than {others / 1e6:.1f} MB would pass {MAX_BYTES / 1e6:.0f} MB")
+
+    features = model.forward_features(torch.empty(1, model.in_chans, *model.img_size, device="meta"))
+    same_model = card["model"] == arch
+    model_args = {"num_classes": model.num_classes, "in_chans": model.in_chans, "img_size": list(model.img_size)}
+    if model.decoder is not None:
+        model_args["decoder"] = True
+    header = {
+        "capszoo_version": capszoo.__version__,
+        "model": arch,
+        "model_args": {**card.get("model_args", {}), **model_args} if same_model else model_args,
+        "dataset": card["dataset"],
+        "class_names": card["class_names"],
+        "recipe": recipe,
+        **{key: card[key] for key in ("policy", "epochs", "epoch", "seed", "amp") if key in card},
+        "eval_top1": card["eval_top1"],
+        "test_top1": card["test_top1"],
+        "precision": "float16",
+        "license": args.license,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    save_tensors(path, small, text)
+    path.chmod(0o644)
+    table[name] = {
+        "sha256": pretrained.sha256_of(path),
+        "description": f"{arch} trained on {card['dataset']} by capszoo",
+        "dataset": card["dataset"],
+        "num_classes": model.num_classes,
+        "input_size": [model.in_chans, *model.img_size],
+        "pool_size": list(features.shape[-2:]),
+        "label_names": card["class_names"],
+        "license": args.license,
+        "top1": card["test_top1"],
+        "recipe": recipe,
+    }
+    # Last: a file without entry is no weights, an entry without its file would be an error.
+    write_json(path.with_name("weights.json"), dict(sorted(table.items())))
+    total = others + path.stat().st_size
+    print(
+        f"{name}: {path.stat().st_size / 1e6:.1f} MB, test top1 of the run {card['test_top1']:.4f}, "
+        f"{total / 1e6:.1f} of {MAX_BYTES / 1e6:.0f} MB shipped"
+    )
+    return 0
+
+
+def hub(args: argparse.Namespace) -> int:
+    """Make a model folder."""
+    folder = Path(args.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"folder {str(folder)!r} is not empty: choose another --output")
+    name = args.weights
+    if capszoo.is_model(name):
+        if name not in pretrained.read_table():
+            known = ", ".join(capszoo.list_pretrained()) or "none yet"
+            raise UsageError(f"no weights are shipped as {name!r} (there are: {known})")
+        file = pretrained.weights_path(name)
+        pretrained.check_shipped(name.partition(".")[0], {"file": str(file)})
+        card = read_card(file)
+    else:
+        file = Path(name)
+        card = read_card(file)
+        name = f"{card['model']}.{Path(card.get('dataset', 'custom')).name}"
+        card.setdefault("recipe", read_recipe(file.parent))
+    model = capszoo.load_model(file)
+    card["license"] = args.license or card.get("license", "mit")
+    label_names = card.get("class_names")
+    # The configuration is that of the model's default weights, unless these are they.
+    own_cfg = {
+        "tag": name.partition(".")[2],
+        "description": f"{card['model']} trained on {card.get('dataset', 'unknown data')} by capszoo",
+        "license": card["license"],
+        "label_names": label_names,
+        "notes": [f"sha256 {pretrained.sha256_of(file)}"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config_for_hf(
+        model, folder / "config.json", model_config={"label_names": label_names, "pretrained_cfg": own_cfg}
+    )
+    shutil.copyfile(file, folder / "model.safetensors")
+    (folder / "README.md").write_text(model_card(name, card, capszoo.model_info(model)), encoding="utf-8")
+    print(f"{folder}: {name}, load it with capszoo.create_model('local-dir:{folder}', pretrained=True)")
+    return 0
+
+
+def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
+    """The README.md of a model folder: YAML for the hub, and what a reader wants to know."""
+    import yaml
+
+    dataset, top1 = card.get("dataset"), card.get("test_top1")
+    dataset = None if dataset is None else Path(str(dataset)).name  # a folder of images may be given by its path
+    front: dict[str, Any] = {
+        "library_name": "timm",
+        "tags": ["image-classification", "timm", "capszoo", "capsule-network"],
+        "license": card["license"],
+        "pipeline_tag": "image-classification",
+    }
+    if dataset is not None:
+        hub_dataset = HUB_DATASETS.get(dataset, dataset)
+        front["datasets"] = [hub_dataset]
+    front["metrics"] = ["accuracy"]
+    if dataset is not None and top1 is not None:
+        front["model-index"] = [
+            {
+                "name": name,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"type": hub_dataset, "name": dataset, "split": "test"},
+                        "metrics": [{"type": "accuracy", "value": round(top1, 6)}],
+                    }
+                ],
+            }
+        ]
+    channels, height, width = info.input_size
+    facts = [
+        ("Parameters", f"{info.parameters:,}"),
+        ("MACs", f"{info.macs / 1e6:.1f} M"),
+        ("Image size", f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}, pixels in [0, 1]"),
+        ("Data set", dataset),
+        ("Test top-1 (float32)", None if top1 is None else f"{top1:.4f}"),
+        ("Validation top-1 (float32)", f"{card['eval_top1']:.4f}" if card.get("eval_top1") is not None else None),
+        ("Epochs", card.get("epochs")),
+        ("Seed", card.get("seed")),
+        ("Recipe", f"`{card['recipe']}`" if card.get("recipe") else None),
+        ("capszoo", card.get("capszoo_version")),
+        ("Date", card.get("date")),
+        ("Licence", card["license"]),
+    ]
+    lines = "\n".join(f"- **{key}:** {value}" for key, value in facts if value is not None)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {name}
+
+A model of capszoo, capsule networks for timm. Importing capszoo registers the architecture with timm.
+
+{lines}
+
+```python
+import capszoo, timm, torch
+
+model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
+scores = model(torch.rand(1, {channels}, {height}, {width}))  # the largest is the class
+```
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, _ = build_parser().parse(argv)
+    return ship(args) if args.job == "ship" else hub(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""What tests of shipped weights share: runs that look finished, and a folder of weights that is not capszoo's own."""
+
+import copy
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import timm.models._registry
+import torch
+
+import capszoo
+from capszoo import pretrained
+from capszoo.checkpoint import save_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_module(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """A recipe as a module."""
+    return lambda name: load_module(ROOT / "recipes" / f"{name}.py", f"recipe_{name}")
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Make the folder of a finished run with random weights; return the path of best.safetensors."""
+
+    def make(name="capsnet_tiny", dataset="mnist", seed=0, header=None, result=None, args=None, **kwargs):
+        torch.manual_seed(seed)
+        kwargs = {"num_classes": 10, "img_size": [28, 28], **kwargs}
+        if "decoder" in capszoo.registry.model_keywords(name):
+            kwargs.setdefault("decoder", True)
+        model = capszoo.create_model(name, **kwargs)
+        folder = tmp_path / "runs" / f"{name}-{dataset}-{seed}"
+        folder.mkdir(parents=True)
+        facts = {
+            "capszoo_version": "0.1.0",
+            "model": name,
+            "model_args": kwargs,
+            "dataset": dataset,
+            "class_names": [f"class {i}" for i in range(model.num_classes)],
+            "policy": "one_cycle",
+            "epochs": 3,
+            "epoch": 2,
+            "seed": seed,
+            "eval_top1": 0.5,
+        }
+        save_weights(folder / "best.safetensors", model, {**facts, **(header or {})})
+        outcome = {"best_epoch": 2, "eval_top1": 0.98765, "test_top1": 0.97654, "amp": "none", **(result or {})}
+        (folder / "result.json").write_text(json.dumps(outcome))
+        lines = {"model": name, "dataset": dataset, "data_dir": "/elsewhere", "epochs": 3, "lr": 0.002, **(args or {})}
+        text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
+        (folder / "args.yaml").write_text(f"# python recipes/train.py --config {folder / 'args.yaml'}\n{text}")
+        return folder / "best.safetensors"
+
+    return make
+
+
+@pytest.fixture
+def weights_dir(tmp_path, monkeypatch):
+    """A folder that takes the place of capszoo/weights."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(pretrained, "WEIGHTS_DIR", folder)
+    return folder
+
+
+@pytest.fixture
+def ship(weights_dir, recipe, make_run, monkeypatch):
+    """Ship random weights under a name and register the models anew, as the next import would."""
+    for key in dir(timm.models._registry):
+        if key.startswith(("_model_", "_module_to")) and isinstance(getattr(timm.models._registry, key), (dict, set)):
+            monkeypatch.setattr(timm.models._registry, key, copy.deepcopy(getattr(timm.models._registry, key)))
+
+    def register():
+        for family in ("capsnet", "cnn_baseline"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # timm says that names are registered a second time
+                load_module(ROOT / "capszoo/models" / f"{family}.py", f"registered_anew.{family}")
+
+    def ship(*names, **kwargs):
+        export = recipe("export")
+        for seed, name in enumerate(names):
+            model, dataset = name.split(".")
+            file = make_run(model, dataset, seed=seed, **kwargs)
+            assert export.main(["ship", str(file), "--name", name]) == 0
+        register()
+
+    yield ship
+    for key in [key for key in sys.modules if key.startswith("registered_anew.")]:
+        del sys.modules[key]

@@ -1,0 +1,129 @@
+"""recipes/validate.py: one file, and the tables of all shipped weights."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import capszoo
+from capszoo.command_line import run
+from capszoo.data import Loader, load_data
+from capszoo.engine import evaluate
+from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
+
+
+@pytest.fixture
+def validate(recipe, capsys):
+    """Run the recipe as a shell would: what it printed, or the one line of an error."""
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as ended:
+            run(lambda: recipe("validate").main([str(word) for word in argv]))
+        out, err = capsys.readouterr()
+        if ended.value.code:
+            assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not out
+        return out or err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits").test
+
+
+def test_all(validate, ship, make_run, digits, tmp_path, capsys):
+    ship("capsnet_tiny.digits")
+    also = [make_run("cnn_baseline_tiny", "digits", seed=seed, conv_dim=4) for seed in (3, 4)]
+    other = make_run("capsnet_tiny", "mnist", seed=9, conv_dim=4)
+    folder = tmp_path / "results"
+    capsys.readouterr()
+    out = validate("--all", "--also", *also, other, "--dataset", "digits", "--results-dir", folder, "--device", "cpu")
+    assert [p.name for p in folder.iterdir()] == ["results-digits.csv"] and "results-digits.csv" in out
+    rows = list(csv.DictReader((folder / "results-digits.csv").open()))
+    assert list(rows[0]) == list(
+        "model top1 margin_loss reconstruction_error param_count param_count_with_decoder macs img_size "
+        "images_per_second top1_rotate_15 top1_rotate_30 top1_shift_6 top1_scale_0.8 top1_scale_1.2 precision device "
+        "torch capszoo date".split()
+    )
+    by_name = {row["model"]: row for row in rows}
+    assert set(by_name) == {
+        "capsnet_tiny.digits", "cnn_baseline_tiny", "cnn_baseline_tiny (cnn_baseline_tiny-digits-4)"
+    }
+    assert [float(row["top1"]) for row in rows] == sorted((float(row["top1"]) for row in rows), reverse=True)
+
+    row = by_name["capsnet_tiny.digits"]
+    model = capszoo.create_model("capsnet_tiny.digits", pretrained=True, decoder=True)
+    expected = evaluate(model, Loader(digits, 256, "cpu"))
+    assert float(row["top1"]) == expected.top1
+    assert float(row["margin_loss"]) == pytest.approx(expected.margin_loss, rel=1e-5)
+    assert float(row["reconstruction_error"]) == pytest.approx(expected.reconstruction_error, rel=1e-5)
+    for key, value in measure_robustness(model, Loader(digits, 100, "cpu")).items():
+        assert float(row[key]) == pytest.approx(value, abs=0.01)
+    assert (row["param_count"], row["param_count_with_decoder"]) == ("347488", "458032")
+    assert int(row["macs"]) == capszoo.model_info("capsnet_tiny").macs and row["img_size"] == "28"
+    assert float(row["images_per_second"]) > 0 and row["precision"] == "float32" and row["device"] == "cpu"
+    assert row["torch"] == torch.__version__ and row["capszoo"] == capszoo.__version__
+
+    cnn = by_name["cnn_baseline_tiny"]
+    assert cnn["reconstruction_error"] == "" and cnn["param_count"] == cnn["param_count_with_decoder"]
+    assert all(0 <= float(cnn[key]) <= 1 for key in ROBUSTNESS_COLUMNS)
+
+
+def test_all_without_robustness(validate, make_run, weights_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(capszoo, "list_pretrained", lambda: [])
+    file = make_run("cnn_baseline_tiny", "digits", conv_dim=4)
+    validate("--all", "--also", file, "--results-dir", tmp_path, "--no-robustness", "--amp", "bf16", "--device", "cpu")
+    (row,) = csv.DictReader((tmp_path / "results-digits.csv").open())
+    assert row["top1_shift_6"] == "" and row["precision"] == "bfloat16"
+
+
+def test_nothing_is_written_before_all_data_is_there(validate, ship, tmp_path, capsys):
+    ship("capsnet_tiny.digits", "capsnet_tiny.mnist")
+    capsys.readouterr()
+    message = validate("--all", "--data-dir", tmp_path / "nowhere", "--results-dir", tmp_path / "results")
+    assert "data set 'mnist' not found" in message and "--data-dir" in message and "--download" in message
+    assert not (tmp_path / "results").exists()
+
+
+def test_shipped_by_name(validate, ship, tmp_path, capsys):
+    ship("capsnet_tiny.digits")
+    capsys.readouterr()
+    out = validate("capsnet_tiny.digits", "--robustness", "--json", tmp_path / "v.json")
+    assert out.startswith("capsnet_tiny.digits on digits test (360 images)")
+    measured = json.loads((tmp_path / "v.json").read_text())
+    assert set(ROBUSTNESS_COLUMNS) < set(measured) and measured["reconstruction_error"] > 0
+    for key in ROBUSTNESS_COLUMNS:
+        assert f"{key} {measured[key]:.4f}" in out
+    assert "top1_shift_6" not in validate("capsnet_tiny.digits")
+
+
+def test_file_of_a_model_without_decoder(validate, make_run):
+    out = validate(make_run("cnn_baseline_tiny", "digits", conv_dim=4))
+    assert out.startswith("cnn_baseline_tiny ") and "reconstruction error - (no decoder)" in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "give either weights"),
+        (["--all", "x.safetensors"], "give either weights"),
+        (["x.safetensors", "--also", "y"], "--also needs --all"),
+        (["x.safetensors", "--results-dir", "y"], "--results-dir needs --all"),
+        (["--all", "--json", "y"], "--json does not go with --all"),
+        (["--all", "--split", "val"], "--split does not go with --all"),
+        (["--all", "--model", "capsnet"], "--model does not go with --all"),
+        (["--all"], "no weights are shipped yet: give files with --also"),
+        (["--all", "--also", "nowhere.safetensors"], "'nowhere.safetensors' is no file and no shipped weights"),
+        (["--all", "--also", "alone.safetensors"], "does not say what model it holds"),
+        (["--all", "--also", "digits.safetensors", "--dataset", "mnist"], "no weights are of the data set 'mnist'"),
+        (["--al"], "did you mean '--all'"),
+    ],
+)
+def test_wrong_command_line(validate, make_run, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(capszoo, "list_pretrained", lambda: [])
+    make_run("cnn_baseline_tiny", "digits", conv_dim=4).rename("digits.safetensors")
+    capszoo.checkpoint.save_weights("alone.safetensors", capszoo.create_model("cnn_baseline_tiny", conv_dim=4), {})
+    assert message in validate(*argv)
