@@ -12,12 +12,12 @@ from .checkpoint import write_atomically
 
 __all__ = ["plot_layers", "plot_memory", "plot_speedup"]
 
-# Variants of routing by the names of recipes/benchmark.py: line style, and name in a legend.
+# Variants of routing by the names of recipes/benchmark.py: line style, name in a legend, and marker.
 _VARIANTS = {
-    "fused": ("-", "capszoo"),
-    "plain": ("--", "plain PyTorch"),
-    "compiled": ("-.", "torch.compile"),
-    "none": (":", "without routing"),
+    "fused": ("-", "capszoo", "o"),
+    "plain": ("--", "plain PyTorch", "s"),
+    "compiled": ("-.", "torch.compile", "^"),
+    "none": (":", "without routing", "x"),
 }
 _SUBJECTS = ("routing", "training step", "inference")
 
@@ -70,7 +70,7 @@ def plot_layers(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
         axes.bar(list(bars), heights, bottom=bottoms, label=layer, color=f"C{index}", width=0.7)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for place, total in enumerate(bottoms):
-        axes.annotate(f"{total:.3g} ms", (place, total), ha="center", va="bottom", fontsize=8)
+        axes.annotate(f"{total:,.0f} ms" if total >= 100 else f"{total:.3g} ms", (place, total), ha="center", va="bottom", fontsize=8)
     axes.set_ylabel("forward and backward pass, ms")
     axes.tick_params(axis="x", labelsize=8)
     axes.margins(y=0.08)
@@ -103,6 +103,8 @@ def _plot_by_batch_size(
     models = list(dict.fromkeys(model for lines in points.values() for model, _ in lines))
     used = [variant for variant in variants if any(variant == v for lines in points.values() for _, v in lines)]
     figure = _figure(width=4.0 * len(subjects) + 2)
+    from matplotlib.ticker import LogLocator
+
     for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
         for (model, variant), line in points[subject].items():
             sizes = sorted(line)
@@ -111,13 +113,15 @@ def _plot_by_batch_size(
                 [line[size][1] for size in sizes],
                 color=f"C{models.index(model)}",
                 linestyle=_VARIANTS[variant][0],
-                marker="o",
-                markersize=3,
+                marker=_VARIANTS[variant][2],
+                markersize=4,
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.3)
         axes.set(title=subject, xlabel="batch size")
         if column == "ratio_to_fused":
@@ -131,7 +135,10 @@ def _legend(models: Sequence[str], variants: Sequence[str]) -> list:
     from matplotlib.lines import Line2D
 
     colors = [Line2D([], [], color=f"C{index}", label=model) for index, model in enumerate(models)]
-    styles = [Line2D([], [], color="grey", linestyle=_VARIANTS[v][0], label=_VARIANTS[v][1]) for v in variants]
+    styles = []
+    for variant in variants:
+        line, label, marker = _VARIANTS[variant]
+        styles.append(Line2D([], [], color="grey", linestyle=line, marker=marker, markersize=4, label=label))
     return colors + styles
 
 

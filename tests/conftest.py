@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,12 @@ from capszoo import pretrained
 from capszoo.checkpoint import save_weights
 
 ROOT = Path(__file__).parents[1]
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores: threads beyond them would wait for each other, in here and in processes started here.
+    threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def load_module(path, name):

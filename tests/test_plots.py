@@ -44,7 +44,7 @@ def figure(monkeypatch):
 
 def lines(axes):
     """The drawn lines: points by color and style."""
-    found = [line for line in axes.lines if len(line.get_xdata()) and line.get_marker() == "o"]
+    found = [line for line in axes.lines if len(line.get_xdata()) and line.get_marker() != "None"]  # no line at 1
     return {(line.get_color(), line.get_linestyle()): list(zip(*line.get_data(), strict=True)) for line in found}
 
 
