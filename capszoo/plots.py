@@ -70,7 +70,8 @@ def plot_layers(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
         axes.bar(list(bars), heights, bottom=bottoms, label=layer, color=f"C{index}", width=0.7)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for place, total in enumerate(bottoms):
-        axes.annotate(f"{total:,.0f} ms" if total >= 100 else f"{total:.3g} ms", (place, total), ha="center", va="bottom", fontsize=8)
+        text = f"{total:,.0f} ms" if total >= 100 else f"{total:.3g} ms"
+        axes.annotate(text, (place, total), ha="center", va="bottom", fontsize=8)
     axes.set_ylabel("forward and backward pass, ms")
     axes.tick_params(axis="x", labelsize=8)
     axes.margins(y=0.08)

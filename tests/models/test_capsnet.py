@@ -52,8 +52,10 @@ def test_parameters_by_layer():
 
 def test_small_models():
     assert count(capszoo.create_model("capsnet_tiny", device="meta", decoder=True)) <= 500_000
-    pruned = capszoo.create_model("capsnet_pruned", device="meta")
-    assert pruned.class_caps.num_capsules == 8 * 36 and count(pruned.primary_caps) == 5_308_672 // 4
+    pruned = capszoo.create_model("capsnet_pruned", device="meta", decoder=True)
+    assert pruned.class_caps.num_capsules == 8 * 36 and count(pruned.primary_caps) == 64 * (192 * 81 + 1)
+    # At most a third of the baseline, both with their decoders.
+    assert 3 * count(pruned) <= count(capszoo.create_model("capsnet", device="meta", decoder=True))
 
 
 def test_cifar_images():

@@ -87,7 +87,7 @@ def test_ship_again(export, make_run, weights_dir):
 
 def test_pruned_weights_fit_their_own_entrypoint(export, make_run, weights_dir):
     """Which types were kept does not matter to the shapes; what the entrypoint's name says does."""
-    kept = dict(keep_types=[1, 2, 3, 5, 8, 13, 21, 30], small_decoder=True)
+    kept = dict(keep_types=[1, 2, 3, 5, 8, 13, 21, 30], conv_dim=192, decoder_dims=(256, 512))
     file = make_run("capsnet_pruned", **kept)
     export("ship", file, "--name", "capsnet_pruned.mnist")
     model = capszoo.load_model(pretrained.weights_path("capsnet_pruned.mnist"))
@@ -96,7 +96,7 @@ def test_pruned_weights_fit_their_own_entrypoint(export, make_run, weights_dir):
     assert export("ship", other, "--name", "capsnet_pruned.two").startswith("capsnet_pruned.two: ")
     assert capszoo.load_model(pretrained.weights_path("capsnet_pruned.two")).keep_types == ()
     message = export("ship", other, "--name", "capsnet.mnist")
-    assert "do not fit 'capsnet': 'primary_caps.conv.weight' has shape (64, 256, 9, 9), the model needs" in message
+    assert "do not fit 'capsnet': 'conv1.weight' has shape (192, 1, 9, 9), the model needs" in message
 
 
 @pytest.mark.parametrize(
