@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -465,7 +466,10 @@ class _CapturedStep:
         """Take one step; raises _CaptureError, with the step not taken, if it cannot be captured."""
         if self.count < _STEPS_BEFORE_CAPTURE:
             self.count += 1
-            _on_side_stream(lambda: self.step(images, labels))
+            with warnings.catch_warnings():
+                # torch tells the optimizer's first step that it is not captured: so far, on purpose.
+                warnings.filterwarnings("ignore", message=".*capturable=True.*")
+                _on_side_stream(lambda: self.step(images, labels))
             return
         if self.replay is None:
             # What a replay reads and writes stays where it was at the capture.

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from timm.models import is_model as timm_is_model
 from torch import nn
@@ -119,7 +120,8 @@ def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
         **kwargs: Keywords of :func:`create_model` that take the place of the header's, such as `decoder=False`.
 
     Raises:
-        CheckpointError: If the file is missing or damaged, or its header names no model.
+        CheckpointError: If the file is missing or damaged, its header names no model, or `img_size` is another one
+            than that of single capsules that the model keeps.
     """
     header = read_metadata(path)
     if "model" not in header:
@@ -127,6 +129,12 @@ def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
             f"{str(path)!r} does not say what model it holds: use create_model(NAME, checkpoint_path=)"
         )
     model_args = json.loads(header.get("model_args", "{}"))
+    # The shapes may agree all the same, and every kept capsule would then look at another place of the image.
+    size, wanted = (to_2tuple(values.get("img_size", 28)) for values in (model_args, {**model_args, **kwargs}))
+    if model_args.get("keep_capsules") and tuple(size) != tuple(wanted):
+        raise CheckpointError(
+            f"{str(path)!r} keeps single capsules of images of {size[0]}x{size[1]}: leave out img_size={wanted[0]}"
+        )
     return create_model(header["model"], checkpoint_path=path, **{**model_args, **kwargs})
 
 

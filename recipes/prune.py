@@ -43,6 +43,7 @@ from capszoo.command_line import (
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.engine import SUMMARY_COLUMNS, Evaluation, Trainer, evaluate, resolve_amp, write_csv, write_json
 from capszoo.policies import Policy, create_policy, list_policies
+from capszoo.pretrained import read_table
 from capszoo.prune import PARTS, SCORES, cost, count_parts, prune, target_counts
 from capszoo.task import CapsuleTask
 
@@ -145,7 +146,8 @@ def open_weights(weights: str | None, decoder: bool | None) -> tuple[torch.nn.Mo
         raise UsageError("no weights are named: give a safetensors file or shipped weights, or --resume RUN_DIR")
     if capszoo.is_model(weights):
         model = capszoo.create_model(weights, pretrained=True, decoder=decoder is not False)
-        return model, weights.partition(".")[2] or model.pretrained_cfg.get("tag")
+        name = f"{weights.partition('.')[0]}.{model.pretrained_cfg.get('tag')}"
+        return model, read_table().get(name, {}).get("dataset")
     if not Path(weights).is_file():
         known = ", ".join(capszoo.list_pretrained()) or "none yet"
         raise UsageError(f"{weights!r} is no file and no shipped weights (there are: {known}): check the path")
@@ -501,6 +503,7 @@ def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
         path: PNG file to write.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -515,6 +518,9 @@ def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
         )
     if max(sizes) > 3 * min(sizes):
         axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.xaxis.set_minor_formatter(lambda size, _: f"{size:g}")
     axes.set_xlabel("weights without decoder, float32, MB")
     axes.set_ylabel("validation accuracy, %")
     axes.margins(y=0.15)

@@ -107,3 +107,14 @@ def ship(weights_dir, recipe, make_run, monkeypatch):
     yield ship
     for key in [key for key in sys.modules if key.startswith("registered_anew.")]:
         del sys.modules[key]
+
+
+@pytest.fixture(autouse=True)
+def untuned_kernels(request, monkeypatch):
+    """GPU tests take the first tile sizes: tuning takes long, and tests side by side would measure each other."""
+    from capszoo.kernels import ops
+
+    if request.node.get_closest_marker("gpu") and ops.triton_routing is not None:
+        for kernel in vars(ops.triton_routing).values():
+            if len(getattr(kernel, "configs", ())) > 1:
+                monkeypatch.setattr(kernel, "configs", kernel.configs[:1])

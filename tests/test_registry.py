@@ -239,3 +239,12 @@ def test_features_only_with_a_checkpoint_says_what_to_do(tmp_path):
         "capsnet_tiny", conv_dim=4, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
     )
     assert torch.equal(features.model.conv1.weight, model.conv1.weight)
+
+
+def test_single_capsules_belong_to_their_image_size(tmp_path):
+    options = dict(conv_dim=4, num_types=2, keep_capsules=[0, 5, 40])
+    model = capszoo.create_model("capsnet", **options)
+    save_weights(tmp_path / "model.safetensors", model, {"model": "capsnet", "model_args": options})
+    assert capszoo.load_model(tmp_path / "model.safetensors", img_size=28).num_classes == 10
+    with pytest.raises(ValueError, match="keeps single capsules of images of 28x28: leave out img_size=32"):
+        capszoo.load_model(tmp_path / "model.safetensors", img_size=32)
