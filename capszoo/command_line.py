@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from .engine import write_csv
-from .policies import list_policies, policy_options
+from .policies import Policy, create_policy, list_policies, policy_options
 
 __all__ = [
     "OptionParser",
@@ -25,7 +25,8 @@ __all__ = [
     "create_optimizer",
     "format_error",
     "key_value",
-    "policy_arguments",
+    "parse_resumable",
+    "policy_from",
     "read_yaml",
     "run",
 ]
@@ -180,10 +181,51 @@ def add_policy_options(parser: argparse.ArgumentParser, policies: Sequence[str])
         add("--" + name.replace("_", "-"), dest=name, default=None, help=f"{', '.join(names)}: {text}", **kind)
 
 
-def policy_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of :func:`add_policy_options` that were given."""
+def policy_from(args: argparse.Namespace, num_images: int) -> Policy:
+    """Make the policy of --policy and its options; fill in those whose defaults depend on it or on the data set."""
+    if args.batch_size is None:
+        args.batch_size = 128 if num_images >= 10_000 else 16
+    # At batch 1 Adam at the paper's rates sends these networks to chance, see warmup_steps in capszoo.policies.
+    if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
+        args.warmup_steps = 1000
     names = {name for policy in list_policies() for name in policy_options(policy)}
-    return {name: value for name in sorted(names) if (value := getattr(args, name, None)) is not None}
+    options = {name: value for name in sorted(names) if (value := getattr(args, name, None)) is not None}
+    return create_policy(
+        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images, **options
+    )
+
+
+def parse_resumable(
+    build_parser: Callable[[], OptionParser], may_change: set[str], argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read the options of a recipe that writes run folders; with --resume, those of the run.
+
+    Args:
+        build_parser: Makes the recipe's parser.
+        may_change: Names of the options that may differ when a run is resumed.
+        argv: The command line.
+
+    Raises:
+        UsageError: If the folder is no run folder, or an option is given that cannot change.
+    """
+    parser = build_parser()
+    args, given = parser.parse(argv)
+    if not args.resume:
+        return args
+    folder = Path(args.resume)
+    saved = folder / "args.yaml"
+    if not saved.is_file():
+        raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
+    fixed = sorted(given - may_change)
+    if fixed:
+        named = parser.destinations[fixed[0]].option_strings
+        option = "--" + fixed[0].replace("_", "-") if named else f"the {fixed[0]}"
+        raise UsageError(f"{option} cannot change when a run is resumed: leave it out, or start a run with --output")
+    resumed, _ = build_parser().parse(["--config", str(saved)])
+    for name in given & may_change:
+        setattr(resumed, name, getattr(args, name))
+    resumed.output = str(folder)
+    return resumed
 
 
 def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -326,7 +326,8 @@ class Trainer:
 
     def _set_lr(self) -> None:
         """A captured step reads the learning rate from memory, and its optimizer keeps its counts there."""
-        self._rate.fill_(self.lr)
+        if self.cuda_graphs:
+            self._rate.fill_(self.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate if self.cuda_graphs else self.lr
             if "capturable" in group:

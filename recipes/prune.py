@@ -37,12 +37,13 @@ from capszoo.command_line import (
     choose_device,
     create_optimizer,
     key_value,
-    policy_arguments,
+    parse_resumable,
+    policy_from,
     run,
 )
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.engine import SUMMARY_COLUMNS, Evaluation, Trainer, evaluate, resolve_amp, write_csv, write_json
-from capszoo.policies import Policy, create_policy, list_policies
+from capszoo.policies import Policy, list_policies
 from capszoo.pretrained import read_table
 from capszoo.prune import PARTS, SCORES, cost, count_parts, prune, target_counts
 from capszoo.task import CapsuleTask
@@ -122,22 +123,7 @@ def build_parser() -> OptionParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options; with --resume, those of the run."""
-    args, given = build_parser().parse(argv)
-    if not args.resume:
-        return args
-    folder = Path(args.resume)
-    saved = folder / "args.yaml"
-    if not saved.is_file():
-        raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
-    fixed = sorted(given - MAY_CHANGE_ON_RESUME)
-    if fixed:
-        option = "the weights" if fixed[0] == "weights" else "--" + fixed[0].replace("_", "-")
-        raise UsageError(f"{option} cannot change when a run is resumed: leave it out, or start a run with --output")
-    resumed, _ = build_parser().parse(["--config", str(saved)])
-    for name in given & MAY_CHANGE_ON_RESUME:
-        setattr(resumed, name, getattr(args, name))
-    resumed.output = str(folder)
-    return resumed
+    return parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
 
 
 def open_weights(weights: str | None, decoder: bool | None) -> tuple[torch.nn.Module, str | None]:
@@ -174,17 +160,10 @@ def open_data(args: argparse.Namespace, model: torch.nn.Module) -> DataSplits:
 
 
 def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
-    """Make the policy of each round, and fill in the batch size whose default depends on the data set."""
+    """Make the policy of each round."""
     if args.policy == "lr_finder":
         raise UsageError("--policy lr_finder trains nothing: use it in recipes/train.py")
-    if args.batch_size is None:
-        args.batch_size = 128 if num_images >= 10_000 else 16
-    if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
-        args.warmup_steps = 1000  # as recipes/train.py
-    return create_policy(
-        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images,
-        **policy_arguments(args),
-    )
+    return policy_from(args, num_images)
 
 
 def schedule(args: argparse.Namespace, model: torch.nn.Module) -> list[dict[str, Any]]:

@@ -29,13 +29,14 @@ from capszoo.command_line import (
     choose_device,
     create_optimizer,
     key_value,
-    policy_arguments,
+    parse_resumable,
+    policy_from,
     run,
 )
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.engine import Trainer, evaluate, find_lr, resolve_amp, write_csv, write_json
 from capszoo.losses import MarginLoss
-from capszoo.policies import Policy, create_policy, list_policies, suggest_lr
+from capszoo.policies import Policy, list_policies, suggest_lr
 from capszoo.registry import model_keywords
 from capszoo.task import CapsuleTask
 
@@ -102,22 +103,7 @@ def build_parser() -> OptionParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options; with --resume, those of the run."""
-    args, given = build_parser().parse(argv)
-    if not args.resume:
-        return args
-    folder = Path(args.resume)
-    saved = folder / "args.yaml"
-    if not saved.is_file():
-        raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
-    fixed = sorted(given - MAY_CHANGE_ON_RESUME)
-    if fixed:
-        option = "--" + fixed[0].replace("_", "-")
-        raise UsageError(f"{option} cannot change when a run is resumed: leave it out, or start a run with --output")
-    resumed, _ = build_parser().parse(["--config", str(saved)])
-    for name in given & MAY_CHANGE_ON_RESUME:
-        setattr(resumed, name, getattr(args, name))
-    resumed.output = str(folder)
-    return resumed
+    return parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
 
 
 def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
@@ -144,18 +130,10 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
 
 
 def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
-    """Make the policy, and fill in the options whose defaults depend on it or on the data set."""
-    # At batch 1 Adam at the paper's rates sends these networks to chance, see warmup_steps in capszoo.policies.
-    if args.batch_size is None:
-        args.batch_size = 128 if num_images >= 10_000 else 16
+    """Make the policy, with a learning rate that suits it where none is given."""
     if args.lr is None:
         args.lr = 1e-4 if args.policy == "warm_ada_batch" else 1e-3
-    if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
-        args.warmup_steps = 1000
-    return create_policy(
-        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images,
-        **policy_arguments(args),
-    )
+    return policy_from(args, num_images)
 
 
 def prepare_folder(args: argparse.Namespace) -> Path:
