@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,10 +65,18 @@ class OptionParser(argparse.ArgumentParser):
         config = getattr(given, "config", None)
         if config:
             values = read_yaml(config)
-            self.set_defaults(**{key: self._convert(key, value, config) for key, value in values.items()})
+            self.set_values(values, config)
             for key in values:
                 setattr(given, key, True)
         return self.parse_args(argv), set(vars(given))
+
+    def set_values(self, values: Mapping[str, Any], source: str | Path) -> None:
+        """Make values, as YAML files hold them, the defaults; `source` names their origin in errors.
+
+        Raises:
+            UsageError: For an unknown option, or a value of the wrong kind.
+        """
+        self.set_defaults(**{key: self._convert(key, value, source) for key, value in values.items()})
 
     def _given(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse into a namespace that has just the options on the command line."""

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import capszoo
+import capszoo.training
 
 ROOT = Path(__file__).parents[2]
 # Small enough for a few seconds a run; float32, where a CPU gives the same bits each time.
@@ -270,7 +271,7 @@ def test_every_policy_configuration_is_accepted():
     train = load_recipe("train")
     for path in sorted((ROOT / "recipes/configs").glob("*.yaml")):
         args = train.parse_args(["--config", str(path)])
-        assert train.make_policy(args, 60_000).epochs == args.epochs
+        assert capszoo.training.make_policy(args, 60_000).epochs == args.epochs
         overridden = train.parse_args(["--config", str(path), "--epochs", "7"])
         assert overridden.epochs == 7 and overridden.policy == args.policy
 

@@ -1,0 +1,255 @@
+"""A training run from a flat set of options: the options, the parts that they name, the run folder and its result.
+
+recipes/train.py runs one of these from the command line, capszoo.explore many of them. Options are the attributes of an
+`argparse.Namespace`, with the names and defaults of :func:`build_parser`; YAML files hold the same names.
+"""
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .checkpoint import load_weights, write_atomically
+from .command_line import OptionParser, add_policy_options, create_optimizer, key_value, policy_from
+from .data import DataSplits, Loader, default_translate, load_data
+from .engine import Trainer, evaluate, resolve_amp, write_json
+from .losses import MarginLoss
+from .policies import Policy, list_policies
+from .registry import create_model, model_keywords
+from .task import CapsuleTask
+
+__all__ = [
+    "build_parser",
+    "load_splits",
+    "make_model",
+    "make_policy",
+    "make_trainer",
+    "measure_test",
+    "options_from",
+    "write_options",
+]
+
+# Options that belong to one call of the recipe and not to the run.
+_NOT_SAVED = {"config", "resume", "output", "results"}
+
+
+def build_parser() -> OptionParser:
+    """The options of a training run, with their defaults."""
+    parser = OptionParser(description="Train a capsule network.")
+    group = parser.add_argument_group("what").add_argument
+    group("--config", metavar="FILE.yaml", help="take options from a YAML file of 'option: value' lines")
+    group("--model", default="capsnet_tiny", help="one of capszoo.list_models(), or local-dir:FOLDER")
+    group("--dataset", default="digits", help="digits, mnist, fashion_mnist, cifar10, an image folder or a timm name")
+    group("--data-dir", default="data", help="folder that has the data set")
+    group("--download", action="store_true", help="let torchvision download the data set into --data-dir")
+    group("--val-fraction", type=float, default=0.1, help="part of the training images kept for validation")
+    group("--output", metavar="RUN_DIR", help="run folder; default runs/MODEL-DATASET-POLICY-TIME")
+    group("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
+    group = parser.add_argument_group("model").add_argument
+    group("--pretrained", action="store_true", help="start from the weights shipped for --model")
+    group("--checkpoint", metavar="FILE", help="start from the weights in a safetensors file")
+    group("--img-size", type=int, help="height and width of the images, in pixels; default the data set's")
+    group("--in-chans", type=int, help="channels of the images; default the data set's")
+    group("--num-routing", type=int, default=3, help="routing iterations")
+    group("--routing", default="dynamic", help="kind of routing")
+    group("--squash", default="exact", help="exact or approx")
+    group("--decoder", action=argparse.BooleanOptionalAction, default=True, help="train with the decoder")
+    group("--drop-rate", type=float, default=0.0, help="dropout rate of the primary capsules")
+    group("--model-kwargs", nargs="*", type=key_value, default=[], metavar="NAME=VALUE", help="more for the model")
+    group = parser.add_argument_group("training").add_argument
+    group("--policy", default="one_cycle", help=", ".join(list_policies()))
+    group("--epochs", type=int, default=30, help="passes over the training images")
+    group("--batch-size", type=int, help="images a step, for policies with a fixed batch size; default 128, or 16 "
+          "for fewer than 10,000 training images")
+    group("--lr", type=float, help="base learning rate; default 0.001, for warm_ada_batch 0.0001")
+    group("--opt", default="adam", help="optimizer, by timm's names")
+    group("--weight-decay", type=float, default=0.0, help="weight decay")
+    group("--momentum", type=float, default=0.9, help="momentum, for optimizers that have it")
+    group("--clip-grad", type=float, help="largest norm of the gradient")
+    group("--m-plus", type=float, default=0.9, help="margin loss: length that a present class should reach")
+    group("--m-minus", type=float, default=0.1, help="margin loss: length that an absent class should not pass")
+    group("--margin-lambda", type=float, default=0.5, help="margin loss: weight of the absent classes")
+    group("--reconstruction-weight", type=float, default=0.0005, help="weight of the reconstruction loss")
+    group("--translate", type=int, help="random shift of training images, in pixels; default by data set, else 0")
+    group("--seed", type=int, default=0, help="seed of initial weights, shuffling and augmentation")
+    group = parser.add_argument_group("computing").add_argument
+    group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    group("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="precision of the computation")
+    group("--compile", action="store_true", help="use torch.compile")
+    group("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="replay captured steps on a GPU")
+    group("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format of the maps")
+    group("--eval-batch-size", type=int, default=256, help="images a step in evaluation")
+    group("--workers", type=int, default=2, help="processes that read images, for sets too large for memory")
+    group("--save-every", type=int, default=0, help="also save the resume state every so many steps")
+    group = parser.add_argument_group("reporting").add_argument
+    group("--tensorboard", action="store_true", help="also write TensorBoard files into the run folder")
+    group("--results", metavar="FILE.csv", help="also add the result as a row to this table")
+    group("--quiet", action="store_true", help="print the result alone")
+    add_policy_options(parser, list_policies())
+    return parser
+
+
+def options_from(values: Mapping[str, Any], source: str = "options") -> argparse.Namespace:
+    """Complete a flat mapping of options with the defaults, checked as those of a YAML file are.
+
+    Args:
+        values: Options by name.
+        source: Where they come from, for error messages.
+
+    Raises:
+        UsageError: For an unknown option, or a value of the wrong kind.
+    """
+    parser = build_parser()
+    parser.set_values(values, source)
+    return parser.parse_args([])
+
+
+def load_splits(args: argparse.Namespace) -> DataSplits:
+    """Load the data set that the options name."""
+    return load_data(
+        args.dataset,
+        args.data_dir,
+        img_size=args.img_size,
+        in_chans=args.in_chans,
+        val_fraction=args.val_fraction,
+        download=args.download,
+    )
+
+
+def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
+    """Make the model for the images and classes of a data set, with the weights that the options name."""
+    kwargs = dict(
+        num_classes=data.num_classes,
+        in_chans=data.in_chans,
+        img_size=data.img_size,
+        decoder=args.decoder,
+        num_routing=args.num_routing,
+        routing=args.routing,
+        squash=args.squash,
+        drop_rate=args.drop_rate,
+    )
+    if ":" not in args.model:
+        # A model without routing or decoder is not told of them, unless the user changed something about them.
+        parser, known = build_parser(), model_keywords(args.model)
+        kwargs = {key: v for key, v in kwargs.items() if key in known or v != parser.get_default(key)}
+    kwargs.update(args.model_kwargs)
+    model = create_model(args.model, pretrained=args.pretrained, **kwargs)
+    if args.checkpoint:
+        load_weights(model, args.checkpoint)
+    model.creation_args = kwargs
+    return model
+
+
+def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
+    """Make the policy, with a learning rate that suits it where none is given."""
+    if args.lr is None:
+        args.lr = 1e-4 if args.policy == "warm_ada_batch" else 1e-3
+    return policy_from(args, num_images)
+
+
+def make_trainer(
+    args: argparse.Namespace, data: DataSplits, device: torch.device, folder: Path | None = None, **kwargs: Any
+) -> Trainer:
+    """Make model, policy, optimizer and task, and the trainer that holds them.
+
+    Seeds torch's generator, so that equal options give equal initial weights. Fills in the options whose defaults
+    depend on others (batch size, learning rate, warm-up).
+
+    Args:
+        args: The options.
+        data: From :func:`load_splits`.
+        device: Where to train.
+        folder: Run folder, which must exist; None keeps nothing. It may also be set later, before the training.
+        kwargs: More for :class:`capszoo.engine.Trainer`: `on_step`, `on_epoch`, `should_stop`.
+
+    Raises:
+        ValueError: For a model, policy, optimizer or precision that cannot be made.
+    """
+    amp = resolve_amp(args.amp, device)
+    torch.manual_seed(args.seed)
+    model = make_model(args, data)
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    policy = make_policy(args, len(data.train))
+    optimizer = create_optimizer(args, model)
+    criterion = MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
+    task = CapsuleTask(model, criterion, args.reconstruction_weight, device=device, verbose=False)
+    if args.compile:
+        task.compile()
+    return Trainer(
+        task,
+        optimizer,
+        policy,
+        data.train,
+        data.val,
+        folder=folder,
+        device=device,
+        amp=amp,
+        seed=args.seed,
+        translate=default_translate(args.dataset) if args.translate is None else args.translate,
+        eval_batch_size=args.eval_batch_size,
+        clip_grad=args.clip_grad,
+        save_every=args.save_every,
+        num_workers=args.workers,
+        cuda_graphs=args.cuda_graphs,
+        metadata=_describe(args, data, model, policy),
+        **kwargs,
+    )
+
+
+def write_options(args: argparse.Namespace, folder: Path) -> None:
+    """Write the options into the run folder as args.yaml, from which `--config` and `--resume` read them."""
+    import yaml
+
+    values = {key: value for key, value in vars(args).items() if key not in _NOT_SAVED}
+    values["model_kwargs"] = dict(args.model_kwargs)
+    text = f"# python recipes/train.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
+    write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+
+
+def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -> dict[str, Any]:
+    """Measure the best epoch's weights on the test set, once, and write result.json."""
+    load_weights(trainer.task.model, trainer.folder / "best.safetensors")
+    loader = Loader(data.test, args.eval_batch_size, trainer.device, num_workers=args.workers)
+    test = evaluate(trainer.task.get_eval_model(), loader, trainer.amp)
+    best = trainer.best
+    result = {
+        "model": args.model,
+        "dataset": args.dataset,
+        "policy": args.policy,
+        "parameters": sum(p.numel() for p in trainer.task.model.parameters()),
+        "epochs": trainer.policy.epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "best_epoch": best["epoch"],
+        "eval_top1": best["eval_top1"],
+        "test_top1": test.top1,
+        "test_margin_loss": test.margin_loss,
+        "test_reconstruction_error": test.reconstruction_error,
+        "total_seconds": trainer.position.total_seconds,
+        "seed": args.seed,
+        "amp": "none" if trainer.amp is None else str(trainer.amp).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capszoo": __version__,
+    }
+    write_json(trainer.folder / "result.json", result)
+    return result
+
+
+def _describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module, policy: Policy) -> dict[str, Any]:
+    """Facts of the run for the header of the weights' files; `model_args` make the model again."""
+    return {
+        "capszoo_version": __version__,
+        "model": args.model.partition(".")[0],
+        "model_args": model.creation_args,
+        "dataset": args.dataset,
+        "class_names": data.class_names,
+        "policy": args.policy,
+        "epochs": policy.epochs,
+        "seed": args.seed,
+    }
