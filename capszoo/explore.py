@@ -202,8 +202,9 @@ class Space:
         num_images = self.num_images = len(data.train)
         self.batch_sizes = [size for size in (16, 32, 64, 128, 256) if size <= num_images // 4] or [1]
         self.base_batch_size = 128 if num_images >= 10_000 else self.batch_sizes[0]
+        images = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
         with torch.device("meta"):
-            network = create_model(model, num_classes=data.num_classes, in_chans=data.in_chans, img_size=data.img_size)
+            network = create_model(model, **{**images, **self.fixed_kwargs})
         self.keywords = model_keywords(model)
         arguments = network.arguments() if hasattr(network, "arguments") else {}
         kept = arguments.get("keep_types")

@@ -1,0 +1,347 @@
+"""capszoo.explore: what is Pareto-optimal, what the space holds, and studies that survive their workers."""
+import csv
+import json
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from capszoo.command_line import UsageError
+from capszoo.data import load_data
+from capszoo.explore import (
+    OBJECTIVES,
+    Exploration,
+    ExplorationError,
+    Row,
+    Solution,
+    Space,
+    choose,
+    compare,
+    pareto_front,
+    seconds_of_an_epoch,
+    write_solutions,
+)
+from capszoo.training import make_model, make_policy, options_from
+
+optuna = pytest.importorskip("optuna")
+
+SMALL = {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}
+OPTIONS = {"dataset": "digits", "model": "capsnet_tiny", "model_kwargs": SMALL, "amp": "none"}
+ROW = {"policy": "fixed", "epochs": 1, "batch_size": 64}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", "data", val_fraction=0.1)
+
+
+def solution(number, accuracy=0.9, seconds=10.0, parameters=1000, **kwargs):
+    return Solution(number, kwargs.pop("name", "fixed"), kwargs.pop("state", "complete"), accuracy=accuracy,
+                    seconds=seconds, parameters=parameters, **kwargs)  # fmt: skip
+
+
+values = st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5))
+
+
+@given(st.lists(values, max_size=25), st.sets(st.sampled_from(list(OBJECTIVES)), min_size=1))
+@settings(deadline=None, max_examples=200)
+def test_pareto_front_is_what_the_definition_says(points, objectives):
+    objectives = sorted(objectives)
+    solutions = [solution(n, a / 5, float(s), p) for n, (a, s, p) in enumerate(points)]
+    front = pareto_front(solutions, objectives)
+
+    def dominates(a, b):
+        pairs = list(zip(a.gains(objectives), b.gains(objectives), strict=True))
+        return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+    best = [s for s in solutions if not any(dominates(other, s) for other in solutions)]
+    assert {s.gains(objectives) for s in front} == {s.gains(objectives) for s in best}
+    assert len({s.gains(objectives) for s in front}) == len(front), "equal solutions have one to stand for them"
+    assert [s.gains(objectives)[0] for s in front] == sorted((s.gains(objectives)[0] for s in front), reverse=True)
+
+
+def test_only_complete_solutions_are_optimal():
+    stopped = solution(0, 0.99, 1.0, 10, state="stopped")
+    assert pareto_front([stopped, solution(1)]) == [solution(1)] and pareto_front([stopped]) == []
+
+
+def test_the_three_ways_to_choose():
+    baseline = solution(0, 0.990, 100.0, 8000, name="baseline")
+    fast = solution(1, 0.990, 40.0, 8000)
+    careless = solution(2, 0.970, 5.0, 8000)
+    best = solution(3, 0.995, 300.0, 8000)
+    small = solution(4, 0.989, 120.0, 500)
+    all_of_them = [baseline, fast, careless, best, small, solution(5, 1.0, 0.1, 1, state="failed")]
+    assert choose(all_of_them, "fastest", baseline=baseline) == fast
+    assert choose(all_of_them, "fastest", loss=0.02, baseline=baseline) == careless
+    assert choose(all_of_them, "accurate") == best
+    assert choose(all_of_them, "accurate", within=100) == fast
+    assert choose(all_of_them, "smallest", baseline=baseline).parameters == 8000
+    assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small
+    assert choose(all_of_them, "fastest") == best, "without a baseline nothing may be lost of the best"
+    assert choose(all_of_them, "accurate", within=1) is None and choose([], "fastest") is None
+    with pytest.raises(ExplorationError, match="did you mean 'fastest'"):
+        choose(all_of_them, "fasttest")
+
+
+def test_comparison_with_the_baseline_of_the_same_seed():
+    def run(number, name, seed, *curve):
+        history = [[n + 1, seconds, accuracy] for n, (seconds, accuracy) in enumerate(curve)]
+        best = max(history, key=lambda point: (point[2], -point[0]))
+        return solution(number, best[2], history[-1][1], 7, name=name, options={"seed": seed}, history=history,
+                        best_epoch=best[0], seconds_to_best=best[1], test_top1=best[2] - 0.01)  # fmt: skip
+
+    rows = compare([
+        run(0, "baseline", 0, (10, 0.8), (20, 0.9), (30, 0.89)),
+        run(1, "quick", 0, (5, 0.85), (8, 0.9), (12, 0.95)),
+        run(2, "poor", 0, (5, 0.1), (10, 0.2)),
+        run(3, "baseline", 1, (10, 0.8), (20, 0.85), (40, 0.96)),
+        run(4, "quick", 1, (5, 0.85), (10, 0.9), (20, 0.97)),
+        replace(run(5, "quick", 2, (1, 1.0)), state="failed"),
+    ])  # fmt: skip
+    assert [row["name"] for row in rows] == ["baseline", "quick", "poor"]
+    baseline, quick, poor = rows
+    assert baseline["saving"] == 0 and baseline["seconds_to_baseline"] == 30 and baseline["best_epoch"] == 2.5
+    assert quick["runs"] == quick["reached"] == 2 and quick["seconds_to_baseline"] == 14
+    assert quick["saving"] == pytest.approx((1 - 8 / 20 + 1 - 20 / 40) / 2)
+    assert quick["saving_std"] == pytest.approx(0.1 / 2**0.5)
+    assert quick["accuracy"] == pytest.approx(0.96) and quick["test_top1"] == pytest.approx(0.95)
+    assert quick["epoch_seconds"] == pytest.approx((4 + 20 / 3) / 2)
+    assert poor["reached"] == 0 and poor["seconds_to_baseline"] is poor["saving"] is poor["accuracy_std"] is None
+
+
+def draw(space, count, seed=0):
+    study = optuna.create_study(directions=["maximize"] * 3, sampler=optuna.samplers.RandomSampler(seed))
+    for point in space.queue():
+        study.enqueue_trial(point)
+    return [space.suggest(study.ask()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny", "cnn_baseline_tiny"])
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_all_that_the_space_draws_can_be_trained(digits, name):
+    space = Space(name, digits, epochs=7, amps=["none", "bf16"])
+    policies = set()
+    for policy, options in draw(space, 60):
+        policies.add(policy)
+        args = options_from({"dataset": "digits", **options})
+        made = make_policy(args, len(digits.train))
+        assert 1 <= made.epochs <= 7 and args.policy == policy
+        with torch.device("meta"):
+            model = make_model(args, digits)
+        if name.startswith("capsnet"):
+            assert (model.decoder is not None) == options["decoder"]
+            assert len(model.keep_types) in (0, options["model_kwargs"].get("keep_types", 0))
+    assert policies == {"fixed", "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch"}
+
+
+def test_first_trial_is_the_unreduced_network_at_one_rate(digits):
+    (policy, options), *others = draw(Space("capsnet_ws", digits, epochs=12), 6)
+    args = options_from({"dataset": "digits", **options})
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make_model(args, digits).parameters()) == 8_215_728
+    assert (policy, args.lr, args.epochs, args.num_routing, args.squash) == ("fixed", 1e-3, 12, 3, "exact")
+    assert [name for name, _ in others] == [
+        "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch"
+    ]  # fmt: skip
+    assert others[-1][1]["warm_batch"] == 1 and others[-1][1]["first_batch"] == 16
+
+
+def test_what_is_fixed_is_not_varied(digits):
+    fixed = {"policy": "one_cycle", "epochs": 3, "lr": 0.002, "model_kwargs": {"share_weights": True}, "decoder": False}
+    for policy, options in draw(Space("capsnet", digits, epochs=9, fixed=fixed), 10):
+        kwargs = options["model_kwargs"]
+        assert policy == "one_cycle" and options["epochs"] == 3 and options["lr"] == 0.002
+        assert kwargs["share_weights"] is True and options["decoder"] is False and "small_decoder" not in kwargs
+
+
+def test_an_epoch_is_measured(digits):
+    args = options_from({**OPTIONS, **ROW})
+    seconds = seconds_of_an_epoch(args, digits, torch.device("cpu"), limit=0.2)
+    assert 0 < seconds < 60
+
+
+def explore(plan, digits, folder, **kwargs):
+    folder.mkdir(exist_ok=True)
+    return Exploration(plan, OPTIONS, digits, folder, **kwargs)
+
+
+def small_space(digits, epochs):
+    return Space("capsnet_tiny", digits, epochs, fixed={"policy": "fixed", "model_kwargs": SMALL})
+
+
+@pytest.fixture(scope="module")
+def searched(digits, tmp_path_factory):
+    """A finished search of ten small trials."""
+    folder = tmp_path_factory.mktemp("searched")
+    exploration = explore(small_space(digits, 2), digits, folder, trials=10)
+    assert exploration.run()
+    return exploration, folder
+
+
+def test_a_search_runs_as_many_trials_as_asked(searched):
+    exploration, folder = searched
+    solutions = exploration.solutions()
+    assert len(solutions) == 10 and {s.state for s in solutions} <= {"complete", "stopped"}
+    assert solutions[0].name == "baseline" and exploration.baseline() == solutions[0]
+    for s in solutions:
+        assert s.seconds == pytest.approx(s.history[-1][1]) and s.accuracy == max(point[2] for point in s.history)
+        assert (folder / "trials" / f"{s.number:04d}" / "args.yaml").is_file() and s.folder.endswith(f"{s.number:04d}")
+        with torch.device("meta"):
+            model = make_model(options_from(s.options), exploration.data)
+        assert s.parameters == sum(p.numel() for p in model.parameters())
+        assert not (folder / "trials" / f"{s.number:04d}" / "resume.safetensors").exists()
+    front = exploration.front()
+    study = {trial.number for trial in exploration.study.best_trials}
+    assert {s.number for s in front} <= study, "Optuna finds the same front"
+    assert {s.gains(list(OBJECTIVES)) for s in solutions if s.number in study} == {
+        s.gains(list(OBJECTIVES)) for s in front
+    }
+
+
+def test_solutions_as_a_table(searched, tmp_path):
+    solutions = searched[0].solutions()
+    write_solutions(tmp_path / "trials.csv", solutions)
+    with open(tmp_path / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["number"]) for row in rows] == list(range(10))
+    assert float(rows[0]["accuracy"]) == solutions[0].accuracy and rows[0]["policy"] == "fixed"
+    assert json.loads(rows[0]["options"]) == solutions[0].options
+
+
+def test_a_finished_search_has_nothing_left_to_do(searched, digits):
+    exploration, folder = searched
+    again = explore(small_space(digits, 99), digits, folder)
+    assert again.run() and again.solutions() == exploration.solutions()
+    assert again.plan.epochs == 2, "the study's space, not that of the later call"
+
+
+def test_a_study_for_something_else_is_refused(searched, digits):
+    _, folder = searched
+    with pytest.raises(ExplorationError, match=r"study 'study' was made for objectives .* not \['accuracy'\]"):
+        explore(Space("capsnet_tiny", digits, 2), digits, folder, objectives=["accuracy"])
+    with pytest.raises(ExplorationError, match="was made for dataset 'digits', not 'mnist'"):
+        Exploration(Space("capsnet_tiny", digits, 2), {**OPTIONS, "dataset": "mnist"}, digits, folder)
+    with pytest.raises(ExplorationError, match="was made for grid None"):
+        explore([Row("a", ROW)], digits, folder)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"objectives": ["accuracy", "second"]}, "unknown objective 'second', did you mean 'seconds'"),
+        ({"objectives": ["seconds", "seconds"]}, "not all different"),
+        ({"objectives": []}, "name each once"),
+        ({"storage": "postgresql+psycopg://u:secret@127.0.0.1:1/none"}, r"u@127.0.0.1:1/none cannot be used \("),
+        ({"storage": "nonsense"}, "storage nonsense cannot be used"),
+        ({"storage": "sqlite:////nowhere/at/all.db"}, "cannot be used"),
+    ],
+)
+def test_what_cannot_be_searched(digits, tmp_path, kwargs, expected):
+    with pytest.raises(ExplorationError, match=expected) as caught:
+        explore(Space("capsnet_tiny", digits, 2), digits, tmp_path, **kwargs)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_search_without_end_or_validation_is_refused(digits, tmp_path):
+    with pytest.raises(ExplorationError, match="--budget"):
+        explore(Space("capsnet_tiny", digits, 2), digits, tmp_path).run()
+    with pytest.raises(ExplorationError, match="--val-fraction"):
+        explore(Space("capsnet_tiny", digits, 2), replace(digits, val=None), tmp_path)
+
+
+def test_a_failing_trial_is_one_line_and_the_rest_goes_on(digits, tmp_path):
+    plan = [Row("bad", {**ROW, "lr": 1e30}), Row("good", ROW), Row("wrong", {**ROW, "squash": "none"})]
+    exploration = explore(plan, digits, tmp_path)
+    assert exploration.run()
+    bad, good, wrong = exploration.solutions()
+    assert (bad.state, good.state, wrong.state) == ("failed", "complete", "failed")
+    assert "loss is" in bad.reason and "unknown squash 'none'" in wrong.reason
+
+
+def test_a_grid_runs_every_row_with_every_seed(digits, tmp_path):
+    plan = [Row("slow", ROW), Row("fast", {**ROW, "batch_size": 256})]
+    exploration = explore(plan, digits, tmp_path, seeds=2, measure_test=True)
+    assert exploration.run()
+    solutions = exploration.solutions()
+    assert [(s.name, s.options["seed"]) for s in solutions] == [("slow", 0), ("fast", 0), ("slow", 1), ("fast", 1)]
+    assert all(0 < s.test_top1 <= 1 for s in solutions)
+    assert len({s.accuracy for s in solutions}) > 1
+
+
+def stop_after(steps):
+    count = [0]
+
+    def stop():
+        count[0] += 1
+        return count[0] > steps
+
+    return stop
+
+
+def test_an_interrupted_trial_goes_on_where_it_was(digits, tmp_path):
+    plan = [Row("a", {**ROW, "epochs": 2}), Row("b", {**ROW, "epochs": 2})]
+    whole = explore(plan, digits, tmp_path / "whole")
+    assert whole.run()
+    exploration = explore(plan, digits, tmp_path / "cut")
+    # Into the second epoch of the second trial; the loop over trials asks as well.
+    assert not exploration.run(should_stop=stop_after(3 * 21 + 5))
+    first, second, again = exploration.solutions()
+    assert (first.state, second.state, again.state) == ("complete", "failed", "waiting")
+    seen = []
+    resumed = explore(plan, digits, tmp_path / "cut", on_change=lambda t: t and seen.append(len(t.history)))
+    assert resumed.run()
+    assert seen[0] == 1, "the first epoch is not trained again"
+    first_again, _, last = resumed.solutions()
+    assert first_again == first and last.state == "complete" and last.folder == second.folder
+    assert [s.accuracy for s in whole.solutions()] == [first.accuracy, last.accuracy]
+    for name in ("0000", "0001"):
+        a, b = (load_file(tmp_path / way / "trials" / name / "last.safetensors") for way in ("whole", "cut"))
+        assert all(torch.equal(a[key], b[key]) for key in a), "bit for bit as without the interruption"
+
+
+def test_the_budget_ends_a_search_in_time(digits, tmp_path):
+    exploration = explore(small_space(digits, 500), digits, tmp_path)
+    assert exploration.run(budget=1.5)
+    assert exploration.solutions()[0].state in ("failed", "stopped")
+
+
+def test_same_options_are_not_trained_twice(digits, tmp_path):
+    fixed = {
+        "policy": "fixed", "epochs": 1, "lr": 1e-3, "batch_size": 128, "decoder": False, "num_routing": 1,
+        "squash": "exact", "model_kwargs": {**SMALL, "share_weights": True, "keep_types": 2},
+    }  # fmt: skip
+    exploration = explore(Space("capsnet_tiny", digits, 1, fixed=fixed), digits, tmp_path)
+    assert exploration.run(budget=300)
+    assert len(exploration.solutions()) == 1
+
+
+def trainer_at(epoch, epochs, seconds, accuracy):
+    return Namespace(position=Namespace(epoch=epoch, total_seconds=seconds), policy=Namespace(epochs=epochs),
+                     best={"eval_top1": accuracy})  # fmt: skip
+
+
+def test_only_hopeless_trials_are_stopped(searched):
+    exploration, _ = searched
+    history = [[1, 5.0, 0.5], [2, 10.0, 0.8], [3, 15.0, 0.85], [4, 20.0, 0.9]]
+    peers = [solution(n, 0.9, 20.0, 1000, history=history) for n in range(3)]
+
+    def why(epoch, seconds, accuracy, parameters=1000, peers=peers):
+        trial = Namespace(number=9, user_attrs={"parameters": parameters})
+        return exploration._why_stop(trial, trainer_at(epoch, 4, seconds, accuracy), peers)
+
+    assert why(2, 30.0, 0.7).startswith("could at best come near trial")
+    assert why(2, 30.0, 0.81) == "", "with the gain of 0.1 that others had from here it would be the most accurate"
+    assert why(2, 19.0, 0.7) == "", "it may still be the fastest"
+    assert why(2, 30.0, 0.7, parameters=999) == "", "it is the smallest"
+    assert why(2, 30.0, 0.7, peers=peers[:2]) == "", "two finished trials say too little"
+
+
+@pytest.mark.parametrize("values", [{"epoch": 3}, {"epochs": "many"}, {"amp": "bf17"}, {"decoder": 3}])
+def test_options_of_a_trial_are_checked(values):
+    with pytest.raises(UsageError):
+        options_from(values)
