@@ -188,6 +188,7 @@ class Trainer:
         cuda_graphs: On a CUDA device, capture the step of a batch size once and replay it: at small batches launching
             hundreds of kernels takes longer than running them. Ignored where it is impossible: on other devices, with
             float16's scaler, and with optimizers that torch cannot capture.
+        clock: Tells the seconds that training takes.
         metadata: Facts for the header of the weights' files.
         on_step: Called with the trainer after each step.
         on_epoch: Called with the trainer and the new row of the summary after each epoch.
@@ -212,6 +213,7 @@ class Trainer:
         save_every: int = 0,
         num_workers: int = 0,
         cuda_graphs: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
         metadata: dict[str, Any] | None = None,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
         on_epoch: Callable[["Trainer", dict], None] = lambda trainer, row: None,
@@ -222,6 +224,7 @@ class Trainer:
         self.device = torch.device(device)
         self.amp, self.seed, self.translate, self.eval_batch_size = amp, seed, translate, eval_batch_size
         self.clip_grad, self.save_every, self.num_workers = clip_grad, save_every, num_workers
+        self.clock = clock
         self.metadata = metadata or {}
         self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
@@ -293,11 +296,11 @@ class Trainer:
             translate=self.translate,
         )
         self.task.train()
-        seconds_before, start = position.seconds, time.perf_counter()
+        seconds_before, start = position.seconds, self.clock()
         for images, labels in loader:
             self._step(images, labels)
             position.step += 1
-            position.seconds = seconds_before + time.perf_counter() - start
+            position.seconds = seconds_before + self.clock() - start
             self.on_step(self)
             if self.should_stop():
                 return False
@@ -305,7 +308,7 @@ class Trainer:
                 self.save()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        position.seconds = seconds_before + time.perf_counter() - start
+        position.seconds = seconds_before + self.clock() - start
         return True
 
     def _step(self, images: Tensor, labels: Tensor) -> None:

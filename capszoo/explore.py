@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import optuna
 
 __all__ = [
+    "CLOCKS",
     "Exploration",
     "ExplorationError",
     "OBJECTIVES",
@@ -52,6 +53,13 @@ __all__ = [
     "write_solutions",
 ]
 
+def _cpu_seconds() -> float:
+    """Processor time of this process, per thread of torch."""
+    return time.process_time() / torch.get_num_threads()
+
+
+# By their names on the command line: on a CPU that does other things too, the time of the process alone is comparable.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": _cpu_seconds}
 OBJECTIVES = {"accuracy": "maximize", "seconds": "minimize", "parameters": "minimize"}
 POLICIES = [name for name in list_policies() if name != "lr_finder"]
 # Trials are compared with the gains of others from here on only when so many have finished.
@@ -331,6 +339,7 @@ class Exploration:
         seeds: Runs of each row of a grid, with seeds from the options' on.
         device: Where to train.
         measure_test: Also measure each finished trial on the test set, for reports; it is never used to choose.
+        clock: What seconds are: 'wall', or 'cpu' for those that the processor spent on it (divided by torch's threads).
         grace: Seconds without a sign of life after which another worker's trial counts as dead and is run again.
         on_change: Called with the trainer of the running trial (None between trials) after each epoch and trial.
 
@@ -352,6 +361,7 @@ class Exploration:
         seeds: int = 1,
         device: torch.device | str = "cpu",
         measure_test: bool = False,
+        clock: str = "wall",
         grace: int = 120,
         on_change: Callable[[Trainer | None], None] = lambda trainer: None,
     ):
@@ -370,6 +380,9 @@ class Exploration:
         self.plan, self.options, self.data = plan, dict(options), data
         self.folder, self.device, self.objectives = Path(folder), torch.device(device), list(objectives)
         self.measure_test, self.on_change = measure_test, on_change
+        if clock == "cpu" and self.device.type != "cpu":
+            raise ExplorationError(f"clock 'cpu' does not see the work of {self.device}: use 'wall'")
+        self.clock = CLOCKS[clock]
         self.machine = f"{socket.gethostname()}:{os.getpid()} {_device_name(self.device)}"
         self.storage = storage or f"sqlite:///{self.folder / 'study.db'}"
         self._deadline: float | None = None
@@ -381,6 +394,7 @@ class Exploration:
             "dataset": self.options.get("dataset", "digits"),
             "images": [len(data.train), len(data.val)],
             "objectives": self.objectives,
+            "clock": clock,
             "grid": [row.name for row in plan] if is_grid else None,
         }
         # Wide intervals are kind to a database with hundreds of workers.
@@ -523,6 +537,9 @@ class Exploration:
         trial.set_user_attr("folder", str(folder))
         try:
             return self._train(trial, options_from(options, f"trial {trial.number}"), folder)
+        except KeyboardInterrupt:
+            self._retry(self.study, self.study.get_trials(deepcopy=False)[trial.number])
+            raise
         except (ValueError, torch.OutOfMemoryError) as error:  # all errors of this package are ValueErrors
             trial.set_user_attr("reason", format_error(error))
             raise
@@ -542,7 +559,9 @@ class Exploration:
         def should_stop() -> bool:
             return bool(stopped["why"]) or self._asked_to_stop() or self._out_of_time()
 
-        trainer = make_trainer(args, self.data, self.device, folder, on_epoch=on_epoch, should_stop=should_stop)
+        trainer = make_trainer(
+            args, self.data, self.device, folder, clock=self.clock, on_epoch=on_epoch, should_stop=should_stop
+        )
         folder.mkdir(parents=True, exist_ok=True)
         write_options(args, folder)
         parameters = sum(p.numel() for p in trainer.task.model.parameters())
@@ -755,6 +774,7 @@ def _storage_errors(url: str):
 
 def _open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:
     import optuna
+    import sqlalchemy.exc
 
     engine: dict[str, Any] = {"pool_pre_ping": True}  # a connection that a server or firewall dropped is made anew
     if url.startswith("sqlite"):
@@ -762,10 +782,19 @@ def _open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:
     elif url.startswith("postgresql"):
         engine["connect_args"] = {"connect_timeout": 10}
     with _storage_errors(url):
-        return optuna.storages.RDBStorage(
-            url,
-            engine_kwargs=engine,
-            heartbeat_interval=heartbeat,
-            grace_period=grace,
-            heartbeat_stale_trial_callback=retry,
-        )
+        for attempt in range(10):
+            try:
+                return optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs=engine,
+                    heartbeat_interval=heartbeat,
+                    grace_period=grace,
+                    heartbeat_stale_trial_callback=retry,
+                )
+            except sqlalchemy.exc.DBAPIError as error:
+                # Workers that start at the same moment make the tables of a new database at the same moment.
+                beaten = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error.orig)
+                if not beaten or attempt == 9:
+                    raise
+                time.sleep(0.2 * (attempt + 1))
+    raise AssertionError("the loop returns or raises")

@@ -38,6 +38,7 @@ from capszoo.command_line import (
 from capszoo.data import DataSplits
 from capszoo.engine import Trainer, resolve_amp, write_csv
 from capszoo.explore import (
+    CLOCKS,
     OBJECTIVES,
     Exploration,
     Row,
@@ -116,6 +117,8 @@ def build_parser() -> OptionParser:
     group("--test", action="store_true", help="also measure each finished trial on the test set; never used to choose")
     group = parser.add_argument_group("computing and reporting").add_argument
     group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    group("--clock", default="wall", choices=list(CLOCKS), help="training seconds by the clock on the wall, or "
+          "those of the processor: for a CPU that does other things at the same time")
     group("--results", metavar="FILE.csv", help="also write the rows of a grid, compared over seeds, to this table")
     group("--quiet", action="store_true", help="print the result alone")
     return parser
@@ -297,6 +300,7 @@ def write_reports(
         "model": str(facts["model"]),
         "data set": f"{facts['dataset']} ({facts['images'][0]:,} train, {facts['images'][1]:,} validation)",
         "objectives": ", ".join(exploration.objectives),
+        "seconds": {"wall": "by the clock", "cpu": "of the processor"}[facts["clock"]],
         "machines": ", ".join(sorted({re.sub(r":\d+", "", s.machine) for s in solutions if s.machine})),
         "torch": torch.__version__,
         "capszoo": capszoo.__version__,
@@ -348,7 +352,8 @@ def write_comparison(path: Path, rows: list[dict[str, Any]], args: argparse.Name
     import shlex
 
     command = shlex.join(["python", "recipes/explore.py", *(sys.argv[1:] if argv is None else argv)])
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "capszoo": capszoo.__version__,
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "clock": args.clock,
+             "capszoo": capszoo.__version__,
              "date": time.strftime("%Y-%m-%d"), "command": command}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**row, **facts} for row in rows]
@@ -405,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         seeds=args.seeds,
         device=device,
         measure_test=args.test,
+        clock=args.clock,
         grace=args.grace,
         on_change=report.change,
     )

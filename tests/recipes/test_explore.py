@@ -1,0 +1,271 @@
+"""recipes/explore.py from the command line: searches that end, are killed, are shared; and what it refuses."""
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import capszoo
+from capszoo.training import make_model, options_from
+
+optuna = pytest.importorskip("optuna")
+pytest.importorskip("plotly")
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--set", "model_kwargs={conv_dim: 8, num_types: 2, decoder_dims: [4, 8]}", "amp=none"]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "recipes/explore.py"), *map(str, arguments)]
+
+
+def run(*arguments):
+    """Run the recipe to its end; return what it printed."""
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def grid(folder, count, **options):
+    """Write a folder of rows that differ in nothing but the learning rate."""
+    folder.mkdir()
+    for n in range(count):
+        values = {"policy": "fixed", "batch_size": 64, "epochs": 2, "lr": 0.001 * (n + 1), **options}
+        (folder / f"{n}-row{n}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search of twelve trials, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "search"
+    arguments = ["--trials", 12, "--epochs", 2, *SMALL, "policy=one_cycle", "--output", folder]
+    return folder, run(*arguments)
+
+
+def test_a_search_writes_tables_figures_and_a_page(searched):
+    folder, out = searched
+    trials, front = table(folder / "trials.csv"), table(folder / "front.csv")
+    assert len(trials) == 12 and 1 <= len(front) <= 12
+    for name in ("front", "tradeoff", "accuracy", "time_to_best"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    page = (folder / "report.html").read_text()
+    assert {int(n) for n in re.findall(r'<tr[^>]*data-trial="(\d+)"', page)} >= {int(row["number"]) for row in trials}
+    assert len(re.findall(r"^trial +\d+ ", out, re.M)) == 12 and f"front of {len(front)} Pareto-optimal" in out
+    points = [(-float(r["accuracy"]), float(r["seconds"]), int(r["parameters"])) for r in front]
+    for a in points:
+        assert not any(b != a and all(y <= x for x, y in zip(a, b, strict=True)) for b in points)
+
+
+def test_the_chosen_solution_trains_with_the_printed_command(searched, tmp_path):
+    folder, out = searched
+    chosen = re.search(r"chosen \(fastest\): trial (\d+)", out)
+    printed = re.search(r"train it: python (\S+) --config (\S+)", out)
+    assert printed[1] == "recipes/train.py" and printed[2] == str(folder / "chosen.yaml")
+    arguments = [sys.executable, str(ROOT / printed[1]), "--config", printed[2], "--output", str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    trial = next(row for row in table(folder / "trials.csv") if row["number"] == chosen[1])
+    assert result["parameters"] == int(trial["parameters"]) and result["eval_top1"] == float(trial["accuracy"])
+
+
+def test_killed_and_resumed_it_loses_no_finished_trial(tmp_path):
+    folder = tmp_path / "search"
+    rows = grid(tmp_path / "rows", 4, epochs=3)
+    arguments = command("--grid", rows, *SMALL, "--output", folder)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, start_new_session=True)
+    # In the third trial, after its first epoch.
+    third = folder / "trials/0002/resume.safetensors"
+    wait_for(third.exists)
+    process.kill()
+    process.wait()
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
+    before = {t.number: t.values for t in study.trials if t.state.name == "COMPLETE"}
+    assert set(before) >= {0, 1} and (folder / "trials/0002/args.yaml").exists()
+    run("--resume", folder)
+    trials = table(folder / "trials.csv")
+    complete = {row["name"]: row for row in trials if row["state"] == "complete"}
+    assert sorted(complete) == [f"row{n}" for n in range(4)], "each row once"
+    assert len([row for row in trials if row["state"] == "complete"]) == 4
+    after = {t.number: t.values for t in study.trials if t.state.name == "COMPLETE"}
+    assert all(after[number] == values for number, values in before.items())
+    assert complete["row2"]["folder"].endswith("trials/0002"), "it went on in the folder of the killed trial"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    """A PostgreSQL server of our own; its URL."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    initdb = shutil.which("initdb") or (str(found[-1]) if found else None)
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg")
+    binaries = Path(initdb).resolve().parent
+    # The server refuses to run as root, and its account must reach the folder.
+    account = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    import tempfile
+
+    home = Path(tempfile.mkdtemp(prefix="capszoo-postgres-"))
+    if account:
+        shutil.chown(home, "postgres", "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = [str(binaries / "initdb"), "-D", str(home / "data"), "-U", "me", "--auth=trust", "--no-sync"]
+    subprocess.run(base, check=True, capture_output=True, cwd=home, **account)
+    server = subprocess.Popen(
+        [str(binaries / "postgres"), "-D", str(home / "data"), "-k", str(home), "-p", str(port), "-h", "127.0.0.1"],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=home, **account,
+    )  # fmt: skip
+    try:
+        ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
+        wait_for(lambda: subprocess.run(ready, capture_output=True).returncode == 0, 30)
+        yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=30)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def start_workers(count, tmp_path, *arguments):
+    return [
+        subprocess.Popen(command(*arguments, "--output", tmp_path / f"worker{n}"), stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def finished(study):
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+
+
+def test_workers_on_one_database_share_a_grid(postgres, tmp_path):
+    rows = grid(tmp_path / "rows", 6)
+    common = ["--storage", postgres, "--study", "shared", "--grid", rows, *SMALL, "--seeds", 2]
+    workers = start_workers(2, tmp_path, *common)
+    for worker in workers:
+        out, err = worker.communicate(timeout=300)
+        assert worker.returncode == 0, err
+        assert "front of" in out
+    study = optuna.load_study(study_name="shared", storage=postgres)
+    runs = [(t.user_attrs["name"], t.user_attrs["options"]["seed"]) for t in finished(study)]
+    assert sorted(runs) == [(f"row{n}", seed) for n in range(6) for seed in (0, 1)], "each run once, by someone"
+    machines = {t.user_attrs["machine"] for t in finished(study)}
+    assert len(machines) == 2, "both took part"
+    assert len([t for t in study.trials if t.user_attrs.get("surplus") is None]) == 12
+    # Both end with the whole study.
+    assert len(table(tmp_path / "worker0/front.csv")) == len(table(tmp_path / "worker1/front.csv"))
+
+
+def test_a_killed_workers_trial_is_run_by_another(postgres, tmp_path):
+    rows = grid(tmp_path / "rows", 3, epochs=4)
+    common = ["--storage", postgres, "--study", "killed", "--grid", rows, *SMALL]
+    (first,) = start_workers(1, tmp_path, *common)
+    wait_for((tmp_path / "worker0/trials/0000/resume.safetensors").exists)
+    first.kill()
+    first.communicate()
+    run(*common, "--output", tmp_path / "second")
+    study = optuna.load_study(study_name="killed", storage=postgres)
+    assert sorted(t.user_attrs["name"] for t in finished(study)) == ["row0", "row1", "row2"]
+    trials = table(tmp_path / "second/trials.csv")
+    assert sum(row["state"] == "failed" and row["reason"] == "worker died" for row in trials) == 1
+
+
+def test_a_dead_workers_trial_on_another_machine_is_found_by_its_silence(postgres, tmp_path):
+    rows = grid(tmp_path / "rows", 2, epochs=1)
+    common = ["--storage", postgres, "--study", "silent", "--grid", rows, *SMALL, "--grace", 4]
+    (first,) = start_workers(1, tmp_path, *common)
+    wait_for((tmp_path / "worker0/trials/0000/args.yaml").exists)
+    first.kill()
+    first.communicate()
+    study = optuna.load_study(study_name="silent", storage=postgres)
+    running = [t for t in study.trials if t.state.name == "RUNNING"]
+    # No process of this machine: only the missing heartbeat can tell.
+    for trial in running:
+        study._storage.set_trial_user_attr(trial._trial_id, "machine", "elsewhere:1 cpu")
+    run(*common, "--output", tmp_path / "second")
+    assert sorted(t.user_attrs["name"] for t in finished(study)) == ["row0", "row1"]
+
+
+BAD = [
+    (["--objectives", "accuracy", "speed"], "unknown objective 'speed'"),
+    (["--storage", "postgresql+psycopg://me@127.0.0.1:1/none"], "storage postgresql+psycopg://me@127.0.0.1:1/none"),
+    (["--budget", "0.0001s"], "too short for one trial: an epoch of capsnet_tiny on digits takes about"),
+    (["--budget", "soon"], "'soon' is no time"),
+    (["--grid", "papers"], "no grid 'papers'"),
+    (["--set", "polcy=fixed"], "unknown key 'polcy', did you mean 'policy'?"),
+    (["--set", "policy=fixd"], "unknown policy 'fixd'"),
+    (["--trials", "0"], "--trials 0 is not possible"),
+    (["--loss", "2"], "'2' is no accuracy to lose"),
+    (["--val-fraction", "0", "--trials", "1"], "--val-fraction above 0"),
+    (["--model", "capsnet_tny"], "capsnet_tny"),
+    (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
+    (["--resume", "nowhere"], "--resume 'nowhere' is no run folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(recipe, tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    explore = recipe("explore")
+    with pytest.raises(SystemExit) as ended:
+        capszoo.command_line.run(lambda: explore.main(arguments))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_data_set_is_refused(searched, recipe, tmp_path, capsys):
+    folder, _ = searched
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    text = (copy / "args.yaml").read_text()
+    (copy / "args.yaml").write_text(text.replace("val_fraction: 0.1", "val_fraction: 0.2"))
+    with pytest.raises(SystemExit) as ended:
+        capszoo.command_line.run(lambda: recipe("explore").main(["--resume", str(copy)]))
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "was made for images" in err and err.count("\n") == 1
+
+
+def test_the_paper_has_eight_rows(recipe):
+    rows = recipe("explore").read_grid(["paper"], {})
+    assert [row.name for row in rows] == [
+        "baseline", "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch", "weight_sharing",
+        "warm_ada_batch_weight_sharing",
+    ]  # fmt: skip
+    published = table(ROOT / "recipes/results/paper-published.csv")
+    assert [r["name"] for r in published if r["dataset"] == "mnist"] == [row.name for row in rows]
+    import torch
+
+    digits = capszoo.data.load_data("digits", "data")
+    for row in rows:
+        with torch.device("meta"):
+            model = make_model(options_from(row.options), digits)
+        shared = row.name.endswith("weight_sharing")
+        # The paper counts the 11,520 coupling coefficients as parameters.
+        counted = next(int(r["parameters"]) for r in published if r["name"] == row.name)
+        assert sum(p.numel() for p in model.parameters()) + 11_520 == counted, shared
+    scaled = recipe("explore").read_grid(["paper"], {"model": "capsnet_tiny", "epochs": 8, "warm_epochs": 1})
+    assert [row.options.get("warm_epochs") for row in scaled] == [None] * 4 + [1, 1, None, 1]
+    assert {(row.options["model"], row.options["epochs"]) for row in scaled} == {("capsnet_tiny", 8)}
