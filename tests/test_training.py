@@ -1,0 +1,105 @@
+"""capszoo.training: a run from a flat set of options."""
+import pytest
+import torch
+import yaml
+
+from capszoo.checkpoint import load_weights
+from capszoo.command_line import UsageError
+from capszoo.engine import evaluate
+from capszoo.training import (
+    build_parser,
+    load_splits,
+    make_model,
+    make_policy,
+    make_trainer,
+    measure_test,
+    options_from,
+    write_options,
+)
+
+SMALL = {"model_kwargs": {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}, "amp": "none"}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits(options_from({}))
+
+
+def test_no_options_are_the_command_lines_defaults():
+    assert options_from({}) == build_parser().parse_args([])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"epoch": 3}, "mine: unknown key 'epoch', did you mean 'epochs'"),
+        ({"epochs": "many"}, "mine: epochs: .*many"),
+        ({"amp": "bf17"}, "mine: amp: .*bf17"),
+        ({"decoder": 3}, "mine: decoder must be true or false, not 3"),
+    ],
+)
+def test_options_are_checked(values, expected):
+    with pytest.raises(UsageError, match=expected):
+        options_from(values, "mine")
+
+
+def test_equal_options_make_equal_networks(digits):
+    first, second, other = (
+        make_trainer(options_from({**SMALL, "seed": seed}), digits, torch.device("cpu")) for seed in (1, 1, 2)
+    )
+    weights = [trainer.task.model.state_dict() for trainer in (first, second, other)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_options_reach_what_they_name(digits):
+    args = options_from({
+        **SMALL, "policy": "warm_ada_batch", "epochs": 4, "warm_epochs": 1, "lr": 0.002, "opt": "sgd", "momentum": 0.5,
+        "num_routing": 2, "translate": 1, "clip_grad": 3.0, "reconstruction_weight": 0.25, "m_plus": 0.8,
+    })  # fmt: skip
+    trainer = make_trainer(args, digits, torch.device("cpu"))
+    assert [phase.batch_size for phase in trainer.policy.phases()] == [1, 16] and trainer.policy.warmup_steps == 1000
+    assert trainer.optimizer.defaults["momentum"] == 0.5 and trainer.optimizer.defaults["lr"] == 0.002
+    assert trainer.task.model.arguments()["num_routing"] == 2 and trainer.task.reconstruction_weight == 0.25
+    assert (trainer.translate, trainer.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)
+    assert trainer.metadata["model_args"]["conv_dim"] == 8 and trainer.metadata["policy"] == "warm_ada_batch"
+
+
+def test_rate_and_batch_size_default_by_policy_and_data():
+    for policy, num_images, expected in (
+        ("fixed", 1000, (1e-3, 16, None)),
+        ("fixed", 10_000, (1e-3, 128, None)),
+        ("warm_ada_batch", 10, (1e-4, 16, 1000)),
+    ):
+        args = options_from({"policy": policy})
+        make_policy(args, num_images)
+        assert (args.lr, args.batch_size, args.warmup_steps) == expected
+
+
+def test_written_options_are_read_back(tmp_path):
+    args = options_from({**SMALL, "lr": 0.5, "policy": "one_cycle", "max_lr": "3x"})
+    write_options(args, tmp_path)
+    assert options_from(yaml.safe_load((tmp_path / "args.yaml").read_text())) == args
+
+
+def test_test_set_is_measured_with_the_best_epochs_weights(digits, tmp_path):
+    args = options_from({**SMALL, "epochs": 2, "batch_size": 64, "policy": "fixed"})
+    trainer = make_trainer(args, digits, torch.device("cpu"), tmp_path)
+    assert trainer.fit()
+    result = measure_test(trainer, args, digits)
+    model = make_model(args, digits)
+    load_weights(model, tmp_path / "best.safetensors")
+    from capszoo.data import Loader
+
+    assert result["test_top1"] == evaluate(model, Loader(digits.test, 100, "cpu")).top1
+    assert result["eval_top1"] == max(row["eval_top1"] for row in trainer.history)
+    assert (tmp_path / "result.json").is_file()
+
+
+def test_seconds_are_those_of_the_clock(digits):
+    ticks = iter(range(10_000))
+    args = options_from({**SMALL, "epochs": 1, "batch_size": 256, "policy": "fixed"})
+    trainer = make_trainer(args, digits, torch.device("cpu"), clock=lambda: next(ticks))
+    assert trainer.fit()
+    # One look before the first of the 6 steps, one after each, one at the end.
+    assert trainer.position.total_seconds == 7
