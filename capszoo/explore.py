@@ -64,6 +64,8 @@ OBJECTIVES = {"accuracy": "maximize", "seconds": "minimize", "parameters": "mini
 POLICIES = [name for name in list_policies() if name != "lr_finder"]
 # Trials are compared with the gains of others from here on only when so many have finished.
 _LEAST_PEERS = 3
+# Trials that may fail, and none complete, before something must be wrong with all of them.
+_MOST_FAILURES = 5
 # Sampled options that were tried before, one after another, until the space counts as exhausted.
 _MOST_REPETITIONS = 20
 
@@ -331,7 +333,7 @@ class Exploration:
         plan: A :class:`Space` to search, or the rows of a fixed grid.
         options: Options of recipes/train.py for all trials (`dataset`, `data_dir`, `val_fraction` ...).
         data: The data set that they name; it must have a validation split.
-        folder: Where the run folders, and by default the storage, are kept; it must exist.
+        folder: Where the run folders, and by default the storage, are kept; made when there is something to keep.
         storage: URL of Optuna's storage, for several workers; None is a SQLite file in `folder`.
         name: Name of the study in the storage.
         objectives: Those of :data:`OBJECTIVES` that matter.
@@ -397,6 +399,8 @@ class Exploration:
             "clock": clock,
             "grid": [row.name for row in plan] if is_grid else None,
         }
+        if storage is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
         # Wide intervals are kind to a database with hundreds of workers.
         backend = _open_storage(self.storage, heartbeat=max(1, grace // 4), grace=grace, retry=self._retry)
         directions = [OBJECTIVES[objective] for objective in self.objectives]
@@ -480,7 +484,7 @@ class Exploration:
             should_stop: Asked after each training step.
 
         Raises:
-            ExplorationError: If there is neither a budget nor a number of trials.
+            ExplorationError: If there is neither a budget nor a number of trials, or all of the first trials fail.
         """
         if budget is None and not self.limited:
             raise ExplorationError("the search has no end: give --budget, such as 30m, or --trials")
@@ -500,6 +504,10 @@ class Exploration:
             self._repeated = False
             with _storage_errors(self.storage):
                 self.study.optimize(self._objective, n_trials=1, catch=(ValueError, torch.OutOfMemoryError))
+            states = [(trial.state.name, trial.user_attrs.get("reason")) for trial in _trials_seen(self.study)]
+            reasons = [reason for state, reason in states if state == "FAIL" and reason]
+            if len(reasons) >= _MOST_FAILURES and not any(state == "COMPLETE" for state, _ in states):
+                raise ExplorationError(f"the first {len(reasons)} trials failed, the last one since {reasons[-1]}")
             repetitions = repetitions + 1 if self._repeated else 0
             if repetitions == _MOST_REPETITIONS:
                 break

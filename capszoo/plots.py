@@ -4,6 +4,7 @@ Figures of measurements take the rows of a CSV as `csv.DictReader` or the recipe
 explorations the solutions of :mod:`capszoo.explore`; values that are missing are skipped. matplotlib is imported only
 when a figure is drawn, and without its global state.
 """
+
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -290,9 +291,7 @@ def curves(solutions: Sequence["Solution"]) -> dict[str, list["Solution"]]:
             found.setdefault(solution.name, []).append(solution)
     for name, runs in found.items():
         runs = [run for run in runs if run.state == "complete"] or runs
-        first, *others = [
-            ([point[0] for point in run.history], {**run.options, "seed": None}) for run in runs
-        ]
+        first, *others = [([point[0] for point in run.history], {**run.options, "seed": None}) for run in runs]
         same = runs[0].state == "complete" and all(other == first for other in others)
         found[name] = runs if same else [max(runs, key=lambda run: max(point[2] for point in run.history))]
     return found

@@ -4,6 +4,7 @@ plotly.js is inside the file, and a content security policy keeps the page from 
 imported only when a report is written. Names, options and reasons come from users and are escaped wherever they are
 shown; plotly escapes what it writes into scripts, and reads a few tags in the labels of figures.
 """
+
 import json
 import math
 import re
@@ -177,7 +178,7 @@ def _cell(solution: "Solution", column: str, common: set[tuple[str, str]], link:
         value = getattr(solution, key)
         text, value = ("", "") if not _is_number(value) else (form(value), value)
         return f'<td class=number data-value="{value}">{text}</td>'
-    kind = " class=text" if column in ("options", "reason") else ""
+    kind = f' class="text {column}"' if column in ("options", "reason") else ""
     return f'<td{kind} data-value="{escape(str(shown[1]))}">{shown[0]}</td>'
 
 
@@ -225,33 +226,35 @@ def _pareto(study: "optuna.Study", solutions: Sequence["Solution"], objectives: 
     for trace in figure.data:
         numbers = [re.search(r'"number": (\d+)', text) for text in trace.text or ()]
         trace.text = [hovers.get(number[1], "") if number else "" for number in numbers]
+        is_front = "Best" in (trace.hovertemplate or "")
         trace.hovertemplate = "%{text}<extra></extra>"
         # Optuna's colours are the numbers of the trials, and the bars that explain them half as wide as a phone.
-        is_front = trace.name == "Best Trial"
         size = 6 if trace.type == "scatter3d" else 10
         trace.marker = {"size": size, "color": _COLORS[3] if is_front else "#8795a8", "opacity": 1 if is_front else 0.6}
         trace.name = "Pareto front" if is_front else "complete trials"
+        trace.showlegend = True
     _dress(figure, height=600 if len(objectives) == 3 else 480)
     figure.update_layout(title=None, showlegend=True)
-    accuracies = [s.accuracy for s in solutions if s.state == "complete" and _is_number(s.accuracy)]
+    complete = [solution for solution in solutions if solution.state == "complete"]
+    accuracies = [solution.accuracy for solution in complete if _is_number(solution.accuracy)]
+    times = [solution.seconds for solution in complete if _is_number(solution.seconds) and solution.seconds > 0]
     for letter, objective in zip("xyz", objectives, strict=False):
         axis: dict[str, Any] = {"title": {"text": objective}}
         if objective == "accuracy" and accuracies:
             axis |= {"range": accuracy_limits(accuracies), "tickformat": ".4~p"}
-        if objective == "seconds":
-            axis |= {"type": "log", **_time_ticks([s.seconds for s in solutions if s.state == "complete"])}
+        if objective == "seconds" and times:
+            axis |= {"type": "log", **_time_ticks(times)}
         if len(objectives) == 3:
             wall = {"showbackground": False, "gridcolor": "#9b9b9b", "zeroline": False, "color": _INK}
             figure.update_layout({f"scene.{letter}axis": {**wall, **axis}})
         else:
             figure.update_layout({f"{letter}axis": axis})
-    figure.update_scenes(aspectmode="cube", camera={"eye": {"x": 1.5, "y": 1.5, "z": 0.7}})
+    camera = {"eye": {"x": 1.55, "y": 1.55, "z": 0.75}, "center": {"x": 0, "y": 0, "z": -0.12}}
+    figure.update_scenes(aspectmode="cube", camera=camera)
     return figure
 
 
-def _tradeoff(
-    points: Sequence["Solution"], front: Sequence["Solution"], colors: dict[str, str]
-) -> "go.Figure":
+def _tradeoff(points: Sequence["Solution"], front: Sequence["Solution"], colors: dict[str, str]) -> "go.Figure":
     import plotly.graph_objects as go
 
     marked = {solution.number for solution in front}
@@ -296,10 +299,12 @@ def _tradeoff(
                   {"coloraxis.showscale": True}, drawn]},
     ]  # fmt: skip
     _dress(figure, height=520)
+    place = {"x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
     figure.update_layout(
+        margin_t=72,  # the buttons under plotly's own
         coloraxis={**scale, "showscale": False},
-        updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False, "x": 0, "y": 1.02,
-                      "xanchor": "left", "yanchor": "bottom", "font": {"size": 12}, "bordercolor": _GRID}],
+        updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False, **place,
+                      "font": {"size": 12}, "bordercolor": _GRID}],
     )  # fmt: skip
     figure.update_xaxes(type="log", title_text="training time, s", **_time_ticks([point.seconds for point in points]))
     _accuracy_axis(figure, [point.accuracy for point in points])
@@ -355,15 +360,13 @@ def _time_to_best(timed: Sequence["Solution"], colors: dict[str, str]) -> "go.Fi
     """Bars side by side, grouped by name; numbers beside them only as long as they can be read."""
     import plotly.graph_objects as go
 
-    figure, places, ticks, start = go.Figure(), {}, {}, 0
+    figure, ticks, start = go.Figure(), {}, 0
     for name in colors:
         group = sorted((s for s in timed if s.name == name), key=lambda solution: solution.seconds_to_best)
         if group:
-            places[name] = [start + index for index in range(len(group))]
             ticks[start + (len(group) - 1) / 2] = _label(name)
-            start += len(group) + 1
             figure.add_bar(
-                x=places[name],
+                x=[start + index for index in range(len(group))],
                 y=[solution.seconds_to_best for solution in group],
                 marker={"color": colors[name], "line": {"width": 0}},
                 name=_label(name),
@@ -374,9 +377,11 @@ def _time_to_best(timed: Sequence["Solution"], colors: dict[str, str]) -> "go.Fi
                 hovertext=[_hover(solution) for solution in group],
                 hoverinfo="text",
             )
+            start += len(group) + 1
     _dress(figure, height=460)
     figure.update_layout(showlegend=False, bargap=0.15)
-    figure.update_xaxes(tickvals=list(ticks), ticktext=list(ticks.values()), showgrid=False)
+    figure.update_xaxes(tickvals=list(ticks), ticktext=list(ticks.values()), showgrid=False, zeroline=False)
+    figure.update_xaxes(ticklabeloverflow="allow")
     figure.update_yaxes(title_text="training time, s", rangemode="tozero")
     return figure
 
@@ -474,14 +479,13 @@ def _is_number(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-# The policy is what keeps the promise of a file that loads nothing. plotly compiles shaders' wrappers with eval, draws
-# its images through blob: and data:, and needs nothing else.
+# The policy is what keeps the promise of a file that loads nothing; plotly saves its images through blob: and data:.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
- script-src 'unsafe-inline' 'unsafe-eval'; img-src data: blob:">
+ script-src 'unsafe-inline'; img-src data: blob:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
@@ -503,7 +507,7 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 1320px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .3rem; }
 p { margin: 0 0 .7rem; color: var(--soft); }
@@ -524,8 +528,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .sortable th[aria-sort=descending] button::after { content: " \\25BC"; font-size: .7em; }
 .sortable td { padding: .35rem .6rem; border-top: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 .sortable td.number { text-align: right; }
-.sortable td.text { white-space: normal; min-width: 20rem; overflow-wrap: anywhere; color: var(--soft); }
-.sortable td.text:empty { min-width: 0; }
+.sortable td.text { white-space: normal; overflow-wrap: anywhere; color: var(--soft); }
+.sortable td.options { min-width: 20rem; }
+.sortable td.reason:not(:empty) { min-width: 10rem; }
 .sortable td.text b { font-weight: 500; color: var(--ink); }
 tr.front td:first-child { box-shadow: inset 4px 0 var(--accent); font-weight: 600; }
 tr:target td { background: var(--band); }

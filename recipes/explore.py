@@ -170,7 +170,8 @@ def plan_search(
     args: argparse.Namespace, options: dict[str, Any], data: DataSplits, device: torch.device
 ) -> Space:
     """Make the space, with as many epochs a trial as the budget has time for."""
-    base = options_from({"epochs": 1, "amp": "auto", **options, "policy": "fixed"}, "--set")
+    base = options_from({"policy": "fixed", "epochs": 1, **options}, "--set")
+    make_policy(base, len(data.train))  # what is wrong with --set is found here, and not in each trial
     epochs = args.epochs
     if args.budget is not None and args.resume is None:
         seconds = seconds_of_an_epoch(base, data, device)
@@ -183,14 +184,11 @@ def plan_search(
             epochs = max(1, min(30, int(args.budget * SHARE_OF_A_TRIAL / seconds)))
     best = resolve_amp("auto", device)
     amps = ["none"] if best is None else [{torch.bfloat16: "bf16", torch.float16: "fp16"}[best], "none"]
-    fixed = {name: value for name, value in dict(args.set).items()}
-    return Space(base.model, data, epochs or 10, amps, fixed)
+    return Space(base.model, data, epochs or 10, amps, dict(args.set))
 
 
-def prepare_folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
-    """Make the folder; the last thing before work starts, so that no error leaves one behind."""
-    import yaml
-
+def choose_folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
+    """Say which folder it is, without making it: no error may leave one behind."""
     if args.resume:
         return Path(args.resume)
     named = [str(options.get("model", "grid")), Path(options["dataset"]).name]
@@ -199,12 +197,18 @@ def prepare_folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     folder = Path(args.output) if args.output else default
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"folder {str(folder)!r} is not empty: use --resume, or choose another --output")
+    return folder
+
+
+def save_args(args: argparse.Namespace, folder: Path) -> None:
+    """Write the options from which --resume goes on."""
+    import yaml
+
     folder.mkdir(parents=True, exist_ok=True)
     values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     values["set"] = dict(args.set)
     text = f"# python recipes/explore.py --resume {folder}\n" + yaml.safe_dump(values, sort_keys=False)
     write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
-    return folder
 
 
 def percent(value: float | None) -> str:
@@ -395,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         make_policy(options_from({**options, **row.options}, f"grid row {row.name!r}"), len(data.train))
     plan = rows or plan_search(args, options, data, device)
-    folder = prepare_folder(args, options)
+    folder = choose_folder(args, options)
     names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in args.grid or [])]
     report = Report(console, args.quiet, args.budget)
     exploration = report.exploration = Exploration(
@@ -414,6 +418,8 @@ def main(argv: list[str] | None = None) -> int:
         grace=args.grace,
         on_change=report.change,
     )
+    if not args.resume:
+        save_args(args, folder)
     if not args.quiet:
         what = f"{len(rows)} rows, {args.seeds} seeds" if rows else f"up to {plan.epochs} epochs a trial"
         console.print(f"{names[0]} on {names[1]}, {what}, {device.type}, folder {folder}")

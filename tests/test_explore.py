@@ -263,6 +263,12 @@ def test_a_failing_trial_is_one_line_and_the_rest_goes_on(digits, tmp_path):
     assert "loss is" in bad.reason and "unknown squash 'none'" in wrong.reason
 
 
+def test_a_search_in_which_all_fails_ends(digits, tmp_path):
+    space = Space("capsnet_tiny", digits, 1, fixed={"policy": "fixed", "lr": 1e30, "model_kwargs": SMALL})
+    with pytest.raises(ExplorationError, match="the first 5 trials failed, the last one since the loss is"):
+        explore(space, digits, tmp_path).run(budget=600)
+
+
 def test_a_grid_runs_every_row_with_every_seed(digits, tmp_path):
     plan = [Row("slow", ROW), Row("fast", {**ROW, "batch_size": 256})]
     exploration = explore(plan, digits, tmp_path, seeds=2, measure_test=True)
