@@ -12,7 +12,9 @@ names another place), a run folder per trial in trials/, trials.csv, front.csv, 
 accuracy.png, time_to_best.png, and chosen.yaml, from which recipes/train.py trains the chosen solution.
 """
 import argparse
+import csv
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from rich.live import Live
 from rich.table import Table
 
 import capszoo
+from capszoo import plots
 from capszoo.checkpoint import write_atomically
 from capszoo.command_line import (
     OptionParser,
@@ -50,9 +53,11 @@ from capszoo.explore import (
     write_solutions,
 )
 from capszoo.policies import list_policies, policy_options
+from capszoo.report import write_report
 from capszoo.training import load_splits, make_policy, options_from
 
 GRIDS = Path(__file__).parent / "configs"
+PUBLISHED = Path(__file__).parent / "results/paper-published.csv"
 # What may change when a search goes on.
 MAY_CHANGE_ON_RESUME = {
     "resume", "budget", "data_dir", "device", "quiet", "results", "choose", "loss", "within", "test", "storage",
@@ -288,9 +293,6 @@ def write_reports(
     """Write tables, figures and the page; return what could not be drawn."""
     import yaml
 
-    from capszoo import plots
-    from capszoo.report import write_report
-
     solutions, front = exploration.solutions(), exploration.front()
     write_solutions(folder / "trials.csv", solutions)
     write_solutions(folder / "front.csv", front)
@@ -351,9 +353,12 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def write_comparison(path: Path, rows: list[dict[str, Any]], args: argparse.Namespace, argv: list[str] | None) -> None:
-    """Write the rows of a grid with what it takes to make them again."""
-    import shlex
+def write_comparison(
+    exploration: Exploration, rows: list[dict[str, Any]], args: argparse.Namespace, argv: list[str] | None
+) -> None:
+    """Write the rows of a grid, what it takes to make them again, and the figures beside the table."""
+    path, solutions = Path(args.results), exploration.solutions()
+    dataset = exploration.study.user_attrs["facts"]["dataset"]
 
     command = shlex.join(["python", "recipes/explore.py", *(sys.argv[1:] if argv is None else argv)])
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "clock": args.clock,
@@ -362,6 +367,11 @@ def write_comparison(path: Path, rows: list[dict[str, Any]], args: argparse.Name
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**row, **facts} for row in rows]
     write_csv(path, list(rows[0]), rows)
+    with open(PUBLISHED, newline="") as file:
+        published = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
+    if any(row["name"] == "baseline" for row in rows):
+        plots.plot_comparison(rows, published, path.with_suffix(".png"))
+        plots.plot_accuracy(solutions, path.with_name(path.stem + "-accuracy.png"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -435,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
         compared = compare(exploration.solutions())
         console.print(comparison_table(compared))
         if args.results and compared:
-            write_comparison(Path(args.results), compared, args, argv)
+            write_comparison(exploration, compared, args, argv)
     for line in missing:
         console.print(f"not drawn: {line}")
     console.print(f"report: {folder / 'report.html'}")

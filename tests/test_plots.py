@@ -293,3 +293,36 @@ def test_nothing_explored_is_one_error(tmp_path, name, trials):
     with pytest.raises(ValueError, match="there is nothing to draw") as caught:
         EXPLORED[name](trials, tmp_path / "figure.png")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def comparison(**changes):
+    rows = [
+        {"name": "baseline", "seconds_to_best": 200.0, "saving": 0.0, "saving_std": 0.0, "reached": 3, "runs": 3},
+        {"name": "quick", "seconds_to_best": 50.0, "saving": 0.8, "saving_std": 0.1, "reached": 2, "runs": 3},
+        {"name": "poor", "seconds_to_best": 90.0, "saving": None, "saving_std": None, "reached": 0, "runs": 3},
+    ]
+    return [{**row, **changes} for row in rows]
+
+
+PUBLISHED = [
+    {"name": "baseline", "epochs": "20", "epoch_seconds": "300"},
+    {"name": "quick", "epochs": "3", "epoch_seconds": "800"},
+]
+
+
+def test_comparison_shows_times_as_parts_of_the_baselines(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.plot_comparison(comparison(), PUBLISHED, tmp_path / "unused.png")
+    (axes,) = figures[0].axes
+    bars = [[round(bar.get_width(), 3) for bar in group] for group in axes.containers if hasattr(group, "patches")]
+    assert bars == [[1.0, 0.4], [1.0, 0.25, 0.45], [1.0, 0.2]]
+    texts = [text.get_text() for text in axes.texts]
+    assert "20 % (2 of 3 runs)" in texts and texts.count("not reached by any run") == 1
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["baseline", "quick", "poor"]
+
+
+def test_comparison_needs_a_baseline(tmp_path):
+    with pytest.raises(ValueError, match="no row named 'baseline'"):
+        plots.plot_comparison(comparison()[1:], PUBLISHED, tmp_path / "figure.png")
+    assert not any(tmp_path.iterdir())
