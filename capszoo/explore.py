@@ -542,7 +542,10 @@ class Exploration:
             raise optuna.TrialPruned
         trial.set_user_attr("options", options)
         folder = self.folder / "trials" / f"{trial.user_attrs.get('retry_of', trial.number):04d}"
-        trial.set_user_attr("folder", str(folder))
+        before = trial.user_attrs.get("folder_before", "")
+        if before and (Path(before) / "args.yaml").is_file():  # of another worker, on a disk that both see
+            folder = Path(before)
+        trial.set_user_attr("folder", str(folder.resolve()))
         try:
             return self._train(trial, options_from(options, f"trial {trial.number}"), folder)
         except KeyboardInterrupt:
@@ -630,10 +633,11 @@ class Exploration:
 
     def _retry(self, study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
         """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint."""
-        attributes = {key: value for key, value in trial.user_attrs.items() if key == "name"}
-        original = trial.user_attrs.get("retry_of", trial.number)
-        point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        study.enqueue_trial(point, user_attrs={**attributes, "queued": True, "retry_of": original})
+        known = trial.user_attrs
+        attributes = {"queued": True, "retry_of": known.get("retry_of", trial.number)}
+        attributes |= {"name": known["name"]} if "name" in known else {}
+        attributes |= {"folder_before": known["folder"]} if "folder" in known else {}
+        study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params}, user_attrs=attributes)
 
     def _reclaim(self) -> None:
         """Take back trials of workers of this machine that are no more, without waiting for the period of grace.
