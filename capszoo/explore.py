@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from .data import DataSplits
 from .engine import Trainer, TrainingError, write_csv
 from .policies import list_policies
 from .registry import create_model, model_keywords
-from .training import make_trainer, measure_test, options_from, write_options
+from .training import make_policy, make_trainer, measure_test, options_from, write_options
 
 if TYPE_CHECKING:
     import optuna
@@ -49,6 +49,7 @@ __all__ = [
     "choose",
     "compare",
     "pareto_front",
+    "retime",
     "seconds_of_an_epoch",
     "write_solutions",
 ]
@@ -98,6 +99,7 @@ class Solution:
         reason: Why it was stopped or failed.
         test_top1: Top-1 on the test set, where it was asked for.
         machine: Host and device that ran it.
+        images: Training images of an epoch.
     """
 
     number: int
@@ -114,6 +116,7 @@ class Solution:
     reason: str = ""
     test_top1: float | None = None
     machine: str = ""
+    images: int = 0
 
     def gains(self, objectives: Sequence[str]) -> tuple[float, ...]:
         """Values of the objectives, larger is better."""
@@ -253,7 +256,7 @@ class Space:
         policy = vary(options, "policy", lambda: trial.suggest_categorical("policy", POLICIES))
         epochs = vary(options, "epochs", lambda: trial.suggest_int("epochs", 1, self.epochs, log=True))
         if policy in ("ada_batch", "warm_ada_batch"):
-            vary(options, "lr", lambda: trial.suggest_float("lr_small_batch", 3e-5, 1e-3, log=True))
+            vary(options, "lr", lambda: _short(trial.suggest_float("lr_small_batch", 3e-5, 1e-3, log=True)))
             share = trial.suggest_float("warm_share", 0.02, 0.4)
             warm = vary(options, "warm_epochs", lambda: min(max(1, round(share * epochs)), epochs - 1))
             vary(options, "warm_batch", lambda: trial.suggest_categorical("warm_batch", [1, 2, 4, 8]))
@@ -261,17 +264,17 @@ class Space:
             growths = vary(options, "max_growths", lambda: trial.suggest_int("growths", 0, 2))
             vary(options, "grow_every", lambda: -(-(epochs - warm) // (growths + 1)) if growths else 0)
         else:
-            vary(options, "lr", lambda: trial.suggest_float("lr", 1e-4, 3e-3, log=True))
+            vary(options, "lr", lambda: _short(trial.suggest_float("lr", 1e-4, 3e-3, log=True)))
             vary(options, "batch_size", lambda: trial.suggest_categorical("batch_size", self.batch_sizes))
         if policy in ("one_cycle", "warm_restarts", "warm_ada_batch"):
-            vary(options, "max_lr", lambda: f"{trial.suggest_float('peak', 1.0, 10.0, log=True):.4g}x")
+            vary(options, "max_lr", lambda: f"{trial.suggest_float('peak', 1.0, 10.0, log=True):.3g}x")
         if policy == "one_cycle":
-            vary(options, "rise", lambda: round(trial.suggest_float("rise", 0.05, 0.6), 3))
+            vary(options, "rise", lambda: _short(trial.suggest_float("rise", 0.05, 0.6)))
         if policy == "warm_restarts":
             vary(options, "cycle_epochs", lambda: max(1, epochs // trial.suggest_int("cycles", 1, 4)))
         if policy == "exp_decay":
             # Drawn as what is left of the learning rate at the end, which means the same for any number of steps.
-            vary(options, "decay_rate", lambda: trial.suggest_float("decay", 0.01, 0.9, log=True))
+            vary(options, "decay_rate", lambda: _short(trial.suggest_float("decay", 0.01, 0.9, log=True)))
             steps = -(-self.num_images // options["batch_size"])
             vary(options, "decay_steps", lambda: epochs * steps)
 
@@ -296,14 +299,19 @@ class Space:
         return policy, options
 
 
-def seconds_of_an_epoch(args: argparse.Namespace, data: DataSplits, device: torch.device, limit: float = 5.0) -> float:
-    """Estimate the training seconds of an epoch from its first steps.
+def _short(value: float) -> float:
+    """Three digits, which a person can read and write."""
+    return float(f"{value:.3g}")
+
+
+def seconds_of_an_epoch(args: argparse.Namespace, data: DataSplits, device: torch.device, limit: float = 3.0) -> float:
+    """Estimate the training seconds of the first epoch from the median of its first steps.
 
     Args:
         args: Options of the run, see :mod:`capszoo.training`.
         data: The data set.
         device: Where to train.
-        limit: Seconds after which the measurement ends, one step at least.
+        limit: Seconds after which the measurement ends, two steps at least.
     """
     ends: list[float] = []
 
@@ -311,14 +319,40 @@ def seconds_of_an_epoch(args: argparse.Namespace, data: DataSplits, device: torc
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ends.append(time.perf_counter())
-        return len(ends) > 20 or (len(ends) > 1 and ends[-1] - ends[0] > limit)
+        return len(ends) > 2 and ends[-1] - ends[0] > limit
 
     trainer = make_trainer(args, data, device, should_stop=measured)
     start = time.perf_counter()
     trainer.fit()
     # The first step also compiles and allocates.
-    step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0] - start
-    return step * trainer.policy.steps(0)
+    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)] or [ends[0] - start]
+    return statistics.median(steps) * trainer.policy.steps(0)
+
+
+def retime(solutions: Sequence[Solution], seconds: Callable[[Solution, int], float]) -> list[Solution]:
+    """Replace the times of solutions by epochs times seconds an epoch, as the paper counts them.
+
+    Trials that ran beside other work, or on different machines, are compared fairly by times that were measured
+    at rest.
+
+    Args:
+        solutions: Trials; those without a history stay as they are.
+        seconds: Seconds of an epoch of a solution at a batch size.
+    """
+    retimed = []
+    for solution in solutions:
+        if not solution.history:
+            retimed.append(solution)
+            continue
+        args = options_from(solution.options)
+        policy = make_policy(args, solution.images)
+        total, history = 0.0, []
+        for epoch, _, accuracy in solution.history:
+            total += seconds(solution, policy.batch_size(int(epoch) - 1))
+            history.append([epoch, total, accuracy])
+        to_best = None if solution.best_epoch is None else history[solution.best_epoch - 1][1]
+        retimed.append(replace(solution, history=history, seconds=total, seconds_to_best=to_best))
+    return retimed
 
 
 def _trials_seen(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
@@ -679,6 +713,7 @@ class Exploration:
             reason=attributes.get("reason", "worker died" if trial.state.name == "FAIL" else ""),
             test_top1=attributes.get("test_top1"),
             machine=attributes.get("machine", ""),
+            images=len(self.data.train),
         )
 
 

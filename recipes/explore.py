@@ -15,6 +15,7 @@ import argparse
 import csv
 import re
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ from capszoo.explore import (
     Space,
     choose,
     compare,
+    retime,
     seconds_of_an_epoch,
     write_solutions,
 )
@@ -60,9 +62,11 @@ GRIDS = Path(__file__).parent / "configs"
 PUBLISHED = Path(__file__).parent / "results/paper-published.csv"
 # What may change when a search goes on.
 MAY_CHANGE_ON_RESUME = {
-    "resume", "budget", "data_dir", "device", "quiet", "results", "choose", "loss", "within", "test", "storage",
+    "resume", "budget", "data_dir", "device", "quiet", "results", "retime", "choose", "loss", "within", "test",
+    "storage",
 }  # fmt: skip
-NOT_SAVED = {"config", "resume", "output", "results", "budget"}
+NOT_SAVED = {"config", "resume", "output", "results", "retime", "budget"}
+ALL_POLICY_OPTIONS = {name for policy in list_policies() for name in policy_options(policy)}
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # Of a budget, what a trial of the most epochs may take: some ten such trials fit.
 SHARE_OF_A_TRIAL = 1 / 12
@@ -125,6 +129,8 @@ def build_parser() -> OptionParser:
     group("--clock", default="wall", choices=list(CLOCKS), help="training seconds by the clock on the wall, or "
           "those of the processor: for a CPU that does other things at the same time")
     group("--results", metavar="FILE.csv", help="also write the rows of a grid, compared over seeds, to this table")
+    group("--retime", action="store_true", help="compare the rows of a grid by epochs times seconds an epoch, "
+          "measured in turns at the end, when the machine should be at rest")
     group("--quiet", action="store_true", help="print the result alone")
     return parser
 
@@ -139,13 +145,12 @@ def read_grid(names: list[str], overrides: dict[str, Any]) -> list[Row]:
             known = ", ".join(sorted(p.name for p in GRIDS.iterdir() if p.is_dir()))
             raise UsageError(f"no grid {name!r}: name a folder of YAML files, a YAML file, or one of {known}")
         files += found
-    all_policy_options = {name for policy in list_policies() for name in policy_options(policy)}
     rows = []
     for file in files:
         values = read_yaml(file)
         # A length of warm-up, say, is set where a row's policy has one.
         known = policy_options(overrides.get("policy", values.get("policy", "one_cycle")))
-        taken = {name: value for name, value in overrides.items() if name in known or name not in all_policy_options}
+        taken = {name: value for name, value in overrides.items() if name in known or name not in ALL_POLICY_OPTIONS}
         kwargs = {**(values.get("model_kwargs") or {}), **taken.get("model_kwargs", {})}
         values = {**values, **taken, "model_kwargs": kwargs}
         options_from(values, str(file))
@@ -305,7 +310,6 @@ def write_reports(
     shown = {
         "model": str(facts["model"]),
         "data set": f"{facts['dataset']} ({facts['images'][0]:,} train, {facts['images'][1]:,} validation)",
-        "objectives": ", ".join(exploration.objectives),
         "seconds": {"wall": "by the clock", "cpu": "of the processor"}[facts["clock"]],
         "machines": ", ".join(sorted({re.sub(r":\d+", "", s.machine) for s in solutions if s.machine})),
         "torch": torch.__version__,
@@ -353,17 +357,41 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def retimed(exploration: Exploration, rounds: int = 3) -> list[Solution]:
+    """Measure an epoch of every row at every batch size it has, in turns, and time the trials by the medians."""
+    solutions = exploration.solutions()
+    device, data = exploration.device, exploration.data
+    first = {solution.name: solution for solution in reversed(solutions) if solution.history}
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for name, solution in first.items():
+            policy = make_policy(options_from(solution.options), solution.images)
+            for batch_size in {policy.batch_size(epoch) for epoch in range(policy.epochs)}:
+                fixed = {**solution.options, "policy": "fixed", "batch_size": batch_size, "epochs": 1}
+                args = options_from({key: value for key, value in fixed.items() if key not in ALL_POLICY_OPTIONS})
+                times.setdefault((name, batch_size), []).append(seconds_of_an_epoch(args, data, device))
+    return retime(solutions, lambda solution, batch_size: statistics.median(times[solution.name, batch_size]))
+
+
 def write_comparison(
-    exploration: Exploration, rows: list[dict[str, Any]], args: argparse.Namespace, argv: list[str] | None
+    exploration: Exploration,
+    solutions: list[Solution],
+    rows: list[dict[str, Any]],
+    args: argparse.Namespace,
+    argv: list[str] | None,
 ) -> None:
     """Write the rows of a grid, what it takes to make them again, and the figures beside the table."""
-    path, solutions = Path(args.results), exploration.solutions()
+    path = Path(args.results)
     dataset = exploration.study.user_attrs["facts"]["dataset"]
-
     command = shlex.join(["python", "recipes/explore.py", *(sys.argv[1:] if argv is None else argv)])
-    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "clock": args.clock,
-             "capszoo": capszoo.__version__,
-             "date": time.strftime("%Y-%m-%d"), "command": command}  # fmt: skip
+    facts = {
+        "clock": "at rest" if args.retime else args.clock,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capszoo": capszoo.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**row, **facts} for row in rows]
     write_csv(path, list(rows[0]), rows)
@@ -442,10 +470,11 @@ def main(argv: list[str] | None = None) -> int:
     missing = write_reports(exploration, folder, args, chosen)
     console.print(solutions_table(front, f"front of {len(front)} Pareto-optimal solutions"))
     if rows:
-        compared = compare(exploration.solutions())
+        solutions = retimed(exploration) if args.retime else exploration.solutions()
+        compared = compare(solutions)
         console.print(comparison_table(compared))
         if args.results and compared:
-            write_comparison(exploration, compared, args, argv)
+            write_comparison(exploration, solutions, compared, args, argv)
     for line in missing:
         console.print(f"not drawn: {line}")
     console.print(f"report: {folder / 'report.html'}")
