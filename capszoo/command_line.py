@@ -28,7 +28,9 @@ __all__ = [
     "parse_resumable",
     "policy_from",
     "read_yaml",
+    "results_folder",
     "run",
+    "unknown_name",
 ]
 
 
@@ -287,6 +289,12 @@ def add_result(path: Path, result: dict[str, Any], recipe: str, argv: Sequence[s
             rows = list(csv.DictReader(file))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
+
+
+def results_folder() -> Path:
+    """Where tables of results go: recipes/results of a clone, or results in the working folder where there is none."""
+    of_clone = Path(__file__).resolve().parents[1] / "recipes" / "results"
+    return of_clone if of_clone.is_dir() else Path("results")
 
 
 def format_error(error: BaseException) -> str:

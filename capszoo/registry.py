@@ -12,7 +12,6 @@ from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from timm.models import is_model as timm_is_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import models
 from .checkpoint import CheckpointError, load_weights, read_metadata
@@ -199,6 +198,9 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
         model: A name, or a model made by `create_model`.
         **kwargs: Keywords of `create_model`, where a name is given.
     """
+    # Not at the top: where Triton is not installed, its import logs a warning that helps nobody.
+    from torch.utils.flop_counter import FlopCounterMode
+
     if isinstance(model, str):
         model = create_model(model, device="meta", **kwargs)
     name = model.pretrained_cfg["architecture"]

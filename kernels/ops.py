@@ -45,7 +45,7 @@ def _warn(problem: str) -> None:
 
 
 @functools.cache
-def _problem(device: torch.device) -> str | None:
+def triton_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on this GPU, if it cannot."""
     if TRITON_PROBLEM:
         return TRITON_PROBLEM
@@ -64,7 +64,7 @@ def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton computes in this dtype there; warns once if only the machine prevents it."""
     if dtype != torch.float32:
         return False
-    problem = _problem(device)
+    problem = triton_problem(device)
     if problem:
         _warn(problem)
     return problem is None

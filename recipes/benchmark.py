@@ -49,7 +49,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import capszoo
-from capszoo.command_line import OptionParser, UsageError, choose_device, format_error, run
+from capszoo.command_line import OptionParser, UsageError, choose_device, format_error, results_folder, run
 from capszoo.data import DataError, DataSplits, load_data
 from capszoo.engine import Trainer, autocast, resolve_amp, write_csv
 from capszoo.kernels import dynamic_routing
@@ -59,7 +59,6 @@ from capszoo.plots import plot_layers, plot_memory, plot_speedup
 from capszoo.policies import create_policy
 from capszoo.task import CapsuleTask
 
-RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("routing", "training", "inference", "layer", "large", "epoch")
 COLUMNS = (
     "subject", "model", "layer", "batch_size", "precision", "variant", "graph", "rounds", "median_ms", "p20_ms",
@@ -733,7 +732,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True
     machine = describe_machine(args.device)
     short = "".join(c if c.isalnum() else "-" for c in machine["device"].lower()) if on_gpu(args) else "cpu"
-    path = Path(args.output) if args.output else RESULTS / f"benchmark-{short}.csv"
+    path = Path(args.output) if args.output else results_folder() / f"benchmark-{short}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = measure_all(args, path, machine)
     if not rows:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import capszoo
 from capszoo.checkpoint import read_metadata
-from capszoo.command_line import OptionParser, UsageError, choose_device, run
+from capszoo.command_line import OptionParser, UsageError, choose_device, results_folder, run
 from capszoo.data import DataSplits, Loader, Split, load_data
 from capszoo.engine import Evaluation, autocast, evaluate, resolve_amp, write_csv, write_json
 from capszoo.pretrained import read_table
@@ -57,7 +57,7 @@ def build_parser() -> OptionParser:
     add("weights", nargs="?", help="a safetensors file, or the name of shipped weights such as capsnet_ws.mnist")
     add("--all", action="store_true", help="measure all shipped weights and write the tables of results")
     add("--also", nargs="+", default=[], metavar="FILE", help="with --all: weights that are not shipped")
-    add("--results-dir", default=str(Path(__file__).with_name("results")), help="with --all: folder of the tables")
+    add("--results-dir", default=str(results_folder()), help="with --all: folder of the tables")
     add("--model", help="model of the weights, where the file's header does not say it")
     add("--dataset", help="data set; default the one that the weights were trained on")
     add("--data-dir", default="data", help="folder that has the data set")

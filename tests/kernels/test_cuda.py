@@ -55,7 +55,7 @@ def check(inputs, bounds, **options):
 
 
 def test_triton_is_used():
-    assert ops._problem(torch.device("cuda", torch.cuda.current_device())) is None
+    assert ops.triton_problem(torch.device("cuda", torch.cuda.current_device())) is None
 
 
 # Every pair of K and D is a compilation of all kernels, so they are few, and each dtype is a test of its own.
@@ -190,7 +190,7 @@ def test_compiled_model(name):
 def test_the_reference_where_triton_cannot_run(monkeypatch):
     inputs = make_inputs(4, 8, 2, 8, 10, 16)
     expected = with_gradients(reference.dynamic_routing, *inputs)
-    monkeypatch.setattr(ops, "_problem", lambda device: "A test says so")
+    monkeypatch.setattr(ops, "triton_problem", lambda device: "A test says so")
     ops._warn.cache_clear()
     with pytest.warns(UserWarning, match="A test says so"):
         results = with_gradients(dynamic_routing, *inputs)

@@ -208,7 +208,7 @@ import sys, warnings
 sys.modules["triton"] = None
 import torch
 from capszoo.kernels import dynamic_routing, ops, squash
-assert ops.triton_routing is None and "Triton cannot be used here" in ops._problem(torch.device("cuda"))
+assert ops.triton_routing is None and "Triton cannot be used here" in ops.triton_problem(torch.device("cuda"))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     assert not ops._runs_triton(torch.device("cuda"), torch.float32)
@@ -225,7 +225,8 @@ assert callable(squash) and squash(torch.rand(2, 3)).shape == (2, 3)
 def test_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(ops, "TRITON_PROBLEM", None)
-    assert ops._problem.__wrapped__(torch.device("cuda")) == "The GPU has compute capability 6.1, Triton needs 7.0"
+    problem = ops.triton_problem.__wrapped__(torch.device("cuda"))
+    assert problem == "The GPU has compute capability 6.1, Triton needs 7.0"
 
 
 def test_a_machine_where_triton_cannot_compile(monkeypatch):
@@ -236,5 +237,5 @@ def test_a_machine_where_triton_cannot_compile(monkeypatch):
     monkeypatch.setattr(ops, "TRITON_PROBLEM", None)
     monkeypatch.setattr(ops, "triton_squash", SimpleNamespace(squash_forward=fail))
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
-    problem = ops._problem.__wrapped__(torch.device("cuda"))
+    problem = ops.triton_problem.__wrapped__(torch.device("cuda"))
     assert problem == "Triton cannot be used here (Failed to find C compiler)"
