@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,9 @@ from .checkpoint import (
     write_atomically,
 )
 from .data import Loader, Split
+from .distributed import ALONE, Ranks
 from .layers import capsule_lengths
+from .loader import seeded_generator
 from .losses import margin_loss, reconstruction_loss
 from .task import CapsuleTask
 
@@ -49,6 +52,9 @@ _logger = logging.getLogger(__name__)
 # Steps taken one operator at a time before one is captured: kernels are compiled and tuned in them, which a capture
 # does not allow.
 _STEPS_BEFORE_CAPTURE = 3
+
+# Ranks ask each other so often whether one of them shall stop; each question waits for the slowest.
+_STEPS_BETWEEN_QUESTIONS = 10
 
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,13 +111,16 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: torch.dtype | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: torch.dtype | None = None, ranks: Ranks = ALONE
+) -> Evaluation:
     """Measure a model on labelled images.
 
     Args:
         model: A capsule network; left in the mode it was in.
         loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]``, on the model's device.
         amp: Type for autocast.
+        ranks: Processes that each have a part of the images; all get the measures of the whole.
 
     Raises:
         TrainingError: If there are no images.
@@ -124,6 +133,8 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: tor
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     for images, labels in loader:
+        if not len(labels):
+            continue  # a last batch with fewer images than ranks
         with autocast(device, amp):
             if decoder is None:
                 lengths, drawn = model(images), None
@@ -137,6 +148,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: tor
         if drawn is not None:
             sums[1] += reconstruction_loss(drawn, images) * len(labels)
     model.train(was_training)
+    ranks.sum_(sums, confusion)
     confusion = confusion.view(num_classes, num_classes).cpu()
     count = int(confusion.sum())
     if count == 0:
@@ -187,8 +199,12 @@ class Trainer:
         num_workers: Processes that read images, for data sets too large for memory.
         cuda_graphs: On a CUDA device, capture the step of a batch size once and replay it: at small batches launching
             hundreds of kernels takes longer than running them. Ignored where it is impossible: on other devices, with
-            float16's scaler, and with optimizers that torch cannot capture.
+            float16's scaler, with several ranks, and with optimizers that torch cannot capture.
         clock: Tells the seconds that training takes.
+        ranks: The processes that train together. Batches are divided among them, so that any number of them takes the
+            same steps; the first alone keeps the run folder.
+        micro_batch: Most images of one forward pass; a rank's part of a batch is computed in as many passes as that
+            takes, to save memory, and its gradients are added up.
         metadata: Facts for the header of the weights' files.
         on_step: Called with the trainer after each step.
         on_epoch: Called with the trainer and the new row of the summary after each epoch.
@@ -214,6 +230,8 @@ class Trainer:
         num_workers: int = 0,
         cuda_graphs: bool = True,
         clock: Callable[[], float] = time.perf_counter,
+        ranks: Ranks = ALONE,
+        micro_batch: int | None = None,
         metadata: dict[str, Any] | None = None,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
         on_epoch: Callable[["Trainer", dict], None] = lambda trainer, row: None,
@@ -224,19 +242,23 @@ class Trainer:
         self.device = torch.device(device)
         self.amp, self.seed, self.translate, self.eval_batch_size = amp, seed, translate, eval_batch_size
         self.clip_grad, self.save_every, self.num_workers = clip_grad, save_every, num_workers
-        self.clock = clock
+        self.clock, self.ranks, self.micro_batch = clock, ranks, micro_batch
+        if not ranks.is_first:
+            self.folder = None
         self.metadata = metadata or {}
         self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp is torch.float16)
         self.cuda_graphs = (
             cuda_graphs
             and self.device.type == "cuda"
+            and ranks.count == 1
             and not self.scaler.is_enabled()
             and "capturable" in optimizer.defaults
         )
         self._rate = torch.zeros((), device=self.device)  # the learning rate as captured steps read it
         self._captured: _CapturedStep | None = None
         self.position = _Position()
+        self._batch_images = 0  # of all ranks together, in the step being taken
         # Of the last step taken.
         self.lr = 0.0
         self.loss = torch.zeros((), device=self.device)
@@ -273,8 +295,14 @@ class Trainer:
         """Train until the policy's last epoch; return False if `should_stop` ended it before.
 
         Raises:
-            TrainingError: If the loss stops being finite; what was saved before stays.
+            TrainingError: If the loss stops being finite (what was saved before stays), or a batch is too small for
+                the number of ranks.
         """
+        self._check_ranks()
+        if not self.ranks.is_first:
+            # Random numbers of layers (dropout) must differ between ranks.
+            key = self.seed, self.ranks.rank, self.position.epoch, self.position.step
+            torch.manual_seed(seeded_generator(*key).initial_seed())
         while not self.finished:
             if not self._train_epoch():
                 self.save()
@@ -289,6 +317,7 @@ class Trainer:
         loader = self._loader(
             self.train_split,
             batch_size,
+            share=(self.ranks.rank, self.ranks.count),
             shuffle=True,
             seed=self.seed,
             epoch=position.epoch,
@@ -298,11 +327,12 @@ class Trainer:
         self.task.train()
         seconds_before, start = position.seconds, self.clock()
         for images, labels in loader:
+            self._batch_images = min(batch_size, len(self.train_split) - position.step * batch_size)
             self._step(images, labels)
             position.step += 1
             position.seconds = seconds_before + self.clock() - start
             self.on_step(self)
-            if self.should_stop():
+            if self._is_asked_to_stop():
                 return False
             if self.save_every and position.step % self.save_every == 0:
                 self.save()
@@ -310,6 +340,23 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         position.seconds = seconds_before + self.clock() - start
         return True
+
+    def _check_ranks(self) -> None:
+        """A batch below the number of ranks would leave some of them without work, waiting."""
+        for epoch in range(self.position.epoch, self.policy.epochs):
+            if (size := self.policy.batch_size(epoch)) < self.ranks.count:
+                raise TrainingError(
+                    f"batches of {size} in epoch {epoch + 1} cannot be shared by {self.ranks.count} processes: give "
+                    f"--batch-size or --warm-batch {self.ranks.count} or more, or start fewer processes"
+                )
+
+    def _is_asked_to_stop(self) -> bool:
+        """Several ranks must stop after the same step, and agree on it now and then."""
+        if self.ranks.count == 1:
+            return self.should_stop()
+        if self.position.step % _STEPS_BETWEEN_QUESTIONS:
+            return False
+        return self.ranks.any(self.should_stop(), self.device)
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         self.lr = self.policy.lr(self.policy.progress(self.position.epoch, self.position.step))
@@ -339,26 +386,46 @@ class Trainer:
     def _compute_step(self, images: Tensor, labels: Tensor) -> None:
         """Forward pass, backward pass and optimizer, without a wait for the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.amp):
-            result = self.task(images, labels)
-        self.scaler.scale(result["loss"]).backward()
+        count = len(labels)
+        if not count:  # fewer images than ranks: the others still wait for this one's gradients, which are zero
+            images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
+        size = self.micro_batch or len(labels)
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        self.loss = torch.zeros((), device=self.device)
+        for number, (images, labels) in enumerate(parts):
+            # Gradients travel between ranks once, with the last part.
+            with self.task.no_sync() if number + 1 < len(parts) else nullcontext():
+                with autocast(self.device, self.amp):
+                    result = self.task(images, labels)
+                self.scaler.scale(self._weighted(result["loss"], min(count, len(labels)))).backward()
+            self._count(result, labels, count)
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Kept on the device: a step never waits for its numbers.
-        self.loss = result["loss"].detach()
-        with torch.no_grad():
-            right = (result["output"].argmax(dim=1) == labels).sum()
-            means = torch.stack([self.loss, result["margin_loss"], result["reconstruction_loss"]]).double()
-            self.sums[:3] += means * len(labels)
-            self.sums[3] += right
-            self.sums[4] += len(labels)
+
+    def _weighted(self, loss: Tensor, count: int) -> Tensor:
+        """Weigh the mean over some images so that the mean over ranks of the sums of parts is that over the batch."""
+        weight = count * self.ranks.count / self._batch_images
+        return loss if weight == 1 else loss * weight
+
+    @torch.no_grad()
+    def _count(self, result: dict[str, Tensor], labels: Tensor, count: int) -> None:
+        """Add a part's numbers up, on the device: a step never waits for them."""
+        images = min(count, len(labels))
+        loss = result["loss"].detach()
+        self.loss = self.loss + loss * (images / max(count, 1))
+        right = (result["output"].argmax(dim=1) == labels).sum()
+        means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
+        self.sums[:3] += means * images
+        self.sums[3] += right * min(images, 1)
+        self.sums[4] += images
 
     def _close_epoch(self) -> None:
         """Evaluate, add the epoch's row and save; the resume state last, so that it never runs ahead of the rest."""
         position = self.position
+        self.ranks.sum_(self.sums)
         means = self.running_means()
         if not math.isfinite(means["loss"]):
             raise TrainingError(
@@ -367,8 +434,9 @@ class Trainer:
             )
         evaluation = None
         if self.val_split is not None:
-            loader = self._loader(self.val_split, self.eval_batch_size)
-            evaluation = evaluate(self.task.get_eval_model(), loader, self.amp)
+            share = (self.ranks.rank, self.ranks.count)
+            loader = self._loader(self.val_split, self.eval_batch_size, share=share)
+            evaluation = evaluate(self.task.get_eval_model(), loader, self.amp, self.ranks)
         row = {
             "epoch": position.epoch + 1,
             "train_loss": means["loss"],
@@ -404,6 +472,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write `summary.csv`, `last.safetensors` and the resume state."""
+        sums = self.sums.clone()
+        self.ranks.sum_(sums)
         if self.folder is None:
             return
         write_csv(self.folder / "summary.csv", SUMMARY_COLUMNS, self.history)
@@ -411,7 +481,7 @@ class Trainer:
         save_weights(self.folder / "last.safetensors", self.task.model, self._header(last))
         state = {
             "position": dict(vars(self.position)),
-            "sums": self.sums,
+            "sums": sums,
             "lr": self.lr,
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -426,24 +496,41 @@ class Trainer:
         Raises:
             CheckpointError: If the state is damaged or that of another model.
         """
-        path = self.folder / "resume.safetensors"
-        for leftover in self.folder.glob(".*.tmp"):  # of a run killed while it wrote
-            leftover.unlink()
-        if not path.exists():
+        path = None if self.folder is None else self.folder / "resume.safetensors"
+        if path is not None:
+            for leftover in self.folder.glob(".*.tmp"):  # of a run killed while it wrote
+                leftover.unlink()
+        state = self._load_state(path)
+        if state is None:
             return False
-        state = load_state(path)
         try:
             self.task.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError):
-            raise CheckpointError(f"{str(path)!r} is the state of another model or optimizer") from None
+            raise CheckpointError(f"{str(path or 'the state')!r} is the state of another model or optimizer") from None
         self._restore_strides()
         self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"])
         self.position = _Position(**state["position"])
-        self.sums.copy_(state["sums"])
+        if self.ranks.is_first:  # they are those of all ranks
+            self.sums.copy_(state["sums"])
         self.lr = state["lr"]
         return True
+
+    def _load_state(self, path: Path | None) -> dict[str, Any] | None:
+        """Read the resume state; other ranks get it from the first, whose folder they need not see."""
+        if self.ranks.count == 1:
+            return load_state(path) if path.exists() else None
+        data = path.read_bytes() if path is not None and path.exists() else None
+        data = self.ranks.share_bytes(data, self.device)
+        if data is None:
+            return None
+        if path is not None:
+            return load_state(path)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "resume.safetensors"
+            copy.write_bytes(data)
+            return load_state(copy)
 
     def _restore_strides(self) -> None:
         """Give the optimizer's state the memory format of its parameters; a checkpoint keeps none, and bits differ."""

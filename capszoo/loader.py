@@ -99,6 +99,8 @@ class Loader:
         epoch: The epoch, from 0.
         start_step: The step to begin with: the batches are those of the whole epoch from that step on.
         translate: Shift each image by up to so many pixels each way along both axes, filling with zeros.
+        share: Numerator and denominator of this process's part of each batch, such as (1, 4) for the second of four;
+            parts differ by one image at most, and one may be empty where a batch is smaller than the denominator.
         drop_last: Leave out a last batch that is not full.
         num_workers: Worker processes that read a split that is not in memory; 0 reads in this process.
         channels_last: Make images in channels-last memory format.
@@ -118,6 +120,7 @@ class Loader:
         epoch: int = 0,
         start_step: int = 0,
         translate: int = 0,
+        share: tuple[int, int] = (0, 1),
         drop_last: bool = False,
         num_workers: int = 0,
         channels_last: bool = False,
@@ -146,6 +149,7 @@ class Loader:
         self.epoch = epoch
         self.start_step = start_step
         self.translate = translate
+        self.share = share
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.channels_last = channels_last
@@ -163,6 +167,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order, offsets = self._draw()
+        if self.share[1] > 1:
+            yield from self._part(order, offsets)
+            return
         labels = self.split.labels.cpu()[order].to(self.device)
 
         # Chunks are counted from the start of the epoch, not from start_step, so that a batch lies at the same place
@@ -181,6 +188,22 @@ class Loader:
                 next(batches)
             skip = 0
             yield from batches
+
+    def _part(self, order: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's part of each batch; only its own images are read."""
+        part, parts = self.share
+        stop = min(len(self.split), len(self) * self.batch_size)
+        slices = []
+        for begin in range(self.start_step * self.batch_size, stop, self.batch_size):
+            size = min(self.batch_size, stop - begin)
+            slices.append(slice(begin + size * part // parts, begin + size * (part + 1) // parts))
+        labels = self.split.labels.cpu()[order].to(self.device)
+        filled = [own for own in slices if own.stop > own.start]
+        gathered = self._gather(filled, order, offsets)
+        channels, height, width = self.split.image_shape
+        nothing = torch.empty(0, channels, height, width, device=self.device)
+        for own in slices:
+            yield (next(gathered) if own.stop > own.start else nothing), labels[own]
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Return the epoch's order and, as offsets into a padded image, its shifts: int64 `[N]` both, on the CPU."""

@@ -14,6 +14,7 @@ from ._version import __version__
 from .checkpoint import load_weights, write_atomically
 from .command_line import OptionParser, add_policy_options, create_optimizer, key_value, policy_from
 from .data import DataSplits, Loader, default_translate, load_data
+from .distributed import ALONE, Ranks
 from .engine import Trainer, evaluate, resolve_amp, write_json
 from .losses import MarginLoss
 from .policies import Policy, list_policies
@@ -65,6 +66,7 @@ def build_parser() -> OptionParser:
           "for fewer than 10,000 training images")
     group("--lr", type=float, help="base learning rate; default 0.001, for warm_ada_batch 0.0001")
     group("--opt", default="adam", help="optimizer, by timm's names")
+    group("--micro-batch", type=int, help="most images of one forward pass; gradients of a batch's parts are added up")
     group("--weight-decay", type=float, default=0.0, help="weight decay")
     group("--momentum", type=float, default=0.9, help="momentum, for optimizers that have it")
     group("--clip-grad", type=float, help="largest norm of the gradient")
@@ -150,7 +152,12 @@ def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
 
 
 def make_trainer(
-    args: argparse.Namespace, data: DataSplits, device: torch.device, folder: Path | None = None, **kwargs: Any
+    args: argparse.Namespace,
+    data: DataSplits,
+    device: torch.device,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
+    **kwargs: Any,
 ) -> Trainer:
     """Make model, policy, optimizer and task, and the trainer that holds them.
 
@@ -162,6 +169,7 @@ def make_trainer(
         data: From :func:`load_splits`.
         device: Where to train.
         folder: Run folder, which must exist; None keeps nothing. It may also be set later, before the training.
+        ranks: The processes that train together, from :func:`capszoo.distributed.join_ranks`.
         kwargs: More for :class:`capszoo.engine.Trainer`: `on_step`, `on_epoch`, `should_stop`.
 
     Raises:
@@ -177,6 +185,8 @@ def make_trainer(
     optimizer = create_optimizer(args, model)
     criterion = MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
     task = CapsuleTask(model, criterion, args.reconstruction_weight, device=device, verbose=False)
+    if ranks.count > 1:
+        task.prepare_distributed([device.index] if device.type == "cuda" else None)
     if args.compile:
         task.compile()
     return Trainer(
@@ -195,6 +205,8 @@ def make_trainer(
         save_every=args.save_every,
         num_workers=args.workers,
         cuda_graphs=args.cuda_graphs,
+        ranks=ranks,
+        micro_batch=args.micro_batch,
         metadata=_describe(args, data, model, policy),
         **kwargs,
     )

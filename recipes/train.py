@@ -4,11 +4,13 @@
     python recipes/train.py --model capsnet --dataset mnist --download
     python recipes/train.py --config recipes/configs/warm_ada_batch.yaml --data-dir data
     python recipes/train.py --resume runs/NAME                    # go on exactly where a run ended
+    torchrun --nproc-per-node 4 recipes/train.py --dataset mnist  # on four GPUs, or with four processes on a CPU
 
 Options come from the command line, then from --config, then from the defaults. The run folder gets args.yaml,
 summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json.
 """
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capszoo.command_line import StopSignal, UsageError, add_result, choose_device, parse_resumable, run
+from capszoo.distributed import Ranks, join_ranks, leave_ranks
 from capszoo.engine import Trainer, find_lr, write_csv
 from capszoo.policies import Policy, suggest_lr
 from capszoo.training import build_parser, load_splits, make_trainer, measure_test, write_options
@@ -29,7 +32,11 @@ MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "ten
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options; with --resume, those of the run."""
-    return parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
+    args = parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.output and not args.resume:
+        # torchrun starts all processes again, with the same command, when one of them has died.
+        args.resume = args.output if (Path(args.output) / "args.yaml").is_file() else None
+    return args
 
 
 def prepare_folder(args: argparse.Namespace) -> Path:
@@ -128,13 +135,30 @@ def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    console = Console(highlight=False, soft_wrap=True)
-    device = choose_device(args.device)
+    ranks, device = join_ranks(args.device)
+    try:
+        return train(args, argv, ranks, choose_device(args.device) if device is None else device)
+    finally:
+        leave_ranks()
+
+
+def train(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
+    """Train on one of the ranks; the first one writes and prints."""
+    console = Console(highlight=False, soft_wrap=True, quiet=not ranks.is_first)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm
+    if not ranks.is_first:
+        args.quiet, args.tensorboard = True, False
+        ranks.any(False, device)  # the first one may have to download
     data = load_splits(args)
-    trainer = make_trainer(args, data, device)
+    if ranks.is_first:
+        ranks.any(False, device)
+    trainer = make_trainer(args, data, device, ranks=ranks)
     policy, model = trainer.policy, trainer.task.model
-    folder = trainer.folder = prepare_folder(args)
+    if ranks.count > 1 and args.policy == "lr_finder":
+        raise UsageError("--policy lr_finder runs in one process: start it without torchrun")
+    folder = Path()
+    if ranks.is_first:
+        folder = trainer.folder = prepare_folder(args)
     with Report(console, policy, folder, args.quiet, args.tensorboard) as report, StopSignal() as stop:
         trainer.on_step, trainer.on_epoch, trainer.should_stop = report.step, report.epoch, stop
         if not args.quiet:
@@ -143,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
             console.print(
                 f"{args.model} ({sum(p.numel() for p in model.parameters()):,} parameters) on {args.dataset} "
                 f"({len(data.train):,} train, {val:,} val, {len(data.test):,} test), {args.policy}, "
-                f"{device.type} {precision}, folder {folder}",
+                f"{device.type} {precision}, "
+                + (f"{ranks.count} processes, " if ranks.count > 1 else "")
+                + f"folder {folder}",
             )
         if args.policy == "lr_finder":
             return search_lr(trainer, folder, console)
@@ -153,6 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     if not completed:
         console.print(f"stopped and saved: go on with --resume {folder}")
         return 130
+    leave_ranks()
+    if not ranks.is_first:
+        return 0
     result = measure_test(trainer, args, data)
     if args.results:
         add_result(Path(args.results), result, "recipes/train.py", argv)

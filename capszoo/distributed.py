@@ -1,0 +1,120 @@
+"""Several processes that train one network: `torchrun --nproc-per-node 2 recipes/train.py ...`.
+
+Each process (rank) holds the whole network and the whole data set, and takes its share of every batch; torch's
+DistributedDataParallel adds the gradients up. Batch sizes are those of all ranks together, so a policy means the
+same for any number of them, and a run ends with the same weights, to rounding, on one rank as on four. The networks of
+this zoo have some million parameters: sharding them (FSDP) would save nothing.
+"""
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ALONE", "Ranks", "RanksError", "join_ranks", "leave_ranks"]
+
+# Waiting longer for another rank than this, it is taken for dead; torchrun then starts the ranks again.
+_TIMEOUT = timedelta(minutes=10)
+
+
+class RanksError(ValueError):
+    """Processes that cannot train together; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank: Its number, from 0; rank 0 alone writes and prints.
+        count: Number of processes, over all machines.
+        local_rank: Its number on this machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This rank's part of `total` things; parts differ by one thing at most."""
+        return slice(total * self.rank // self.count, total * (self.rank + 1) // self.count)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add tensors up over all ranks, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
+        """Whether `flag` is true on any rank; waits for all of them."""
+        if self.count == 1:
+            return flag
+        answer = torch.tensor(int(flag), device=device)
+        dist.all_reduce(answer)
+        return bool(answer)
+
+    def share_bytes(self, data: bytes | None, device: torch.device | str = "cpu") -> bytes | None:
+        """Give all ranks what the first one has; None if it has nothing."""
+        if self.count == 1:
+            return data
+        size = torch.tensor(-1 if data is None else len(data), device=device)
+        dist.broadcast(size, 0)
+        if size < 0:
+            return None
+        content = torch.empty(int(size), dtype=torch.uint8, device=device)
+        if self.is_first:
+            content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(content, 0)
+        return content.cpu().numpy().tobytes()
+
+
+ALONE = Ranks()
+
+
+def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tuple[Ranks, torch.device | None]:
+    """Join the processes that torchrun started; alone where it did not.
+
+    Args:
+        device: 'auto', or the name of a kind of device: 'cpu' joins with gloo, 'cuda' with NCCL.
+        environment: Where torchrun tells the ranks.
+
+    Returns:
+        The ranks, and this rank's device; None where there is one process, which chooses its device itself.
+
+    Raises:
+        RanksError: If torchrun started more processes on this machine than it has GPUs, or one of its variables is
+            missing, or a device is named that all ranks would share.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) == 1:
+        return ALONE, None
+    try:
+        ranks = Ranks(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except KeyError as error:
+        raise RanksError(f"WORLD_SIZE is set, but {error.args[0]} is not: start the processes with torchrun") from None
+    if ":" in device:
+        raise RanksError(f"--device {device} is one device for {ranks.count} processes: give cuda, cpu or auto")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise RanksError(
+                f"process {ranks.local_rank + 1} of this machine has no GPU (there are {torch.cuda.device_count()}): "
+                f"start fewer, or give --device cpu"
+            )
+        torch.cuda.set_device(ranks.local_rank)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.count, timeout=_TIMEOUT)
+    return ranks, torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def leave_ranks() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
