@@ -409,7 +409,8 @@ def main(argv: list[str] | None = None) -> int:
         import plotly  # noqa: F401
     except ImportError as error:
         raise UsageError(f'{error.name} is not installed: pip install "capszoo[explore]"') from None
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    piped = not sys.stdout.isatty()
+    console = Console(highlight=False, soft_wrap=piped, width=180 if piped else None)
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True
     for name in ("trials", "seeds", "epochs", "grace"):
