@@ -6,6 +6,7 @@
 
 Importing capszoo also registers its models with timm, so that `timm.create_model("capsnet_ws")` works.
 """
+
 from ._version import __version__
 from .layers import set_fused_routing
 from .registry import ModelInfo, create_model, is_model, list_models, list_pretrained, load_model, model_info

@@ -4,6 +4,7 @@ A model's file holds its weights under their own names and readable metadata in 
 is one safetensors file too: tensors of model, optimizer and random number generators, and everything else as JSON in
 the header. Loading a file never runs code of it.
 """
+
 import json
 import os
 from pathlib import Path

@@ -6,6 +6,7 @@
 
 A recipe's command takes the options of the script in recipes/ with its name.
 """
+
 import argparse
 import importlib
 import importlib.metadata

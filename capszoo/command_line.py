@@ -1,4 +1,5 @@
 """What the recipes' command lines have in common: options with near matches, YAML, errors in one line."""
+
 import argparse
 import csv
 import difflib

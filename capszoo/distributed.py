@@ -5,6 +5,7 @@ DistributedDataParallel adds the gradients up. Batch sizes are those of all rank
 same for any number of them, and a run ends with the same weights, to rounding, on one rank as on four. The networks of
 this zoo have some million parameters: sharding them (FSDP) would save nothing.
 """
+
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

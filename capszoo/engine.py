@@ -1,4 +1,5 @@
 """Train and evaluate loops."""
+
 import csv
 import io
 import json

@@ -13,6 +13,7 @@ and may be shared by any number of worker processes on any number of machines:
 Paper: "FasTrCaps: An Integrated Framework for Fast yet Accurate Training of Capsule Networks",
 https://arxiv.org/abs/1905.10142.
 """
+
 import argparse
 import json
 import os
@@ -53,6 +54,7 @@ __all__ = [
     "seconds_of_an_epoch",
     "write_solutions",
 ]
+
 
 def _cpu_seconds() -> float:
     """Processor time of this process, per thread of torch."""

@@ -1,4 +1,5 @@
 """Losses of capsule networks."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

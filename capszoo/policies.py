@@ -20,6 +20,7 @@ Units: `step` counts optimizer steps from 0; `epoch` counts passes over the data
 a batch is all images of one optimizer step, over all devices together, and the last of an epoch may be short. A phase
 is a stretch of epochs with one batch size and, where the policy restarts, one cycle of the learning rate.
 """
+
 import difflib
 import math
 from collections.abc import Iterator, Sequence
@@ -29,8 +30,20 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
 __all__ = [
-    "AdaBatch", "ExpDecay", "Fixed", "LRFinder", "OneCycle", "Phase", "Policy", "Progress", "WarmAdaBatch",
-    "WarmRestarts", "create_policy", "list_policies", "policy_options", "suggest_lr",
+    "AdaBatch",
+    "ExpDecay",
+    "Fixed",
+    "LRFinder",
+    "OneCycle",
+    "Phase",
+    "Policy",
+    "Progress",
+    "WarmAdaBatch",
+    "WarmRestarts",
+    "create_policy",
+    "list_policies",
+    "policy_options",
+    "suggest_lr",
 ]
 
 
@@ -359,7 +372,11 @@ class AdaBatch(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option, least in (
-            ("warm_epochs", 0), ("warm_batch", 1), ("first_batch", 1), ("grow_every", 0), ("grow_factor", 1),
+            ("warm_epochs", 0),
+            ("warm_batch", 1),
+            ("first_batch", 1),
+            ("grow_every", 0),
+            ("grow_factor", 1),
             ("max_growths", 0),
         ):
             self._check_whole(option, getattr(self, option), least)
@@ -466,7 +483,7 @@ def suggest_lr(lrs: Sequence[float], losses: Sequence[float], window: int = 21) 
     lowest, steepest_slope = math.inf, 0.0
     steepest = suggested = None
     for start in range(finite - window + 1):
-        x, y = exponents[start:start + window], losses[start:start + window]
+        x, y = exponents[start : start + window], losses[start : start + window]
         x_mean, y_mean = sum(x) / window, sum(y) / window
         if y_mean > 4 * lowest:
             break
@@ -509,13 +526,12 @@ def policy_options(name: str) -> dict[str, tuple[Any, str]]:
     """The options of a policy: name to (default, help), for command lines and configuration files."""
     return {
         option.name: (option.default, option.metadata["help"])
-        for option in fields(_policy_class(name)) if "help" in option.metadata
+        for option in fields(_policy_class(name))
+        if "help" in option.metadata
     }
 
 
-def create_policy(
-    name: str, *, lr: float, batch_size: int, epochs: int, num_images: int, **options: Any
-) -> Policy:
+def create_policy(name: str, *, lr: float, batch_size: int, epochs: int, num_images: int, **options: Any) -> Policy:
     """Make a policy by name.
 
     Args:

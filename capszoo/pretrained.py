@@ -4,6 +4,7 @@
 `pretrained_cfg` says of it; `recipes/export.py ship` writes both. timm loads a file without looking at its hash, so
 the models check it here before timm reads it. Files of users have no entry, and are not checked.
 """
+
 import hashlib
 import json
 import logging

@@ -21,6 +21,7 @@ Papers:
 * Single capsules: `PrunedCaps` - https://arxiv.org/abs/2512.06003; filters: `FastCaps` -
   https://arxiv.org/abs/2509.03103
 """
+
 import difflib
 import math
 import operator
@@ -49,8 +50,17 @@ _RECONSTRUCTION_WEIGHT = 0.0005
 _COUPLING_BATCH = 16
 # What a configuration says of the weights it came with, untrue of pruned ones.
 _SOURCE_KEYS = {
-    "custom_load", "description", "file", "hf_hub_filename", "hf_hub_id", "notes", "origin_url", "source", "state_dict",
-    "tag", "url",
+    "custom_load",
+    "description",
+    "file",
+    "hf_hub_filename",
+    "hf_hub_id",
+    "notes",
+    "origin_url",
+    "source",
+    "state_dict",
+    "tag",
+    "url",
 }
 
 Keep = int | float | Sequence[int]

@@ -1,4 +1,5 @@
 """Create models by name and ask what there is."""
+
 import difflib
 import inspect
 import json

@@ -3,6 +3,7 @@
 A network that was trained on upright images in the middle of their frame is measured on images that are not. Pixels
 that come from outside are zero, as the background of MNIST is.
 """
+
 from collections.abc import Iterable
 
 import torch

@@ -1,4 +1,5 @@
 """CapsuleTask: one forward pass of a capsule network to a dictionary of losses."""
+
 from typing import Any
 
 import torch

@@ -3,6 +3,7 @@
 recipes/train.py runs one of these from the command line, capszoo.explore many of them. Options are the attributes of an
 `argparse.Namespace`, with the names and defaults of :func:`build_parser`; YAML files hold the same names.
 """
+
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,8 +63,12 @@ def build_parser() -> OptionParser:
     group = parser.add_argument_group("training").add_argument
     group("--policy", default="one_cycle", help=", ".join(list_policies()))
     group("--epochs", type=int, default=30, help="passes over the training images")
-    group("--batch-size", type=int, help="images a step, for policies with a fixed batch size; default 128, or 16 "
-          "for fewer than 10,000 training images")
+    group(
+        "--batch-size",
+        type=int,
+        help="images a step, for policies with a fixed batch size; default 128, or 16 "
+        "for fewer than 10,000 training images",
+    )
     group("--lr", type=float, help="base learning rate; default 0.001, for warm_ada_batch 0.0001")
     group("--opt", default="adam", help="optimizer, by timm's names")
     group("--micro-batch", type=int, help="most images of one forward pass; gradients of a batch's parts are added up")

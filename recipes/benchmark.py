@@ -29,6 +29,7 @@ the memory events of torch.profiler, which see torch's tensors but not the scrat
 
 A variant that fails (no memory, no compiler) costs a line and a `note` in its row. The CSV is written after each group.
 """
+
 import argparse
 import csv
 import gc

@@ -11,6 +11,7 @@ Trials are compared on a validation split of the training images. The folder get
 names another place), a run folder per trial in trials/, trials.csv, front.csv, report.html, front.png, tradeoff.png,
 accuracy.png, time_to_best.png, and chosen.yaml, from which recipes/train.py trains the chosen solution.
 """
+
 import argparse
 import csv
 import re
@@ -107,30 +108,57 @@ def build_parser() -> OptionParser:
     group("--trials", type=int, help="trials of all workers together; default what the budget has time for")
     group("--epochs", type=int, help="most epochs of a trial; default by the budget, else 10; of a grid: of each row")
     group("--objectives", nargs="+", default=list(OBJECTIVES), help=", ".join(OBJECTIVES))
-    group("--set", nargs="*", type=key_value, default=[], metavar="NAME=VALUE",
-          help="options of train.py that all trials have, and that are not searched")
-    group("--grid", nargs="+", metavar="NAME", help="train fixed rows instead: paper (the paper's eight), YAML "
-          "files of train.py, or folders of them")
+    group(
+        "--set",
+        nargs="*",
+        type=key_value,
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of train.py that all trials have, and that are not searched",
+    )
+    group(
+        "--grid",
+        nargs="+",
+        metavar="NAME",
+        help="train fixed rows instead: paper (the paper's eight), YAML files of train.py, or folders of them",
+    )
     group("--seeds", type=int, default=1, help="runs of each row of a grid, with seeds from --seed on")
     group("--seed", type=int, default=0, help="seed of the search, and of each trial")
     group("--storage", help="URL of a database that workers share, such as postgresql+psycopg://user@host/name")
     group("--study", help="name of the study in the storage; default made of model, data set and grid")
-    group("--grace", type=int, default=120, help="seconds without a sign of life after which another worker's trial is "
-          "run again")
+    group(
+        "--grace",
+        type=int,
+        default=120,
+        help="seconds without a sign of life after which another worker's trial is run again",
+    )
     group = parser.add_argument_group("choice").add_argument
-    group("--choose", default="fastest", choices=["fastest", "accurate", "smallest"],
-          help="what to take of the front: the fastest or the smallest that loses at most --loss of the baseline's "
-          "accuracy, or the most accurate --within a training time")
+    group(
+        "--choose",
+        default="fastest",
+        choices=["fastest", "accurate", "smallest"],
+        help="what to take of the front: the fastest or the smallest that loses at most --loss of the baseline's "
+        "accuracy, or the most accurate --within a training time",
+    )
     group("--loss", type=fraction, default=0.0, help="accuracy that may be lost, such as 0.1%%")
     group("--within", type=duration, help="most training time, such as 10m")
     group("--test", action="store_true", help="also measure each finished trial on the test set; never used to choose")
     group = parser.add_argument_group("computing and reporting").add_argument
     group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    group("--clock", default="wall", choices=list(CLOCKS), help="training seconds by the clock on the wall, or "
-          "those of the processor: for a CPU that does other things at the same time")
+    group(
+        "--clock",
+        default="wall",
+        choices=list(CLOCKS),
+        help="training seconds by the clock on the wall, or "
+        "those of the processor: for a CPU that does other things at the same time",
+    )
     group("--results", metavar="FILE.csv", help="also write the rows of a grid, compared over seeds, to this table")
-    group("--retime", action="store_true", help="compare the rows of a grid by epochs times seconds an epoch, "
-          "measured in turns at the end, when the machine should be at rest")
+    group(
+        "--retime",
+        action="store_true",
+        help="compare the rows of a grid by epochs times seconds an epoch, "
+        "measured in turns at the end, when the machine should be at rest",
+    )
     group("--quiet", action="store_true", help="print the result alone")
     return parser
 
@@ -176,9 +204,7 @@ def common_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def plan_search(
-    args: argparse.Namespace, options: dict[str, Any], data: DataSplits, device: torch.device
-) -> Space:
+def plan_search(args: argparse.Namespace, options: dict[str, Any], data: DataSplits, device: torch.device) -> Space:
     """Make the space, with as many epochs a trial as the budget has time for."""
     base = options_from({"policy": "fixed", "epochs": 1, **options}, "--set")
     make_policy(base, len(data.train))  # what is wrong with --set is found here, and not in each trial
@@ -233,8 +259,9 @@ def short_options(solution: Solution) -> str:
     """What sets a trial apart, in a line."""
     shown = {**solution.options, **solution.options.get("model_kwargs", {})}
     names = ("epochs", "batch_size", "lr", "max_lr", "share_weights", "small_decoder", "keep_types", "num_routing")
-    values = {name: f"{shown[name]:.2g}" if isinstance(shown[name], float) else shown[name] for name in names
-              if name in shown}
+    values = {
+        name: f"{shown[name]:.2g}" if isinstance(shown[name], float) else shown[name] for name in names if name in shown
+    }
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -482,8 +509,10 @@ def main(argv: list[str] | None = None) -> int:
     if chosen is None:
         console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --loss and --within")
     else:
-        console.print(f"chosen ({args.choose}): trial {chosen.number}, {percent(chosen.accuracy)}, "
-                      f"{seconds_text(chosen.seconds)}, {chosen.parameters:,} parameters")
+        console.print(
+            f"chosen ({args.choose}): trial {chosen.number}, {percent(chosen.accuracy)}, "
+            f"{seconds_text(chosen.seconds)}, {chosen.parameters:,} parameters"
+        )
         console.print(f"train it: python recipes/train.py --config {folder / 'chosen.yaml'}")
     if not completed:
         console.print(f"stopped and saved: go on with --resume {folder}")

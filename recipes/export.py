@@ -8,6 +8,7 @@
 of the card to capszoo/weights/weights.json. `hub` writes config.json, model.safetensors and README.md, as timm's
 `local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them; the weights are the given file, byte for byte.
 """
+
 import argparse
 import importlib.util
 import json

@@ -11,6 +11,7 @@ gets args.yaml, summary.csv, best.safetensors and last.safetensors (of the last 
 and pareto.png (accuracy over size, before and after the training of each round), and a folder per round with its
 weights and, while it runs, its resume.safetensors. The test set is measured once, at the end.
 """
+
 import argparse
 import csv
 import itertools
@@ -78,9 +79,15 @@ def build_parser() -> OptionParser:
     parser = OptionParser(description="Prune a trained capsule network, and train what is left.")
     group = parser.add_argument_group("what").add_argument
     group("weights", nargs="?", help="a safetensors file of train.py or prune.py, or the name of shipped weights")
-    group("--keep", nargs="*", type=key_value, default=[], metavar="PART=N",
-          help=f"what to keep of {', '.join(PARTS)}: a number, a fraction such as 0.25, or indices such as [0,3,5]; "
-          "decoder takes a pair")
+    group(
+        "--keep",
+        nargs="*",
+        type=key_value,
+        default=[],
+        metavar="PART=N",
+        help=f"what to keep of {', '.join(PARTS)}: a number, a fraction such as 0.25, or indices such as [0,3,5]; "
+        "decoder takes a pair",
+    )
     group("--score", default="taylor", help=f"what ranks the parts: {', '.join(SCORES)}")
     group("--score-images", type=int, default=2048, help="training images that the score is measured on")
     group("--rounds", type=int, default=1, help="rounds of pruning and training in which to get there")
@@ -89,15 +96,23 @@ def build_parser() -> OptionParser:
     group("--data-dir", default="data", help="folder that has the data set")
     group("--download", action="store_true", help="let torchvision download the data set into --data-dir")
     group("--val-fraction", type=float, default=0.1, help="part of the training images kept for validation")
-    group("--decoder", action=argparse.BooleanOptionalAction, default=None,
-          help="train with the decoder; default where the weights hold one")
+    group(
+        "--decoder",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="train with the decoder; default where the weights hold one",
+    )
     group("--output", metavar="RUN_DIR", help="run folder; default runs/prune-WEIGHTS-DATASET-TIME")
     group("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
     group = parser.add_argument_group("training").add_argument
     group("--policy", default="one_cycle", help=", ".join(p for p in list_policies() if p != "lr_finder"))
     group("--epochs", type=int, default=5, help="passes over the training images in each round")
-    group("--batch-size", type=int, help="images a step, for policies with a fixed batch size; default 128, or 16 "
-          "for fewer than 10,000 training images")
+    group(
+        "--batch-size",
+        type=int,
+        help="images a step, for policies with a fixed batch size; default 128, or 16 "
+        "for fewer than 10,000 training images",
+    )
     group("--lr", type=float, default=1e-4, help="base learning rate, a tenth of that of training from scratch")
     group("--opt", default="adam", help="optimizer, by timm's names")
     group("--weight-decay", type=float, default=0.0, help="weight decay")
@@ -314,9 +329,7 @@ class Run:
         model.to(self.device)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
-        task = CapsuleTask(
-            model, reconstruction_weight=args.reconstruction_weight, device=self.device, verbose=False
-        )
+        task = CapsuleTask(model, reconstruction_weight=args.reconstruction_weight, device=self.device, verbose=False)
         if args.compile:
             task.compile()
         trainer = Trainer(
@@ -445,8 +458,11 @@ class Run:
         self.say(
             f"round {number}/{len(self.plan)}: {row['conv1']} filters, {row['types']} types, {row['capsules']} "
             f"capsules, {row['parameters']:,} parameters, {row['macs'] / 1e6:.1f} M macs, val top1 "
-            + (f"{row['val_top1_before']:.4f} pruned, {row['val_top1']:.4f} trained" if number
-               else f"{row['val_top1']:.4f}")
+            + (
+                f"{row['val_top1_before']:.4f} pruned, {row['val_top1']:.4f} trained"
+                if number
+                else f"{row['val_top1']:.4f}"
+            )
         )
 
     def write_summary(self) -> None:

@@ -9,6 +9,7 @@
 Options come from the command line, then from --config, then from the defaults. The run folder gets args.yaml,
 summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json.
 """
+
 import argparse
 import os
 import sys

@@ -10,6 +10,7 @@
 class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
 changed images (capszoo/robustness.py says how).
 """
+
 import argparse
 import json
 import statistics

@@ -1,4 +1,5 @@
 """Checkpoints: round trips, damage, and writes that are whole or absent."""
+
 import json
 import os
 
@@ -29,8 +30,9 @@ def message(call, *args) -> str:
 leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8)
 trees = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.integers(0, 9) | st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.integers(0, 9) | st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -1,4 +1,5 @@
 """The console command: every job, with and without what a machine may lack."""
+
 import json
 import subprocess
 import sys

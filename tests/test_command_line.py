@@ -1,4 +1,5 @@
 """Options from command lines and YAML files, and errors in one line."""
+
 import argparse
 
 import pytest

@@ -1,4 +1,5 @@
 """Training by several processes: the same weights as by one, exact sums, and one that writes."""
+
 import csv
 import json
 import os

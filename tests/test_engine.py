@@ -1,4 +1,5 @@
 """Training and evaluation loops: numbers against plain code, and runs that resume to the same bits."""
+
 import csv
 import itertools
 
@@ -22,8 +23,9 @@ def digits():
 @pytest.fixture(scope="module")
 def few(digits):
     """The first images of the digits alone, for speed."""
-    train, val = (type(digits.train)(images=s.images[:n], labels=s.labels[:n]) for s, n in
-                  ((digits.train, 50), (digits.val, 20)))
+    train, val = (
+        type(digits.train)(images=s.images[:n], labels=s.labels[:n]) for s, n in ((digits.train, 50), (digits.val, 20))
+    )
     return train, val
 
 
@@ -109,7 +111,10 @@ def test_run_folder(few, tmp_path):
     trainer = make_trainer(few, tmp_path, epochs=3, metadata={"model": "capsnet_tiny", "class_names": ["a"]})
     assert trainer.fit()
     assert {p.name for p in tmp_path.iterdir()} == {
-        "summary.csv", "last.safetensors", "best.safetensors", "resume.safetensors"
+        "summary.csv",
+        "last.safetensors",
+        "best.safetensors",
+        "resume.safetensors",
     }
     with open(tmp_path / "summary.csv") as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,5 @@
 """capszoo.explore: what is Pareto-optimal, what the space holds, and studies that survive their workers."""
+
 import csv
 import json
 from argparse import Namespace

@@ -1,4 +1,5 @@
 """capszoo/plots.py: what the figures show, and what happens where there is nothing to show."""
+
 import sys
 
 import pytest

@@ -1,4 +1,5 @@
 """Policies against the paper's formulas, written here a second time as plain loops over epochs and steps."""
+
 import dataclasses
 import itertools
 import math
@@ -91,10 +92,15 @@ def assert_is_paper(name, epochs, num_images):
     assert count == make(name, epochs, num_images).total_steps > 0
 
 
-@pytest.mark.parametrize("name, epochs, num_images", [
-    run for run in itertools.product(NAMES, [5, 30, 100], [60000, 1437])
-    if run != ("lr_finder", 100, 60000)  # its 46,900 steps would end beyond the largest float: test_errors_of_lr_finder
-])
+@pytest.mark.parametrize(
+    "name, epochs, num_images",
+    [
+        run
+        for run in itertools.product(NAMES, [5, 30, 100], [60000, 1437])
+        if run
+        != ("lr_finder", 100, 60000)  # its 46,900 steps would end beyond the largest float: test_errors_of_lr_finder
+    ],
+)
 def test_every_step_is_the_papers(name, epochs, num_images):
     assert_is_paper(name, epochs, num_images)
 
@@ -223,7 +229,8 @@ def test_one_cycle_is_continuous_and_arrives(num_images):
 def test_smooth_policies_jump_only_at_restarts():
     for name, restarts in (("exp_decay", set()), ("warm_restarts", {10, 20}), ("warm_ada_batch", {3})):
         jumps = {
-            now[0] for before, now in itertools.pairwise(make(name, num_images=6000).schedule())
+            now[0]
+            for before, now in itertools.pairwise(make(name, num_images=6000).schedule())
             if now[2] > before[2] or before[2] - now[2] > 0.05 * LR
         }
         assert jumps == restarts, name
@@ -295,12 +302,15 @@ def test_names_are_listed_and_near_matches_offered():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("argument, values", [
-    ("lr", [0, -0.1, math.nan, math.inf, "1e-3", None, True]),
-    ("batch_size", [0, -1, 2.0, "128", None, True]),
-    ("epochs", [0, -1, 30.0, "30", None, True]),
-    ("num_images", [0, -1, 1e4, None]),
-])
+@pytest.mark.parametrize(
+    "argument, values",
+    [
+        ("lr", [0, -0.1, math.nan, math.inf, "1e-3", None, True]),
+        ("batch_size", [0, -1, 2.0, "128", None, True]),
+        ("epochs", [0, -1, 30.0, "30", None, True]),
+        ("num_images", [0, -1, 1e4, None]),
+    ],
+)
 def test_errors_of_shared_arguments(name, argument, values):
     for value in values:
         message = error(name, **{argument: value})
@@ -396,7 +406,12 @@ def test_config_is_the_papers_run(name):
     # At batch 1, ten times the paper's rate makes our networks collapse: measured, and said in the file.
     lr = 0.0001 if name == "warm_ada_batch" else 0.001
     assert shared == {
-        "model": "capsnet", "dataset": "mnist", "policy": name, "epochs": epochs, "batch_size": 128, "lr": lr
+        "model": "capsnet",
+        "dataset": "mnist",
+        "policy": name,
+        "epochs": epochs,
+        "batch_size": 128,
+        "lr": lr,
     }
     assert set(config) == set(policy_options(name))
     warmup = config["warmup_steps"]
@@ -438,13 +453,17 @@ def test_suggested_rate_is_where_the_loss_falls_steepest(exponent, noise, within
     assert suggested in lrs and abs(math.log10(suggested) - exponent) <= within
 
 
-@pytest.mark.parametrize("then", [
-    lambda x: math.nan if x > -1 else 0.0,
-    lambda x: math.inf if x > -1 else 0.0,
-    lambda x: 50 * math.sin(20 * x) ** 2 if x > -1 else 0.0,  # swings, far steeper than the descent
-    lambda x: 0.25 * math.cos(9 * x) ** 2 if x > -1 else 0.0,  # all below 4 times the lowest
-    lambda x: 10 * (-0.8 - x) if -1 < x < -0.8 else 0.0,
-], ids=["nan", "inf", "swings", "small swings", "spike"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda x: math.nan if x > -1 else 0.0,
+        lambda x: math.inf if x > -1 else 0.0,
+        lambda x: 50 * math.sin(20 * x) ** 2 if x > -1 else 0.0,  # swings, far steeper than the descent
+        lambda x: 0.25 * math.cos(9 * x) ** 2 if x > -1 else 0.0,  # all below 4 times the lowest
+        lambda x: 10 * (-0.8 - x) if -1 < x < -0.8 else 0.0,
+    ],
+    ids=["nan", "inf", "swings", "small swings", "spike"],
+)
 def test_suggestion_ignores_what_follows_divergence(then):
     lrs, losses = finder_run(falls_at(-3, then))
     assert abs(math.log10(suggest_lr(lrs, losses)) + 3) <= 0.011

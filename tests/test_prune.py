@@ -1,4 +1,5 @@
 """Pruning: what is left computes what the whole computes with the rest held at zero; scores find what matters."""
+
 import copy
 import json
 import shutil
@@ -253,9 +254,15 @@ def test_reset_classifier_of_chosen_capsules():
     assert smaller(images()).shape == (4, smaller.head_hidden_size)
     smaller.reset_classifier(7)
     assert smaller(images()).shape == (4, 7) and smaller.class_caps.num_capsules == 3 * 3
-    assert as_created(type("", (), dict(
-        creation_args=smaller.arguments(), pretrained_cfg=smaller.pretrained_cfg, state_dict=smaller.state_dict
-    )))(images()).equal(smaller(images()))
+    assert as_created(
+        type(
+            "",
+            (),
+            dict(
+                creation_args=smaller.arguments(), pretrained_cfg=smaller.pretrained_cfg, state_dict=smaller.state_dict
+            ),
+        )
+    )(images()).equal(smaller(images()))
 
 
 # Scores
@@ -292,11 +299,11 @@ def test_taylor_is_the_definition(name, part, data):
 def loss_with_scaled(model, part, p, factor, x, label):
     x1 = model.act1(model.conv1(x))
     if part == "conv1":
-        x1 = torch.cat([x1[:, :p], x1[:, p:p + 1] * factor, x1[:, p + 1:]], dim=1)
+        x1 = torch.cat([x1[:, :p], x1[:, p : p + 1] * factor, x1[:, p + 1 :]], dim=1)
     features = model.primary_caps(x1)
     scale = torch.ones(model.num_primary, dtype=torch.float64)
     if part == "types":
-        scale[p * PER_TYPE:(p + 1) * PER_TYPE] = factor
+        scale[p * PER_TYPE : (p + 1) * PER_TYPE] = factor
     if part == "capsules":
         scale[p] = factor
     capsules = model.class_caps(model.to_capsules(features) * scale[:, None])
@@ -359,17 +366,18 @@ def test_norms_are_the_definition(name):
     filters = weights["primary_caps.conv.weight"].view(4, 4, 6, 9, 9)
     biases, votes = weights["primary_caps.conv.bias"].view(4, 4), weights["class_caps.weight"]
     for c in range(6):
-        own = torch.cat([weights["conv1.weight"][c].flatten(), weights["conv1.bias"][c:c + 1]]).norm()
+        own = torch.cat([weights["conv1.weight"][c].flatten(), weights["conv1.bias"][c : c + 1]]).norm()
         torch.testing.assert_close(scores(model, "conv1", "magnitude")[c], own)
         far = weights["conv1.weight"][c].norm() * filters[:, :, c].norm()
         torch.testing.assert_close(scores(model, "conv1", "look_ahead")[c], far)
     for t in range(4):
-        matrices = votes[t:t + 1] if shared else votes[t * PER_TYPE:(t + 1) * PER_TYPE]
+        matrices = votes[t : t + 1] if shared else votes[t * PER_TYPE : (t + 1) * PER_TYPE]
         own = torch.cat([filters[t].flatten(), biases[t], matrices.flatten()]).norm()
         torch.testing.assert_close(scores(model, "types", "magnitude")[t], own)
         looked = [
             filters[t, k, c] * weights["conv1.weight"][c].norm() * matrices[:, k].norm()
-            for k in range(4) for c in range(6)
+            for k in range(4)
+            for c in range(6)
         ]
         torch.testing.assert_close(scores(model, "types", "look_ahead")[t], torch.stack(looked).norm())
     for i in (0, 5, 6, 23):
@@ -558,25 +566,31 @@ def test_wrong_arguments(case):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("model, message", [
-    (lambda: torch.nn.Linear(2, 2), "Linear cannot be pruned"),
-    (lambda: CapsNet(device="meta"), "that capszoo.create_model made"),
-    (lambda: small(num_classes=0), "num_classes=0 and no class capsules"),
-    (lambda: small(features_only=True), "cannot be pruned"),
-    (lambda: small(decoder=False), "has no decoder to prune"),
-])
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda: torch.nn.Linear(2, 2), "Linear cannot be pruned"),
+        (lambda: CapsNet(device="meta"), "that capszoo.create_model made"),
+        (lambda: small(num_classes=0), "num_classes=0 and no class capsules"),
+        (lambda: small(features_only=True), "cannot be pruned"),
+        (lambda: small(decoder=False), "has no decoder to prune"),
+    ],
+)
 def test_wrong_models(model, message):
     with pytest.raises(ValueError, match=message):
         prune(model(), {"decoder": (1, 1)})
 
 
-@pytest.mark.parametrize("kept, message", [
-    ([], "keep_capsules is empty"),
-    (5, "keep_capsules=5 is not possible: give the indices"),
-    ([1, 2, 1], "keep_capsules holds 1 twice"),
-    ([0, 24], "keep_capsules holds 24: give indices from 0 to 23, of the 24 capsules of 20x22 images"),
-    ([-1], "keep_capsules holds -1"),
-])
+@pytest.mark.parametrize(
+    "kept, message",
+    [
+        ([], "keep_capsules is empty"),
+        (5, "keep_capsules=5 is not possible: give the indices"),
+        ([1, 2, 1], "keep_capsules holds 1 twice"),
+        ([0, 24], "keep_capsules holds 24: give indices from 0 to 23, of the 24 capsules of 20x22 images"),
+        ([-1], "keep_capsules holds -1"),
+    ],
+)
 def test_wrong_capsules(kept, message):
     with pytest.raises(ValueError, match=message) as error:
         small(keep_capsules=kept)

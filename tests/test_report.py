@@ -1,4 +1,5 @@
 """capszoo/report.py: one file with every trial in it, safe whatever the trials hold, and right in a real browser."""
+
 import importlib
 import re
 import shutil

@@ -1,4 +1,5 @@
 """capszoo.training: a run from a flat set of options."""
+
 import pytest
 import torch
 import yaml

@@ -1,4 +1,5 @@
 """The parts that capsule networks are made of."""
+
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fused_routing, use_fused_routing
 from .decoder import Decoder

@@ -1,4 +1,5 @@
 """Class capsules: the layer that routes primary capsules to one capsule per class."""
+
 import difflib
 
 import torch

@@ -1,4 +1,5 @@
 """Switch between the fused routing operators and their plain PyTorch reference."""
+
 import os
 
 import torch

@@ -1,4 +1,5 @@
 """Reconstruction decoder: three fully connected layers from a class capsule to an image."""
+
 import torch
 from torch import Tensor, nn
 

@@ -3,6 +3,7 @@
 ``torch.fx`` cannot trace a choice that depends on where and how a model runs, so each function here is a leaf of the
 traced graph, as timm's own such functions are.
 """
+
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor

@@ -1,4 +1,5 @@
 """Primary capsules: a convolution whose filters are grouped into capsules, squashed."""
+
 from torch import Tensor, nn
 
 from .functional import squash

@@ -1,4 +1,5 @@
 """Model families; importing one registers its models with timm."""
+
 from .capsnet import CapsNet
 from .cnn_baseline import CNNBaseline
 

@@ -9,6 +9,7 @@ One convolution, one layer of primary capsules (a convolution whose filters are 
 class capsules reached by routing. The length of a class capsule is the score of its class. FasTrCaps adds vote
 matrices shared per capsule type and a decoder that takes the chosen capsule alone.
 """
+
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -207,9 +208,7 @@ class CapsNet(nn.Module):
             index = [i for kept in types for i in kept + [self.num_primary] * (longest - len(kept))]
         # Read by `to_capsules`: the place after the last capsule is the capsule of zeros.
         self.fill_capsules = self.num_primary in index
-        self.register_buffer(
-            "capsule_index", torch.tensor(index, device=device) if index else None, persistent=False
-        )
+        self.register_buffer("capsule_index", torch.tensor(index, device=device) if index else None, persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> "CapsNet":
         was_meta = self.capsule_index is not None and self.capsule_index.is_meta
@@ -510,9 +509,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
 
 
 # A tag for each of the shipped weights, `untrained` for a model that has none on MNIST.
-default_cfgs = generate_default_cfgs(
-    shipped_cfgs(("capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"), _cfg)
-)
+default_cfgs = generate_default_cfgs(shipped_cfgs(("capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"), _cfg))
 
 
 def _create_capsnet(variant: str, pretrained: bool = False, **kwargs) -> CapsNet:

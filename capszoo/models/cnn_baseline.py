@@ -5,6 +5,7 @@ same recipe, so that a table of results can say what capsules and routing change
 numbers from 0 to 1 for each class, as the lengths of class capsules are, so that the margin loss of `Dynamic Routing
 Between Capsules` - https://arxiv.org/abs/1710.09829 - applies.
 """
+
 from typing import Any
 
 import torch
@@ -68,9 +69,7 @@ class CNNBaseline(nn.Module):
         self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self._arguments = dict(
-            in_chans=in_chans, img_size=[height, width], conv_dim=conv_dim, kernel_size=kernel_size
-        )
+        self._arguments = dict(in_chans=in_chans, img_size=[height, width], conv_dim=conv_dim, kernel_size=kernel_size)
 
         self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
         self.act1 = nn.ReLU(inplace=True)

@@ -124,8 +124,9 @@ def test_prune_intermediate_layers():
         model = small()
         assert model.prune_intermediate_layers(indices) == kept and model.num_classes == 0
         assert ("conv2.weight" in model.state_dict()) == (kept != [0])
-        assert torch.equal(model.forward_intermediates(images(), indices=kept, intermediates_only=True)[0],
-                           expected[kept[0]])
+        assert torch.equal(
+            model.forward_intermediates(images(), indices=kept, intermediates_only=True)[0], expected[kept[0]]
+        )
         assert model(images()).shape[1] == model.num_features
     model = small()
     model.prune_intermediate_layers([1], prune_head=False)
@@ -278,8 +279,11 @@ def test_weights_for_another_task(change, anew, tmp_path):
     torch.manual_seed(1)
     overlay = dict(file=str(tmp_path / "w.safetensors"))
     model = timm.create_model("cnn_baseline", pretrained=True, conv_dim=8, pretrained_cfg_overlay=overlay, **change)
-    same = {k for k, v in model.state_dict().items() if torch.equal(v, source.state_dict().get(k, v - 1)[: len(v)])
-            and v.shape == source.state_dict()[k].shape}
+    same = {
+        k
+        for k, v in model.state_dict().items()
+        if torch.equal(v, source.state_dict().get(k, v - 1)[: len(v)]) and v.shape == source.state_dict()[k].shape
+    }
     assert same == set(model.state_dict()) - anew
     if change == dict(in_chans=3):
         gray = images(size=(28, 28))

@@ -1,4 +1,5 @@
 """recipes/benchmark.py: what it measures, what it writes, and that one failure costs one row."""
+
 import contextlib
 import csv
 import importlib.util

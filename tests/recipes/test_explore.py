@@ -1,4 +1,5 @@
 """recipes/explore.py from the command line: searches that end, are killed, are shared; and what it refuses."""
+
 import csv
 import json
 import os

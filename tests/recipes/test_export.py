@@ -15,8 +15,23 @@ from capszoo.checkpoint import load_tensors, save_weights
 from capszoo.command_line import UsageError, run
 
 CARD = {
-    "capszoo_version", "model", "model_args", "dataset", "class_names", "recipe", "policy", "epochs", "epoch", "seed",
-    "amp", "eval_top1", "test_top1", "precision", "license", "date", "format",
+    "capszoo_version",
+    "model",
+    "model_args",
+    "dataset",
+    "class_names",
+    "recipe",
+    "policy",
+    "epochs",
+    "epoch",
+    "seed",
+    "amp",
+    "eval_top1",
+    "test_top1",
+    "precision",
+    "license",
+    "date",
+    "format",
 }
 
 
@@ -157,9 +172,7 @@ def test_run_that_has_not_ended(export, make_run, weights_dir):
 def test_recipe_of_a_pruned_network(recipe, make_run):
     file = make_run()
     (file.parent / "args.yaml").write_text(
-        "# python recipes/prune.py --config x\n"
-        "keep: {types: 8, decoder: [64, 128]}\n"
-        "weights: runs/a/best.safetensors\n"
+        "# python recipes/prune.py --config x\nkeep: {types: 8, decoder: [64, 128]}\nweights: runs/a/best.safetensors\n"
     )
     command = recipe("export").read_recipe(file.parent)
     assert command == "python recipes/prune.py runs/a/best.safetensors --keep types=8 'decoder=[64, 128]'"
@@ -260,8 +273,16 @@ def test_hub_folder(export, make_run, weights_dir, tmp_path, of):
 
 
 def test_hub_of_other_images(export, make_run, tmp_path):
-    file = make_run("capsnet_ws", "shapes", conv_dim=8, num_types=4, decoder_dims=[6, 7], img_size=[20, 22],
-                    in_chans=3, num_classes=4)
+    file = make_run(
+        "capsnet_ws",
+        "shapes",
+        conv_dim=8,
+        num_types=4,
+        decoder_dims=[6, 7],
+        img_size=[20, 22],
+        in_chans=3,
+        num_classes=4,
+    )
     export("hub", file, "--output", tmp_path / "out", "--license", "apache-2.0")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.rand(1, 3, 20, 22)

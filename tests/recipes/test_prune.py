@@ -1,4 +1,5 @@
 """recipes/prune.py as a person runs it."""
+
 import csv
 import importlib.util
 import json
@@ -68,14 +69,24 @@ def same_weights(one, other):
 
 def test_run_folder_has_all_that_was_promised(finished, given):
     assert {p.name for p in finished.iterdir()} == {
-        "args.yaml", "summary.csv", "last.safetensors", "best.safetensors", "result.json", "pareto.csv", "pareto.png",
-        "round-0", "round-1", "round-2",
+        "args.yaml",
+        "summary.csv",
+        "last.safetensors",
+        "best.safetensors",
+        "result.json",
+        "pareto.csv",
+        "pareto.png",
+        "round-0",
+        "round-1",
+        "round-2",
     }
     assert (finished / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = read_rows(finished / "pareto.csv")
     # 4 -> 1 types in the same proportion, 8 -> 4 filters, 12 -> 3 and 16 -> 4 units.
     assert [[int(row[key]) for key in ("types", "conv1", "decoder_1", "decoder_2")] for row in rows] == [
-        [4, 8, 12, 16], [2, 6, 6, 8], [1, 4, 3, 4]
+        [4, 8, 12, 16],
+        [2, 6, 6, 8],
+        [1, 4, 3, 4],
     ]
     assert [row["val_top1_before"] == "" for row in rows] == [True, False, False]
     for number, row in enumerate(rows):
@@ -140,9 +151,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", [
-    "at the start", "while pruning", "in the first round", "between epochs", "before the second round",
-])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "at the start",
+        "while pruning",
+        "in the first round",
+        "between epochs",
+        "before the second round",
+    ],
+)
 def test_killed_and_resumed_to_the_same_bits(moment, given, finished, tmp_path, monkeypatch):
     folder = tmp_path / "killed"
     count = 0
@@ -155,6 +173,7 @@ def test_killed_and_resumed_to_the_same_bits(moment, given, finished, tmp_path, 
             nonlocal count
             count += 1
             return kill() if count == number else original(*args, **kwargs)
+
         return wrapped
 
     with monkeypatch.context() as patch:
@@ -200,8 +219,19 @@ def test_indices_fractions_and_capsules(given, tmp_path):
     model = capszoo.load_model(tmp_path / "run/best.safetensors")
     assert count_parts(model)["capsules"] == 27 and set(model.keep_types) <= {0, 2, 3}
     assert len(model.keep_capsules) == 27 and model.decoder is not None
-    run(tmp_path / "run/best.safetensors", *SMALL, "--keep", "capsules=9", "--rounds", 2, "--epochs", 1, "--no-decoder",
-        "--output", tmp_path / "further")
+    run(
+        tmp_path / "run/best.safetensors",
+        *SMALL,
+        "--keep",
+        "capsules=9",
+        "--rounds",
+        2,
+        "--epochs",
+        1,
+        "--no-decoder",
+        "--output",
+        tmp_path / "further",
+    )
     rows = read_rows(tmp_path / "further/pareto.csv")
     assert [row["capsules"] for row in rows] == ["27", "16", "9"] and rows[0]["decoder_1"] == ""
     assert capszoo.load_model(tmp_path / "further/best.safetensors").decoder is None
@@ -216,8 +246,22 @@ def test_validate_reads_what_prune_wrote(finished, capsys):
 @pytest.mark.slow
 def test_killed_from_outside_and_resumed_to_the_same_bits(given, finished, tmp_path):
     folder = tmp_path / "killed"
-    arguments = [given, *SMALL, "--rounds", 2, "--epochs", 2, "--save-every", 3, "--output", folder,
-                 "--keep", "types=1", "conv1=4", "decoder=[3,4]"]
+    arguments = [
+        given,
+        *SMALL,
+        "--rounds",
+        2,
+        "--epochs",
+        2,
+        "--save-every",
+        3,
+        "--output",
+        folder,
+        "--keep",
+        "types=1",
+        "conv1=4",
+        "decoder=[3,4]",
+    ]
     for attempt in range(3):
         command = [sys.executable, ROOT / "recipes/prune.py", *arguments]
         process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,4 +1,5 @@
 """recipes/train.py and validate.py as a person runs them."""
+
 import csv
 import json
 import os
@@ -46,7 +47,12 @@ def test_run_folder_has_all_that_was_promised(trained):
     folder, out = trained
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "args.yaml", "summary.csv", "last.safetensors", "best.safetensors", "resume.safetensors", "result.json"
+        "args.yaml",
+        "summary.csv",
+        "last.safetensors",
+        "best.safetensors",
+        "resume.safetensors",
+        "result.json",
     }
     rows = list(csv.DictReader((folder / "summary.csv").open()))
     result = json.loads((folder / "result.json").read_text())
@@ -186,7 +192,9 @@ BAD = {
     "foreign file": (["--checkpoint", "foreign.safetensors"], "foreign.safetensors"),
     "weights of another shape": (["--checkpoint", "capsnet8.safetensors"], "this model needs"),
     "weights of another architecture": (
-        ["--model", "capsnet_ws", "--checkpoint", "capsnet8.safetensors"], "weights of"),
+        ["--model", "capsnet_ws", "--checkpoint", "capsnet8.safetensors"],
+        "weights of",
+    ),
     "file that is no image": (["--dataset", "pets"], "notes.txt"),
     "unknown key": (["--config", "unknown.yaml"], "did you mean 'epochs'"),
     "wrong value": (["--config", "wrong.yaml"], "epochs"),

@@ -49,7 +49,9 @@ def test_all(validate, ship, make_run, digits, tmp_path, capsys):
     )
     by_name = {row["model"]: row for row in rows}
     assert set(by_name) == {
-        "capsnet_tiny.digits", "cnn_baseline_tiny", "cnn_baseline_tiny (cnn_baseline_tiny-digits-4)"
+        "capsnet_tiny.digits",
+        "cnn_baseline_tiny",
+        "cnn_baseline_tiny (cnn_baseline_tiny-digits-4)",
     }
     assert [float(row["top1"]) for row in rows] == sorted((float(row["top1"]) for row in rows), reverse=True)
 
