@@ -5,8 +5,11 @@ is one safetensors file too: tensors of model, optimizer and random number gener
 the header. Loading a file never runs code of it.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "CheckpointError",
+    "WriteError",
     "load_state",
     "load_tensors",
     "load_weights",
@@ -32,30 +36,55 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the remedy."""
 
 
-def write_atomically(path: str | Path, write) -> None:
-    """Call `write(temporary_path)` beside `path`, flush it to disk and rename it, so that `path` is whole or absent."""
+class WriteError(ValueError):
+    """A file that cannot be written; the message names it, the reason and the remedy."""
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: str | Path | None = None) -> None:
+    """Call `write(temporary_path)` beside `path`, flush it to disk and rename it, so that `path` is whole or absent.
+
+    Args:
+        path: The file.
+        write: Writes it.
+        previous: Where to keep the file that was at `path` before. Killed in between, it is there and `path` is absent.
+
+    Raises:
+        WriteError: If it cannot be written (full disk, read-only folder); what was at `path` stays.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        if os.name == "posix":  # the rename itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise WriteError(
+            f"{str(path)!r} cannot be written ({reason}): free some space or mend the folder, then start "
+            f"again; what was there before is kept"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], previous: str | Path | None = None
+) -> None:
     """Write tensors and header metadata to a safetensors file, atomically."""
     # safetensors keeps no strides: what is stored is contiguous, whatever the memory format of the model.
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **metadata}))
+    header = {"format": "pt", **metadata}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header), previous)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -123,8 +152,16 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     return metadata
 
 
-def save_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a nested state of dicts, lists, tensors, numbers, strings, bools and None to one safetensors file."""
+def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | None = None) -> None:
+    """Write a nested state of dicts, lists, tensors, numbers, strings, bools and None to one safetensors file.
+
+    Its header has a checksum of all that it holds.
+
+    Args:
+        path: The file.
+        state: The state.
+        previous: Where to keep the file that was at `path` before.
+    """
     tensors: dict[str, Tensor] = {}
 
     def strip(value: Any, name: str) -> Any:
@@ -141,7 +178,8 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
         raise TypeError(f"cannot store {type(value).__name__} at {name!r} in a checkpoint")
 
     tree = json.dumps(strip(state, ""))
-    save_tensors(path, tensors, {"capszoo": _FORMAT, "state": tree})
+    header = {"capszoo": _FORMAT, "state": tree, "sha256": _checksum(tensors, tree)}
+    save_tensors(path, tensors, header, previous)
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -153,6 +191,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
     tensors, metadata = load_tensors(path)
     if metadata.get("capszoo") != _FORMAT:
         raise CheckpointError(f"{str(path)!r} is no resume state of capszoo: resume from a folder that train.py wrote")
+    if metadata.get("sha256") != _checksum(tensors, metadata.get("state", "")):
+        raise CheckpointError(f"{str(path)!r} is damaged (its checksum is another): use another checkpoint")
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
@@ -164,6 +204,16 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return value
 
     return restore(json.loads(metadata["state"]))
+
+
+def _checksum(tensors: dict[str, Tensor], tree: str) -> str:
+    """Hash a state. safetensors checks its header alone: a flipped bit in a tensor would go unnoticed."""
+    digest = hashlib.sha256(tree.encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What the recipes' command lines have in common: options with near matches, YAML, errors in one line."""
 
 import argparse
+import contextlib
 import csv
 import difflib
 import shlex
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .checkpoint import WriteError, write_atomically
 from .engine import write_csv
 from .policies import Policy, create_policy, list_policies, policy_options
 
@@ -22,6 +24,7 @@ __all__ = [
     "UsageError",
     "add_policy_options",
     "add_result",
+    "check_folder",
     "choose_device",
     "create_optimizer",
     "format_error",
@@ -31,6 +34,7 @@ __all__ = [
     "read_yaml",
     "results_folder",
     "run",
+    "start_folder",
     "unknown_name",
 ]
 
@@ -261,23 +265,60 @@ class StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
         self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received:
+        if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        self.received = number
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def __call__(self) -> bool:
-        return self.received
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """0 after SIGTERM, by which a scheduler asks for an orderly end; 130 after Ctrl-C, as shells count it."""
+        return 0 if self.received == signal.SIGTERM else 130
+
+
+def start_folder(folder: Path, text: str) -> None:
+    """Make the folder of a run with its args.yaml, from which --resume goes on, or leave nothing behind.
+
+    Raises:
+        UsageError: If the folder is not empty, or cannot be made.
+    """
+    check_folder(folder)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+    except (OSError, WriteError) as error:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, WriteError):
+            raise
+        raise UsageError(
+            f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
+        ) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that has files other than what a killed run left half-written.
+
+    Raises:
+        UsageError: If it has.
+    """
+    if folder.exists() and (not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir())):
+        raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
 
 
 def add_result(path: Path, result: dict[str, Any], recipe: str, argv: Sequence[str] | None) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Ranks", "RanksError", "join_ranks", "leave_ranks"]
+__all__ = ["ALONE", "Ranks", "RanksError", "is_lost_connection", "join_ranks", "leave_ranks"]
 
 # Waiting longer for another rank than this, it is taken for dead; torchrun then starts the ranks again.
 _TIMEOUT = timedelta(minutes=10)
@@ -53,6 +53,12 @@ class Ranks:
         if self.count > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest of all ranks' tensors, in place, element by element."""
+        if self.count > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
 
     def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
         """Whether `flag` is true on any rank; waits for all of them."""
@@ -113,6 +119,11 @@ def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tupl
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.count, timeout=_TIMEOUT)
     return ranks, torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error of torch says that another process is not there any more."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def leave_ranks() -> None:

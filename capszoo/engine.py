@@ -2,17 +2,18 @@
 
 import csv
 import io
+import itertools
 import json
 import logging
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,31 @@ from .checkpoint import (
     CheckpointError,
     load_state,
     random_state,
+    read_metadata,
     save_state,
     save_weights,
     set_random_state,
     write_atomically,
 )
-from .data import Loader, Split
+from .data import DataError, Loader, Split
 from .distributed import ALONE, Ranks
 from .layers import capsule_lengths
 from .loader import seeded_generator
 from .losses import margin_loss, reconstruction_loss
 from .task import CapsuleTask
 
-__all__ = ["Evaluation", "Trainer", "TrainingError", "autocast", "evaluate", "find_lr", "resolve_amp"]
+__all__ = [
+    "Evaluation",
+    "Stopped",
+    "Trainer",
+    "TrainingError",
+    "autocast",
+    "drop_state",
+    "evaluate",
+    "find_lr",
+    "resolve_amp",
+    "until_stopped",
+]
 
 SUMMARY_COLUMNS = (
     "epoch",
@@ -47,7 +60,11 @@ SUMMARY_COLUMNS = (
     "batch_size",
     "epoch_seconds",
     "images_per_second",
+    "skipped_steps",
 )
+# The state of a run, and the one before it, for the case that the last is damaged.
+STATE_FILES = ("resume.safetensors", "resume-previous.safetensors")
+
 _logger = logging.getLogger(__name__)
 
 # Steps taken one operator at a time before one is captured: kernels are compiled and tuned in them, which a capture
@@ -57,11 +74,21 @@ _STEPS_BEFORE_CAPTURE = 3
 # Ranks ask each other so often whether one of them shall stop; each question waits for the slowest.
 _STEPS_BETWEEN_QUESTIONS = 10
 
+# On a GPU, where it means waiting, losses are looked at after so many steps; on a CPU after each.
+_STEPS_BETWEEN_CHECKS = 50
+
+# So many steps left out one after the other are not bad luck.
+_MOST_SKIPPED_IN_A_ROW = 100
+
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(ValueError):
     """Training cannot start or go on; the message says why and what to do."""
+
+
+class Stopped(Exception):
+    """A measurement was given up, because the run is asked to stop."""
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
@@ -109,6 +136,14 @@ class Evaluation:
     margin_loss: float
     reconstruction_error: float | None
     confusion: Tensor
+
+
+def until_stopped(batches: Iterable[Any], should_stop: Callable[[], bool]) -> Iterator[Any]:
+    """Pass batches on; raise :class:`Stopped` once `should_stop`, asked after each, says so."""
+    for batch in batches:
+        yield batch
+        if should_stop():
+            raise Stopped
 
 
 @torch.inference_mode()
@@ -171,8 +206,14 @@ class _Position:
     step: int = 0  # within the epoch
     seconds: float = 0.0  # of the epoch so far
     total_seconds: float = 0.0
-    best_epoch: int = 0  # counted from 1, 0 before the first
+    best: dict[str, Any] | None = None  # the row of the best epoch
+    skipped: int = 0  # steps of the epoch so far that were left out, their loss or gradient not finite
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best_epoch(self) -> int:
+        """The best epoch, counted from 1; 0 before the first."""
+        return self.best["epoch"] if self.best else 0
 
 
 class Trainer:
@@ -181,7 +222,7 @@ class Trainer:
     After each epoch the folder holds `summary.csv`, `last.safetensors`, `best.safetensors` (best top-1 on the
     validation split, ties broken by the lower loss; the last epoch's where there is no validation split) and
     `resume.safetensors`, from which :meth:`resume` goes on exactly: every batch, its augmentation and the learning
-    rate are functions of (seed, epoch, step).
+    rate are functions of (seed, epoch, step). The state before is kept as `resume-previous.safetensors`.
 
     Args:
         task: The task with its model, on `device`.
@@ -206,6 +247,8 @@ class Trainer:
             same steps; the first alone keeps the run folder.
         micro_batch: Most images of one forward pass; a rank's part of a batch is computed in as many passes as that
             takes, to save memory, and its gradients are added up.
+        nonfinite: What to do about a step whose loss is infinite or not a number: 'stop', or 'skip', which leaves out
+            every step whose loss or gradient is not finite (one wait for the device a step, no CUDA graphs).
         metadata: Facts for the header of the weights' files.
         on_step: Called with the trainer after each step.
         on_epoch: Called with the trainer and the new row of the summary after each epoch.
@@ -233,6 +276,7 @@ class Trainer:
         clock: Callable[[], float] = time.perf_counter,
         ranks: Ranks = ALONE,
         micro_batch: int | None = None,
+        nonfinite: str = "stop",
         metadata: dict[str, Any] | None = None,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
         on_epoch: Callable[["Trainer", dict], None] = lambda trainer, row: None,
@@ -244,6 +288,9 @@ class Trainer:
         self.amp, self.seed, self.translate, self.eval_batch_size = amp, seed, translate, eval_batch_size
         self.clip_grad, self.save_every, self.num_workers = clip_grad, save_every, num_workers
         self.clock, self.ranks, self.micro_batch = clock, ranks, micro_batch
+        if nonfinite not in ("stop", "skip"):
+            raise TrainingError(f"unknown nonfinite={nonfinite!r}: give stop or skip")
+        self.skips = nonfinite == "skip"
         if not ranks.is_first:
             self.folder = None
         self.metadata = metadata or {}
@@ -254,11 +301,18 @@ class Trainer:
             and self.device.type == "cuda"
             and ranks.count == 1
             and not self.scaler.is_enabled()
+            and not self.skips
             and "capturable" in optimizer.defaults
         )
         self._rate = torch.zeros((), device=self.device)  # the learning rate as captured steps read it
         self._captured: _CapturedStep | None = None
         self.position = _Position()
+        # Losses of the steps since the last look at them.
+        looks = _STEPS_BETWEEN_QUESTIONS if ranks.count > 1 else 1
+        self._recent = torch.zeros(looks if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS, device=self.device)
+        self._unseen = 0
+        self._skipped_in_a_row = 0
+        self._saved: tuple[int, int] | None = None  # epoch and step of the last checkpoint
         self._batch_images = 0  # of all ranks together, in the step being taken
         # Of the last step taken.
         self.lr = 0.0
@@ -274,16 +328,16 @@ class Trainer:
     @property
     def best(self) -> dict[str, Any] | None:
         """The row of the best epoch, None before the first."""
-        return self.history[self.position.best_epoch - 1] if self.position.best_epoch else None
+        return self.position.best
 
     @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
         return self.position.epoch >= self.policy.epochs
 
-    def running_means(self) -> dict[str, float]:
+    def running_means(self, sums: Tensor | None = None) -> dict[str, float]:
         """Means over the epoch so far: loss, margin_loss, reconstruction_loss, top1. Waits for the device."""
-        loss, margin, reconstruction, right, count = self.sums.tolist()
+        loss, margin, reconstruction, right, count = (self.sums if sums is None else sums).tolist()
         count = max(count, 1.0)
         return {
             "loss": loss / count,
@@ -293,11 +347,13 @@ class Trainer:
         }
 
     def fit(self) -> bool:
-        """Train until the policy's last epoch; return False if `should_stop` ended it before.
+        """Train until the policy's last epoch; return False if `should_stop` ended it before, with all of it saved.
 
         Raises:
-            TrainingError: If the loss stops being finite (what was saved before stays), or a batch is too small for
-                the number of ranks.
+            TrainingError: If the loss stops being finite (what was saved before stays, `nonfinite.json` in the run
+                folder names the step and its images), or a batch is too small for the number of ranks.
+            DataError: If the images cannot be read any more; the state is saved.
+            WriteError: If the run folder cannot be written; what was saved before stays.
         """
         self._check_ranks()
         if not self.ranks.is_first:
@@ -305,10 +361,17 @@ class Trainer:
             key = self.seed, self.ranks.rank, self.position.epoch, self.position.step
             torch.manual_seed(seeded_generator(*key).initial_seed())
         while not self.finished:
-            if not self._train_epoch():
+            try:
+                completed = self._train_epoch() and self._close_epoch()
+            except DataError:
+                if self.ranks.count == 1:  # the others are not at the same step
+                    self._check_finite()
+                    self.save()
+                raise
+            if not completed:
+                self._check_finite()
                 self.save()
                 return False
-            self._close_epoch()
         return True
 
     def _train_epoch(self) -> bool:
@@ -332,14 +395,20 @@ class Trainer:
             self._step(images, labels)
             position.step += 1
             position.seconds = seconds_before + self.clock() - start
+            self._recent[self._unseen] = self.loss
+            self._unseen += 1
             self.on_step(self)
-            if self._is_asked_to_stop():
+            if self._is_asked_to_stop(position.step):
                 return False
+            if self._unseen == len(self._recent):
+                self._check_losses()
             if self.save_every and position.step % self.save_every == 0:
+                self._check_finite()
                 self.save()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         position.seconds = seconds_before + self.clock() - start
+        self._check_finite()
         return True
 
     def _check_ranks(self) -> None:
@@ -351,13 +420,51 @@ class Trainer:
                     f"--batch-size or --warm-batch {self.ranks.count} or more, or start fewer processes"
                 )
 
-    def _is_asked_to_stop(self) -> bool:
+    def _is_asked_to_stop(self, step: int) -> bool:
         """Several ranks must stop after the same step, and agree on it now and then."""
         if self.ranks.count == 1:
             return self.should_stop()
-        if self.position.step % _STEPS_BETWEEN_QUESTIONS:
+        if step % _STEPS_BETWEEN_QUESTIONS:
             return False
         return self.ranks.any(self.should_stop(), self.device)
+
+    def _check_losses(self) -> None:
+        """Stop at the first loss that is not finite, by any rank's count."""
+        unseen, self._unseen = self._unseen, 0
+        if self.skips or not unseen:
+            return
+        finite = self._recent[:unseen].isfinite()
+        steps_ago = int(self.ranks.max_(torch.where(finite, 0, torch.arange(unseen, 0, -1, device=self.device)).max()))
+        if steps_ago:
+            loss = float(self._recent[unseen - steps_ago])
+            what = "the loss of another process is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            self._raise_nonfinite(what, self.position.step - steps_ago, loss)
+
+    def _check_finite(self) -> None:
+        """Before anything is saved: a finite loss can have a gradient that is not."""
+        self._check_losses()
+        if not all(torch.stack([p.isfinite().all() for p in self.task.model.parameters()]).tolist()):
+            self._raise_nonfinite("the weights are not finite", max(0, self.position.step - 1), float(self.loss))
+
+    def _raise_nonfinite(self, what: str, step: int, loss: float) -> NoReturn:
+        """Say where training broke off, and keep for the user which images it was computed from."""
+        epoch = self.position.epoch
+        batch_size = self.policy.batch_size(epoch)
+        loader = self._loader(self.train_split, batch_size, shuffle=True, seed=self.seed, epoch=epoch)
+        images = loader.order()[step * batch_size : (step + 1) * batch_size].tolist()
+        kept = "there is no checkpoint yet"
+        if self._saved is not None:
+            kept = f"the last good checkpoint is that of epoch {self._saved[0] + 1}, step {self._saved[1]}"
+        where = ""
+        if self.folder is not None:
+            facts = {"epoch": epoch + 1, "step": step + 1, "lr": self.lr, "loss": str(loss), "images": images}
+            write_json(self.folder / "nonfinite.json", facts)
+            where = f", see {self.folder / 'nonfinite.json'}"
+        named = ", ".join(map(str, images[:4])) + (", ..." if len(images) > 4 else "")
+        raise TrainingError(
+            f"{what} at step {step + 1} of epoch {epoch + 1} (lr={self.lr:g}, training images {named}{where}); {kept}: "
+            f"lower --lr, compute in float32 with --amp none, or leave such steps out with --nonfinite skip"
+        )
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         self.lr = self.policy.lr(self.policy.progress(self.position.epoch, self.position.step))
@@ -387,6 +494,7 @@ class Trainer:
     def _compute_step(self, images: Tensor, labels: Tensor) -> None:
         """Forward pass, backward pass and optimizer, without a wait for the device."""
         self.optimizer.zero_grad(set_to_none=True)
+        sums = self.sums.clone() if self.skips else None
         count = len(labels)
         if not count:  # fewer images than ranks: the others still wait for this one's gradients, which are zero
             images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
@@ -403,8 +511,28 @@ class Trainer:
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.clip_grad)
-        self.scaler.step(self.optimizer)
+        if sums is not None and self._skip_step():
+            self.sums.copy_(sums)
+        else:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _skip_step(self) -> bool:
+        """Whether the step must be left out, on all ranks."""
+        finite = self.loss.isfinite()
+        if not self.scaler.is_enabled():  # float16's scaler looks at the gradient itself, and expects it to overflow
+            gradients = [p.grad for p in self.task.model.parameters() if p.grad is not None]
+            finite = finite & nn.utils.get_total_norm(gradients).isfinite()
+        skip = self.ranks.any(not bool(finite), self.device)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skip else 0
+        self.position.skipped += skip
+        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            self._raise_nonfinite(
+                f"{self._skipped_in_a_row} steps one after the other were not finite, the last",
+                self.position.step,
+                float(self.loss),
+            )
+        return skip
 
     def _weighted(self, loss: Tensor, count: int) -> Tensor:
         """Weigh the mean over some images so that the mean over ranks of the sums of parts is that over the batch."""
@@ -423,21 +551,22 @@ class Trainer:
         self.sums[3] += right * min(images, 1)
         self.sums[4] += images
 
-    def _close_epoch(self) -> None:
-        """Evaluate, add the epoch's row and save; the resume state last, so that it never runs ahead of the rest."""
+    def _close_epoch(self) -> bool:
+        """Evaluate, add the epoch's row and save; False if stopped before that."""
         position = self.position
-        self.ranks.sum_(self.sums)
-        means = self.running_means()
-        if not math.isfinite(means["loss"]):
-            raise TrainingError(
-                f"the loss is {means['loss']} in epoch {position.epoch + 1} (lr={self.lr:g}): "
-                f"lower --lr, or compute in float32 with --amp none"
-            )
+        sums = self.sums.clone()
+        self.ranks.sum_(sums)
+        means = self.running_means(sums)
         evaluation = None
         if self.val_split is not None:
             share = (self.ranks.rank, self.ranks.count)
             loader = self._loader(self.val_split, self.eval_batch_size, share=share)
-            evaluation = evaluate(self.task.get_eval_model(), loader, self.amp, self.ranks)
+            steps = itertools.count(1)
+            batches = until_stopped(loader, lambda: self._is_asked_to_stop(next(steps)))
+            try:
+                evaluation = evaluate(self.task.get_eval_model(), batches, self.amp, self.ranks)
+            except Stopped:
+                return False
         row = {
             "epoch": position.epoch + 1,
             "train_loss": means["loss"],
@@ -450,19 +579,25 @@ class Trainer:
             "batch_size": self.policy.batch_size(position.epoch),
             "epoch_seconds": position.seconds,
             "images_per_second": len(self.train_split) / max(position.seconds, 1e-9),
+            "skipped_steps": position.skipped,
         }
-        best = self.best
-        improved = best is None or evaluation is None or _rank(row) > _rank(best)
+        improved = self.best is None or evaluation is None or _rank(row) > _rank(self.best)
         position.history.append(row)
         if improved:
-            position.best_epoch = row["epoch"]
+            position.best = row
         position.total_seconds += position.seconds
-        position.epoch, position.step, position.seconds = position.epoch + 1, 0, 0.0
+        position.epoch, position.step, position.seconds, position.skipped = position.epoch + 1, 0, 0.0, 0
         self.sums.zero_()
-        if improved and self.folder is not None:
-            save_weights(self.folder / "best.safetensors", self.task.model, self._header(row))
+        # The state first: if a run ends between the two, it has what the best weights are made of, see _mend_best.
         self.save()
+        if improved:
+            self._save_best()
         self.on_epoch(self, row)
+        return True
+
+    def _save_best(self) -> None:
+        if self.folder is not None:
+            save_weights(self.folder / "best.safetensors", self.task.model, self._header(self.best))
 
     def _loader(self, split: Split, batch_size: int, **kwargs: Any) -> Loader:
         return Loader(split, batch_size, self.device, num_workers=self.num_workers, **kwargs)
@@ -472,7 +607,11 @@ class Trainer:
         return {**self.metadata, **facts}
 
     def save(self) -> None:
-        """Write `summary.csv`, `last.safetensors` and the resume state."""
+        """Write `summary.csv`, `last.safetensors` and the resume state.
+
+        Raises:
+            WriteError: If the folder cannot be written.
+        """
         sums = self.sums.clone()
         self.ranks.sum_(sums)
         if self.folder is None:
@@ -489,49 +628,94 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
         }
-        save_state(self.folder / "resume.safetensors", state)
+        path, previous = (self.folder / name for name in STATE_FILES)
+        save_state(path, state, previous)
+        self._saved = self.position.epoch, self.position.step
 
     def resume(self) -> bool:
         """Take up the state in the run folder; return False where there is none, and training starts anew.
 
+        A last state that is damaged is passed over for the one before it, with a warning in the log.
+
         Raises:
-            CheckpointError: If the state is damaged or that of another model.
+            CheckpointError: If the states are damaged or those of another model.
         """
-        path = None if self.folder is None else self.folder / "resume.safetensors"
-        if path is not None:
+        if self.folder is not None:
             for leftover in self.folder.glob(".*.tmp"):  # of a run killed while it wrote
                 leftover.unlink()
-        state = self._load_state(path)
+        state = self._load_state()
         if state is None:
             return False
         try:
             self.task.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError):
-            raise CheckpointError(f"{str(path or 'the state')!r} is the state of another model or optimizer") from None
+            self.scaler.load_state_dict(state["scaler"])
+            set_random_state(state["random"])
+            self.position = _Position(**state["position"])
+            if self.ranks.is_first:  # they are those of all ranks
+                self.sums.copy_(state["sums"])
+            self.lr = float(state["lr"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            folder = "" if self.folder is None else f" in {str(self.folder)!r}"
+            raise CheckpointError(
+                f"the state{folder} is that of another model, optimizer or version of capszoo: start a new run"
+            ) from None
         self._restore_strides()
-        self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"])
-        self.position = _Position(**state["position"])
-        if self.ranks.is_first:  # they are those of all ranks
-            self.sums.copy_(state["sums"])
-        self.lr = state["lr"]
+        self._saved = self.position.epoch, self.position.step
+        if self.folder is not None:
+            self._mend_best()
         return True
 
-    def _load_state(self, path: Path | None) -> dict[str, Any] | None:
+    def _mend_best(self) -> None:
+        """Make `best.safetensors` and the state agree: a run can end between writing one and the other."""
+        position, path = self.position, self.folder / "best.safetensors"
+        try:
+            header = read_metadata(path)
+            found = {key: json.loads(header[key]) for key in ("epoch", "eval_top1", "eval_loss", "train_loss")}
+        except (CheckpointError, KeyError, ValueError) as error:
+            found = None
+            if position.best is not None and path.exists():
+                _logger.warning(f"the best weights so far cannot be used: {error}")
+        if found is not None and found["epoch"] == position.best_epoch:
+            return
+        if found is not None and found["epoch"] > position.epoch:
+            position.best = found  # of an epoch that the state has not seen yet; to be beaten all the same
+        elif position.best_epoch == position.epoch and position.step == 0 and position.epoch:
+            self._save_best()  # what the state holds are these weights
+        else:
+            position.best = None  # lost: the best of the epochs to come takes its place
+
+    def _load_state(self) -> dict[str, Any] | None:
         """Read the resume state; other ranks get it from the first, whose folder they need not see."""
+        path, state = self._find_state()
         if self.ranks.count == 1:
-            return load_state(path) if path.exists() else None
-        data = path.read_bytes() if path is not None and path.exists() else None
-        data = self.ranks.share_bytes(data, self.device)
-        if data is None:
-            return None
-        if path is not None:
-            return load_state(path)
+            return state
+        data = self.ranks.share_bytes(None if path is None else path.read_bytes(), self.device)
+        if data is None or self.ranks.is_first:
+            return state
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "resume.safetensors"
             copy.write_bytes(data)
             return load_state(copy)
+
+    def _find_state(self) -> tuple[Path | None, dict[str, Any] | None]:
+        """The last state in the run folder that is whole, and its file."""
+        paths = [] if self.folder is None else [self.folder / name for name in STATE_FILES]
+        damage: CheckpointError | None = None
+        for path in paths:
+            if not path.exists():
+                continue
+            try:
+                state = load_state(path)
+            except CheckpointError as error:
+                damage = damage or error
+                continue
+            if damage is not None:
+                _logger.warning(f"going on from the checkpoint before the last: {damage}")
+            return path, state
+        if damage is not None:
+            raise damage
+        return None, None
 
     def _restore_strides(self) -> None:
         """Give the optimizer's state the memory format of its parameters; a checkpoint keeps none, and bits differ."""
@@ -593,6 +777,12 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
     except RuntimeError as error:
         raise _CaptureError(str(error).splitlines()[0]) from error
     return graph.replay
+
+
+def drop_state(folder: Path) -> None:
+    """Delete the resume states of a run that is over: as large as all the rest, and no one resumes."""
+    for name in STATE_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:

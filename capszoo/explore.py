@@ -31,7 +31,7 @@ import torch
 
 from .command_line import format_error, unknown_name
 from .data import DataSplits
-from .engine import Trainer, TrainingError, write_csv
+from .engine import Trainer, TrainingError, drop_state, write_csv
 from .policies import list_policies
 from .registry import create_model, model_keywords
 from .training import make_policy, make_trainer, measure_test, options_from, write_options
@@ -619,12 +619,12 @@ class Exploration:
         if not trainer.fit():
             if stopped["why"]:
                 trial.set_user_attr("reason", stopped["why"])
-                (folder / "resume.safetensors").unlink(missing_ok=True)  # as large as all the rest, and no one resumes
+                drop_state(folder)
                 raise optuna.TrialPruned
             self._retry(self.study, self.study.get_trials(deepcopy=False)[trial.number])
             raise TrainingError("interrupted")
         self._record(trial, trainer)
-        (folder / "resume.safetensors").unlink(missing_ok=True)
+        drop_state(folder)
         if self.measure_test:
             trial.set_user_attr("test_top1", measure_test(trainer, args, self.data)["test_top1"])
         values = {

@@ -189,6 +189,10 @@ class Loader:
             skip = 0
             yield from batches
 
+    def order(self) -> Tensor:
+        """Indices of the epoch's images in the split, in the order in which they come: int64 `[N]`."""
+        return self._draw()[0]
+
     def _part(self, order: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's part of each batch; only its own images are read."""
         part, parts = self.share
@@ -236,7 +240,7 @@ class Loader:
             generator=torch.Generator(),  # else it draws its workers' seed from the global one
         )
         offsets = offsets.to(self.device)
-        for chunk, images in zip(chunks, loader, strict=True):
+        for chunk, images in zip(chunks, _read(loader), strict=True):
             if isinstance(images, DataError):
                 raise images
             padded = F.pad(images.to(self.device, non_blocking=True), [self.translate] * 4).contiguous()
@@ -255,6 +259,18 @@ class Loader:
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return torch.div(pixels, 255)
+
+
+def _read(loader: DataLoader) -> Iterator[Tensor | DataError]:
+    """Pass on what worker processes read; one that was killed, for memory say, is an error of the data."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads images has died ({str(error).splitlines()[0]}): give less --workers, or free memory"
+        ) from error
 
 
 def seeded_generator(*key: int) -> torch.Generator:

@@ -5,6 +5,7 @@ recipes/train.py runs one of these from the command line, capszoo.explore many o
 """
 
 import argparse
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .checkpoint import load_weights, write_atomically
 from .command_line import OptionParser, add_policy_options, create_optimizer, key_value, policy_from
 from .data import DataSplits, Loader, default_translate, load_data
 from .distributed import ALONE, Ranks
-from .engine import Trainer, evaluate, resolve_amp, write_json
+from .engine import Trainer, evaluate, resolve_amp, until_stopped, write_json
 from .losses import MarginLoss
 from .policies import Policy, list_policies
 from .registry import create_model, model_keywords
@@ -30,6 +31,7 @@ __all__ = [
     "make_trainer",
     "measure_test",
     "options_from",
+    "options_text",
     "write_options",
 ]
 
@@ -80,6 +82,7 @@ def build_parser() -> OptionParser:
     group("--margin-lambda", type=float, default=0.5, help="margin loss: weight of the absent classes")
     group("--reconstruction-weight", type=float, default=0.0005, help="weight of the reconstruction loss")
     group("--translate", type=int, help="random shift of training images, in pixels; default by data set, else 0")
+    group("--nonfinite", default="stop", choices=["stop", "skip"], help="at a loss that is infinite or not a number")
     group("--seed", type=int, default=0, help="seed of initial weights, shuffling and augmentation")
     group = parser.add_argument_group("computing").add_argument
     group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -212,26 +215,36 @@ def make_trainer(
         cuda_graphs=args.cuda_graphs,
         ranks=ranks,
         micro_batch=args.micro_batch,
+        nonfinite=args.nonfinite,
         metadata=_describe(args, data, model, policy),
         **kwargs,
     )
 
 
-def write_options(args: argparse.Namespace, folder: Path) -> None:
-    """Write the options into the run folder as args.yaml, from which `--config` and `--resume` read them."""
+def options_text(args: argparse.Namespace, folder: Path) -> str:
+    """The options as the text of a run folder's args.yaml, from which `--config` and `--resume` read them."""
     import yaml
 
     values = {key: value for key, value in vars(args).items() if key not in _NOT_SAVED}
     values["model_kwargs"] = dict(args.model_kwargs)
-    text = f"# python recipes/train.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
+    return f"# python recipes/train.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
+
+
+def write_options(args: argparse.Namespace, folder: Path) -> None:
+    """Write the options into the run folder as args.yaml."""
+    text = options_text(args, folder)
     write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
 
 
 def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -> dict[str, Any]:
-    """Measure the best epoch's weights on the test set, once, and write result.json."""
+    """Measure the best epoch's weights on the test set, once, and write result.json.
+
+    Raises:
+        Stopped: If the trainer is asked to stop; nothing is written.
+    """
     load_weights(trainer.task.model, trainer.folder / "best.safetensors")
     loader = Loader(data.test, args.eval_batch_size, trainer.device, num_workers=args.workers)
-    test = evaluate(trainer.task.get_eval_model(), loader, trainer.amp)
+    test = evaluate(trainer.task.get_eval_model(), until_stopped(loader, trainer.should_stop), trainer.amp)
     best = trainer.best
     result = {
         "model": args.model,
@@ -251,6 +264,8 @@ def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -
         "amp": "none" if trainer.amp is None else str(trainer.amp).removeprefix("torch."),
         "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": trainer.ranks.count,
+        "images_per_second": statistics.median(row["images_per_second"] for row in trainer.history),
         "torch": torch.__version__,
         "capszoo": __version__,
     }

@@ -34,11 +34,13 @@ from capszoo.command_line import (
     OptionParser,
     StopSignal,
     UsageError,
+    check_folder,
     choose_device,
     key_value,
     parse_resumable,
     read_yaml,
     run,
+    start_folder,
 )
 from capszoo.data import DataSplits
 from capszoo.engine import Trainer, resolve_amp, write_csv
@@ -231,8 +233,7 @@ def choose_folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
     parts = ["explore", *named, time.strftime("%Y%m%d-%H%M%S")]
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in "-".join(parts))
     folder = Path(args.output) if args.output else default
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"folder {str(folder)!r} is not empty: use --resume, or choose another --output")
+    check_folder(folder)
     return folder
 
 
@@ -240,11 +241,10 @@ def save_args(args: argparse.Namespace, folder: Path) -> None:
     """Write the options from which --resume goes on."""
     import yaml
 
-    folder.mkdir(parents=True, exist_ok=True)
     values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     values["set"] = dict(args.set)
     text = f"# python recipes/explore.py --resume {folder}\n" + yaml.safe_dump(values, sort_keys=False)
-    write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+    start_folder(folder, text)
 
 
 def percent(value: float | None) -> str:
@@ -516,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"train it: python recipes/train.py --config {folder / 'chosen.yaml'}")
     if not completed:
         console.print(f"stopped and saved: go on with --resume {folder}")
-        return 130
+        return stop.exit_code
     return 0
 
 

@@ -41,9 +41,19 @@ from capszoo.command_line import (
     parse_resumable,
     policy_from,
     run,
+    start_folder,
 )
 from capszoo.data import DataSplits, Loader, default_translate, load_data
-from capszoo.engine import SUMMARY_COLUMNS, Evaluation, Trainer, evaluate, resolve_amp, write_csv, write_json
+from capszoo.engine import (
+    SUMMARY_COLUMNS,
+    Evaluation,
+    Trainer,
+    drop_state,
+    evaluate,
+    resolve_amp,
+    write_csv,
+    write_json,
+)
 from capszoo.policies import Policy, list_policies
 from capszoo.pretrained import read_table
 from capszoo.prune import PARTS, SCORES, cost, count_parts, prune, target_counts
@@ -244,9 +254,6 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     name = "-".join(["prune", weights, Path(args.dataset).name, time.strftime("%Y%m%d-%H%M%S")])
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(args.output) if args.output else default
-    if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
     if args.resume:
         for leftover in folder.glob(".*.tmp"):  # of a run killed while it wrote
             leftover.unlink()
@@ -254,7 +261,7 @@ def prepare_folder(args: argparse.Namespace) -> Path:
         values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
         values["keep"] = dict(args.keep)
         text = f"# python recipes/prune.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
-        write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+        start_folder(folder, text)
     return folder
 
 
@@ -305,7 +312,7 @@ class Run:
         if not (folder / "round.json").exists():
             if self.stop() or not self.fit(number, *self.begin(number)):
                 return False
-        (folder / "resume.safetensors").unlink(missing_ok=True)
+        drop_state(folder)
         self.add_row(number)
         return True
 
@@ -560,7 +567,7 @@ def main(argv: list[str] | None = None) -> int:
         work.start(model)
         if not work.train():
             console.print(f"stopped and saved: go on with --resume {folder}")
-            return 130
+            return stop.exit_code
     result = work.finish()
     if args.results:
         add_result(Path(args.results), result, "recipes/prune.py", argv)

@@ -21,22 +21,46 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capszoo.command_line import StopSignal, UsageError, add_result, choose_device, parse_resumable, run
-from capszoo.distributed import Ranks, join_ranks, leave_ranks
-from capszoo.engine import Trainer, find_lr, write_csv
+from capszoo.checkpoint import WriteError
+from capszoo.command_line import (
+    StopSignal,
+    UsageError,
+    add_result,
+    choose_device,
+    format_error,
+    parse_resumable,
+    run,
+    start_folder,
+)
+from capszoo.data import DataError
+from capszoo.distributed import Ranks, RanksError, is_lost_connection, join_ranks, leave_ranks
+from capszoo.engine import Stopped, Trainer, find_lr, write_csv
 from capszoo.policies import Policy, suggest_lr
-from capszoo.training import build_parser, load_splits, make_trainer, measure_test, write_options
+from capszoo.training import build_parser, load_splits, make_trainer, measure_test, options_text
 
 # Options that only say where and how a run is computed may change when it is resumed.
-MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "tensorboard", "save_every", "results"}
+MAY_CHANGE_ON_RESUME = {
+    "resume",
+    "data_dir",
+    "device",
+    "workers",
+    "nonfinite",
+    "quiet",
+    "tensorboard",
+    "save_every",
+    "results",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the options; with --resume, those of the run."""
     args = parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and args.output and not args.resume:
-        # torchrun starts all processes again, with the same command, when one of them has died.
-        args.resume = args.output if (Path(args.output) / "args.yaml").is_file() else None
+    # torchrun starts all processes again, with the same command, when one of them has died.
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not args.resume:
+        if not args.output:
+            raise UsageError("torchrun --max-restarts needs --output RUN_DIR, where processes find the run again")
+        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) and (Path(args.output) / "args.yaml").is_file():
+            args.resume = args.output
     return args
 
 
@@ -45,11 +69,8 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     name = "-".join([args.model, Path(args.dataset).name, args.policy, time.strftime("%Y%m%d-%H%M%S")])
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(args.output) if args.output else default
-    if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        write_options(args, folder)
+        start_folder(folder, options_text(args, folder))
     return folder
 
 
@@ -174,16 +195,29 @@ def train(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device
             )
         if args.policy == "lr_finder":
             return search_lr(trainer, folder, console)
-        if args.resume and trainer.resume() and not args.quiet:
+        # Of ranks that were started again, only those that see the run folder know that there is something to resume.
+        if ranks.any(bool(args.resume), device) and trainer.resume() and not args.quiet:
             console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}")
-        completed = trainer.fit()
-    if not completed:
+        try:
+            completed = trainer.fit()
+            leave_ranks()
+            if not ranks.is_first:
+                return 0 if completed else stop.exit_code
+            result = measure_test(trainer, args, data) if completed else None
+        except (DataError, WriteError) as error:
+            raise type(error)(f"{error} (the run: --resume {folder})") from error
+        except Stopped:
+            result = None
+        except RuntimeError as error:
+            if ranks.count == 1 or not is_lost_connection(error):
+                raise
+            raise RanksError(
+                f"another process of this run has died or cannot be reached ({format_error(error)}): go on from the "
+                f"last checkpoint with --resume, or let torchrun do it with --max-restarts and --output"
+            ) from None
+    if result is None:
         console.print(f"stopped and saved: go on with --resume {folder}")
-        return 130
-    leave_ranks()
-    if not ranks.is_first:
-        return 0
-    result = measure_test(trainer, args, data)
+        return stop.exit_code
     if args.results:
         add_result(Path(args.results), result, "recipes/train.py", argv)
     chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"

@@ -128,11 +128,11 @@ def test_failed_write_keeps_the_old_file_and_no_litter(model, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(checkpoint.WriteError, match="w.safetensors.*disk full"):
             save_weights(path, model, {"epoch": 2})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(checkpoint.WriteError, match="w.safetensors.*disk full"):
             save_weights(path, model, {"epoch": 2})
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]

@@ -52,6 +52,7 @@ def test_run_folder_has_all_that_was_promised(trained):
         "last.safetensors",
         "best.safetensors",
         "resume.safetensors",
+        "resume-previous.safetensors",
         "result.json",
     }
     rows = list(csv.DictReader((folder / "summary.csv").open()))
