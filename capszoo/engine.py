@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 import warnings
@@ -712,6 +713,8 @@ class Trainer:
                 continue
             if damage is not None:
                 _logger.warning(f"going on from the checkpoint before the last: {damage}")
+                os.replace(path, paths[0])  # else the next save would keep the damaged one as the one before
+                path = paths[0]
             return path, state
         if damage is not None:
             raise damage
