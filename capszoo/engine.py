@@ -615,8 +615,12 @@ class Trainer:
         """
         sums = self.sums.clone()
         self.ranks.sum_(sums)
-        if self.folder is None:
-            return
+        if self.folder is not None:
+            self._write(sums)
+        if self.folder is not None or not self.ranks.is_first:
+            self._saved = self.position.epoch, self.position.step
+
+    def _write(self, sums: Tensor) -> None:
         write_csv(self.folder / "summary.csv", SUMMARY_COLUMNS, self.history)
         last = self.history[-1] if self.history else None
         save_weights(self.folder / "last.safetensors", self.task.model, self._header(last))
@@ -631,7 +635,6 @@ class Trainer:
         }
         path, previous = (self.folder / name for name in STATE_FILES)
         save_state(path, state, previous)
-        self._saved = self.position.epoch, self.position.step
 
     def resume(self) -> bool:
         """Take up the state in the run folder; return False where there is none, and training starts anew.
