@@ -293,9 +293,8 @@ def start_folder(folder: Path, text: str) -> None:
     """Make the folder of a run with its args.yaml, from which --resume goes on, or leave nothing behind.
 
     Raises:
-        UsageError: If the folder is not empty, or cannot be made.
+        UsageError: If the folder cannot be made.
     """
-    check_folder(folder)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,9 @@ https://arxiv.org/abs/1905.10142.
 """
 
 import argparse
+import hashlib
 import json
+import logging
 import os
 import socket
 import statistics
@@ -29,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checkpoint import WriteError
 from .command_line import format_error, unknown_name
 from .data import DataSplits
-from .engine import Trainer, TrainingError, drop_state, write_csv
+from .engine import Stopped, Trainer, TrainingError, drop_state, resolve_amp, write_csv
 from .policies import list_policies
 from .registry import create_model, model_keywords
 from .training import make_policy, make_trainer, measure_test, options_from, write_options
@@ -65,10 +68,13 @@ def _cpu_seconds() -> float:
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": _cpu_seconds}
 OBJECTIVES = {"accuracy": "maximize", "seconds": "minimize", "parameters": "minimize"}
 POLICIES = [name for name in list_policies() if name != "lr_finder"]
+_logger = logging.getLogger(__name__)
 # Trials are compared with the gains of others from here on only when so many have finished.
 _LEAST_PEERS = 3
 # Trials that may fail, and none complete, before something must be wrong with all of them.
 _MOST_FAILURES = 5
+# What ends a trial and not its worker: all errors of this package are ValueErrors, those of a GPU RuntimeErrors.
+_ERRORS_OF_A_TRIAL = (ValueError, RuntimeError)
 # Sampled options that were tried before, one after another, until the space counts as exhausted.
 _MOST_REPETITIONS = 20
 
@@ -80,6 +86,10 @@ _SOLUTION_COLUMNS = (
 
 class ExplorationError(ValueError):
     """A search cannot start or go on; the message says why and what to do."""
+
+
+class _WorkerFault(Exception):
+    """This worker cannot go on, for no fault of the trial."""
 
 
 @dataclass(frozen=True)
@@ -422,6 +432,9 @@ class Exploration:
             raise ExplorationError(f"clock 'cpu' does not see the work of {self.device}: use 'wall'")
         self.clock = CLOCKS[clock]
         self.machine = f"{socket.gethostname()}:{os.getpid()} {_device_name(self.device)}"
+        self._process = _process_identity()
+        self._nameless: dict[int, float] = {}  # when running trials without a worker were first seen
+        self.grace = grace
         self.storage = storage or f"sqlite:///{self.folder / 'study.db'}"
         self._deadline: float | None = None
         self._asked_to_stop: Callable[[], bool] = lambda: False
@@ -434,9 +447,16 @@ class Exploration:
             "objectives": self.objectives,
             "clock": clock,
             "grid": [row.name for row in plan] if is_grid else None,
+            "options": _digest(self.options, {row.name: row.options for row in plan} if is_grid else plan.fixed),
+            "seeds": seeds,
         }
         if storage is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ExplorationError(
+                    f"folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
+                ) from None
         # Wide intervals are kind to a database with hundreds of workers.
         backend = _open_storage(self.storage, heartbeat=max(1, grace // 4), grace=grace, retry=self._retry)
         directions = [OBJECTIVES[objective] for objective in self.objectives]
@@ -454,13 +474,22 @@ class Exploration:
         self.study.sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
         if not is_grid:
             # So that all workers draw from one space.
-            plan.epochs = self.study.user_attrs["epochs"]
+            plan.epochs, plan.amps = self.study.user_attrs["epochs"], self.study.user_attrs["amps"]
+            for amp in plan.amps:
+                try:
+                    resolve_amp(amp, self.device)
+                except TrainingError:
+                    raise ExplorationError(
+                        f"study {name!r} varies precisions that {self.device.type} does not have ({amp}): start it "
+                        f"with --set amp=none, or leave this worker out"
+                    ) from None
 
     def _fill_queue(self, trials: int | None, seeds: int) -> None:
         """Enqueue what is known before the search: rows, or the baseline and the paper's policies."""
         first = int(self.options.get("seed", 0))
         if isinstance(self.plan, Space):
             self.study.set_user_attr("epochs", self.plan.epochs)
+            self.study.set_user_attr("amps", self.plan.amps)
             known = self.plan.queue()
             known += [{}] * (0 if trials is None else trials - len(known))
             queue = [(point, {}) for point in (known if trials is None else known[:trials])]
@@ -487,6 +516,10 @@ class Exploration:
             )
         for key, value in self.study.user_attrs.get("facts", {}).items():
             if facts.get(key) != value:
+                if key == "options":
+                    raise ExplorationError(
+                        f"study {name!r} was made with other options or rows: choose another --study or folder"
+                    )
                 raise ExplorationError(
                     f"study {name!r} was made for {key} {value!r}, not {facts.get(key)!r}: choose another --study or "
                     "folder"
@@ -525,7 +558,9 @@ class Exploration:
         if budget is None and not self.limited:
             raise ExplorationError("the search has no end: give --budget, such as 30m, or --trials")
         self._deadline = None if budget is None else time.monotonic() + budget
-        self._budget = budget
+        if budget is not None and isinstance(self.plan, Space) and "most_seconds" not in self.study.user_attrs:
+            # Of the first budget, else a short --resume would stop what a long one began.
+            self.study.set_user_attr("most_seconds", budget / 4)
         self._asked_to_stop = should_stop
         repetitions = 0
         while not should_stop() and not self._out_of_time():
@@ -538,17 +573,36 @@ class Exploration:
                     time.sleep(1)  # another worker has the last ones, and may yet die
                     continue
             self._repeated = False
-            with _storage_errors(self.storage):
-                self.study.optimize(self._objective, n_trials=1, catch=(ValueError, torch.OutOfMemoryError))
-            states = [(trial.state.name, trial.user_attrs.get("reason")) for trial in _trials_seen(self.study)]
-            reasons = [reason for state, reason in states if state == "FAIL" and reason]
-            if len(reasons) >= _MOST_FAILURES and not any(state == "COMPLETE" for state, _ in states):
+            self._run_trial()
+            seen = _trials_seen(self.study)
+            failed = [t for t in seen if t.state.name == "FAIL" and not t.user_attrs.get("interrupted")]
+            reasons = [trial.user_attrs["reason"] for trial in failed if "reason" in trial.user_attrs]
+            if len(reasons) >= _MOST_FAILURES and not any(trial.state.name == "COMPLETE" for trial in seen):
                 raise ExplorationError(f"the first {len(reasons)} trials failed, the last one since {reasons[-1]}")
             repetitions = repetitions + 1 if self._repeated else 0
             if repetitions == _MOST_REPETITIONS:
                 break
             self.on_change(None)
         return not should_stop()
+
+    def _run_trial(self) -> None:
+        """Run the next trial; one that another worker has taken over in the meantime is that one's."""
+        import optuna
+
+        self._finished_folder: Path | None = None
+        with _storage_errors(self.storage):
+            try:
+                self.study.optimize(self._objective, n_trials=1, catch=_ERRORS_OF_A_TRIAL)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                return
+            except ValueError as error:
+                if "Cannot tell a" not in str(error):
+                    raise
+                return
+            except _WorkerFault as error:
+                raise ExplorationError(f"{error} (the trial is left to other workers, or to --resume)") from None
+        if self._finished_folder is not None:
+            drop_state(self._finished_folder)
 
     def _out_of_time(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
@@ -561,6 +615,7 @@ class Exploration:
             trial.set_user_attr("surplus", True)
             raise optuna.TrialPruned
         trial.set_user_attr("machine", self.machine)
+        trial.set_user_attr("process", self._process)
         if isinstance(self.plan, Space):
             name, options = self.plan.suggest(trial)
         else:
@@ -584,12 +639,20 @@ class Exploration:
         trial.set_user_attr("folder", str(folder.resolve()))
         try:
             return self._train(trial, options_from(options, f"trial {trial.number}"), folder)
-        except KeyboardInterrupt:
-            self._retry(self.study, self.study.get_trials(deepcopy=False)[trial.number])
+        except (KeyboardInterrupt, optuna.exceptions.StorageInternalError):
+            self._hand_back(trial)
             raise
-        except (ValueError, torch.OutOfMemoryError) as error:  # all errors of this package are ValueErrors
+        except (WriteError, OSError) as error:  # of this worker's disk: another one may have room
+            self._hand_back(trial)
+            raise _WorkerFault(format_error(error)) from error
+        except _ERRORS_OF_A_TRIAL as error:
             trial.set_user_attr("reason", format_error(error))
             raise
+
+    def _hand_back(self, trial: "optuna.Trial") -> None:
+        """Give up a trial that is not to blame for it; it goes on from its checkpoint, here or elsewhere."""
+        trial.set_user_attr("interrupted", True)
+        self._retry(self.study, self.study.get_trials(deepcopy=False)[trial.number])
 
     def _train(self, trial: "optuna.Trial", args: argparse.Namespace, folder: Path) -> tuple[float, ...]:
         """Train in the trial's run folder, from its checkpoint where there is one."""
@@ -619,14 +682,18 @@ class Exploration:
         if not trainer.fit():
             if stopped["why"]:
                 trial.set_user_attr("reason", stopped["why"])
-                drop_state(folder)
+                self._finished_folder = folder
                 raise optuna.TrialPruned
-            self._retry(self.study, self.study.get_trials(deepcopy=False)[trial.number])
+            self._hand_back(trial)
             raise TrainingError("interrupted")
         self._record(trial, trainer)
-        drop_state(folder)
         if self.measure_test:
-            trial.set_user_attr("test_top1", measure_test(trainer, args, self.data)["test_top1"])
+            try:
+                trial.set_user_attr("test_top1", measure_test(trainer, args, self.data)["test_top1"])
+            except Stopped:
+                self._hand_back(trial)
+                raise TrainingError("interrupted") from None
+        self._finished_folder = folder
         values = {
             "accuracy": trainer.best["eval_top1"],
             "seconds": trainer.position.total_seconds,
@@ -635,23 +702,29 @@ class Exploration:
         return tuple(values[objective] for objective in self.objectives)
 
     def _record(self, trial: "optuna.Trial", trainer: Trainer) -> None:
+        import optuna
+
         seconds, history = 0.0, []
         for row in trainer.history:
             seconds += row["epoch_seconds"]
             history.append([row["epoch"], seconds, row["eval_top1"]])
-        trial.set_user_attr("history", history)
+        try:
+            trial.set_user_attr("history", history)
+        except optuna.exceptions.StorageInternalError as error:  # the next epoch writes all of it again
+            _logger.warning(f"the storage cannot be reached, training goes on: {format_error(error)}")
 
     def _why_stop(self, trial: "optuna.Trial", trainer: Trainer, peers: list[Solution]) -> str:
-        """Why a trial cannot become Pareto-optimal any more, as far as can be told; empty if it can.
+        """Why a trial is not worth more time; empty if it is, as the baseline always is.
 
-        Seconds only grow and parameters are known. The accuracy may still rise, by as much as it did in any finished
-        trial from the same fraction of its epochs on. If even that would leave the trial behind a finished one in
-        every objective, it is stopped.
+        More than a quarter of the study's first budget is too much. As for the rest, seconds only grow and parameters
+        are known. The accuracy may still rise, by as much as it did in any finished trial from the same fraction of
+        its epochs on. If even that would leave the trial behind a finished one in every objective, it is stopped.
         """
-        if not isinstance(self.plan, Space):
+        if not isinstance(self.plan, Space) or trial.user_attrs.get("name") == "baseline":
             return ""
         seconds = trainer.position.total_seconds
-        if self._budget is not None and seconds > self._budget / 4:
+        most = self.study.user_attrs.get("most_seconds")
+        if most is not None and seconds > most:
             return "took more than a quarter of the budget"
         if len(peers) < _LEAST_PEERS:
             return ""
@@ -682,13 +755,15 @@ class Exploration:
         """
         import optuna
 
-        host = socket.gethostname()
         with _storage_errors(self.storage):
             optuna.storages.fail_stale_trials(self.study)
             for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-                where, _, rest = trial.user_attrs.get("machine", "").partition(":")
-                worker = rest.partition(" ")[0]
-                if where == host and worker.isdigit() and not _is_alive(int(worker)):
+                if "process" in trial.user_attrs:
+                    dead = _is_dead(trial.user_attrs["process"])
+                else:  # its worker has just taken it, or died before it could say who it is
+                    first = self._nameless.setdefault(trial.number, time.monotonic())
+                    dead = time.monotonic() - first > self.grace
+                if dead:
                     try:
                         self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                     except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
@@ -787,14 +862,32 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _is_alive(process: int) -> bool:
+def _digest(*options: Any) -> str:
+    """Tell sets of options apart, but for where the data are."""
+    kept = [{k: v for k, v in part.items() if k not in ("data_dir", "download")} for part in options]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _process_identity(process: int | None = None) -> list[str]:
+    """Where a process runs (machine since its start, process numbers of its container), its number and its start.
+
+    A number alone may be that of another container, or of a process that came after. Empty where there is no /proc.
+    """
+    number = os.getpid() if process is None else process
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        place = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return []
+    return [place, str(number), started]
+
+
+def _is_dead(identity: Sequence[str]) -> bool:
+    """Whether a process is known to be no more; of another machine's, nothing is known."""
+    own = _process_identity()
+    if not identity or not own or identity[0] != own[0]:
         return False
-    except PermissionError:
-        pass
-    return True
+    return _process_identity(int(identity[1])) != list(identity)
 
 
 def _without_password(url: str) -> str:
@@ -821,6 +914,24 @@ def _storage_errors(url: str):
         ) from None
 
 
+def _lock_before_reading(engine: Any) -> None:
+    """Let SQLite's transactions take the lock at once.
+
+    It does not know SELECT ... FOR UPDATE, by which Optuna gives a waiting trial to one worker alone.
+    """
+    import sqlalchemy
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections made before
+
+
 def _open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:
     import optuna
     import sqlalchemy.exc
@@ -828,18 +939,31 @@ def _open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:
     engine: dict[str, Any] = {"pool_pre_ping": True}  # a connection that a server or firewall dropped is made anew
     if url.startswith("sqlite"):
         engine["connect_args"] = {"timeout": 60}
-    elif url.startswith("postgresql"):
+
+    class Storage(optuna.storages.RDBStorage):
+        """One whose heartbeat outlives a restart of the server."""
+
+        def record_heartbeat(self, trial_id: int) -> None:
+            try:
+                super().record_heartbeat(trial_id)
+            except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+                _logger.warning(f"the storage cannot be reached, the next heartbeat may: {format_error(error)}")
+
+    if url.startswith("postgresql"):
         engine["connect_args"] = {"connect_timeout": 10}
     with _storage_errors(url):
         for attempt in range(10):
             try:
-                return optuna.storages.RDBStorage(
+                storage = Storage(
                     url,
                     engine_kwargs=engine,
                     heartbeat_interval=heartbeat,
                     grace_period=grace,
                     heartbeat_stale_trial_callback=retry,
                 )
+                if url.startswith("sqlite"):
+                    _lock_before_reading(storage.engine)
+                return storage
             except sqlalchemy.exc.DBAPIError as error:
                 # Workers that start at the same moment make the tables of a new database at the same moment.
                 beaten = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error.orig)

@@ -70,6 +70,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 NOT_SAVED = {"config", "resume", "output", "results", "retime", "budget"}
 ALL_POLICY_OPTIONS = {name for policy in list_policies() for name in policy_options(policy)}
+OF_THE_DATA = ("seed", "dataset", "val_fraction", "img_size", "in_chans")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # Of a budget, what a trial of the most epochs may take: some ten such trials fit.
 SHARE_OF_A_TRIAL = 1 / 12
@@ -181,6 +182,8 @@ def read_grid(names: list[str], overrides: dict[str, Any]) -> list[Row]:
         # A length of warm-up, say, is set where a row's policy has one.
         known = policy_options(overrides.get("policy", values.get("policy", "one_cycle")))
         taken = {name: value for name, value in overrides.items() if name in known or name not in ALL_POLICY_OPTIONS}
+        if not isinstance(values.get("model_kwargs") or {}, dict):
+            raise UsageError(f"{file}: model_kwargs must be a mapping, not {values['model_kwargs']!r}")
         kwargs = {**(values.get("model_kwargs") or {}), **taken.get("model_kwargs", {})}
         values = {**values, **taken, "model_kwargs": kwargs}
         options_from(values, str(file))
@@ -218,6 +221,11 @@ def plan_search(args: argparse.Namespace, options: dict[str, Any], data: DataSpl
                 f"--budget {args.budget:g}s is too short for one trial: an epoch of {base.model} on {base.dataset} "
                 f"takes about {seconds:.0f} s here, give --budget {max(1, 12 * seconds / 60):.0f}m or more"
             )
+        if epochs is not None and epochs * seconds > args.budget / 4:
+            raise UsageError(
+                f"--epochs {epochs} take about {epochs * seconds:.0f} s here, more than a quarter of --budget, after "
+                f"which a trial is stopped: give {max(1, int(args.budget / 4 / seconds))} or fewer, or more time"
+            )
         if epochs is None:
             epochs = max(1, min(30, int(args.budget * SHARE_OF_A_TRIAL / seconds)))
     best = resolve_amp("auto", device)
@@ -244,7 +252,7 @@ def save_args(args: argparse.Namespace, folder: Path) -> None:
     values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     values["set"] = dict(args.set)
     text = f"# python recipes/explore.py --resume {folder}\n" + yaml.safe_dump(values, sort_keys=False)
-    start_folder(folder, text)
+    start_folder(folder, text)  # the study may be in it by now
 
 
 def percent(value: float | None) -> str:
@@ -450,14 +458,19 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     if args.grid:
         named = {"model", "dataset", *dict(args.set)}
-        overrides = {name: options.pop(name) for name in named & set(options)}
+        overrides = {name: options[name] for name in named & set(options)}
+        options = {name: value for name, value in options.items() if name not in overrides or name in OF_THE_DATA}
         if args.epochs is not None:
             overrides["epochs"] = args.epochs
         rows = read_grid(args.grid, overrides)
-        datasets = {row.options.get("dataset", "digits") for row in rows}
-        if len(datasets) > 1:
-            raise UsageError(f"--grid has rows of different data sets ({', '.join(sorted(datasets))}): give --dataset")
-        options["dataset"] = datasets.pop()
+        defaults = vars(options_from({}))
+        for name in OF_THE_DATA[1:]:  # all rows train on the same images
+            values = {str(row.options.get(name, options.get(name, defaults[name]))) for row in rows}
+            if len(values) > 1:
+                raise UsageError(
+                    f"--grid has rows of different {name} ({', '.join(sorted(values))}): give --set {name}="
+                )
+            options[name] = rows[0].options.get(name, options.get(name, defaults[name]))
     else:
         options.setdefault("model", "capsnet_tiny")
         options.setdefault("dataset", "digits")
@@ -494,7 +507,8 @@ def main(argv: list[str] | None = None) -> int:
 
     baseline = exploration.baseline()
     front = exploration.front()
-    chosen = choose(front, args.choose, loss=args.loss, within=args.within, baseline=baseline)
+    # Of all: a front in fewer than three objectives lacks what others would choose.
+    chosen = choose(exploration.solutions(), args.choose, loss=args.loss, within=args.within, baseline=baseline)
     missing = write_reports(exploration, folder, args, chosen)
     console.print(solutions_table(front, f"front of {len(front)} Pareto-optimal solutions"))
     if rows:

@@ -35,6 +35,7 @@ from capszoo.command_line import (
     UsageError,
     add_policy_options,
     add_result,
+    check_folder,
     choose_device,
     create_optimizer,
     key_value,
@@ -261,6 +262,7 @@ def prepare_folder(args: argparse.Namespace) -> Path:
         values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
         values["keep"] = dict(args.keep)
         text = f"# python recipes/prune.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
+        check_folder(folder)
         start_folder(folder, text)
     return folder
 

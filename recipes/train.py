@@ -26,6 +26,7 @@ from capszoo.command_line import (
     StopSignal,
     UsageError,
     add_result,
+    check_folder,
     choose_device,
     format_error,
     parse_resumable,
@@ -70,6 +71,7 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(args.output) if args.output else default
     if not args.resume:
+        check_folder(folder)
         start_folder(folder, options_text(args, folder))
     return folder
 
