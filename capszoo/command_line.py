@@ -3,6 +3,7 @@
 import argparse
 import csv
 import difflib
+import reprlib
 import shlex
 import signal
 import sys
@@ -37,6 +38,7 @@ __all__ = [
 
 # Parsing that much takes some seconds.
 _LONGEST_YAML = 1 << 17
+_DEEPEST_YAML = 20
 
 
 class UsageError(ValueError):
@@ -113,6 +115,8 @@ class OptionParser(argparse.ArgumentParser):
             if not isinstance(value, bool):
                 raise UsageError(f"{source}: {key} must be true or false, not {value!r}")
             return value
+        if isinstance(value, (list, dict)) and action.nargs not in ("*", "+"):
+            raise UsageError(f"{source}: {key} takes one value, not {reprlib.repr(value)}")
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict) and action.nargs == "*":
             items = [f"{name}={item}" for name, item in value.items()]
@@ -161,17 +165,22 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent, index):
             if self.check_event(yaml.AliasEvent):
                 raise ValueError("it has an alias (*name): write the value out")
-            return super().compose_node(parent, index)
+            if self.depth == _DEEPEST_YAML:  # PyYAML takes seconds to run out of stack
+                raise ValueError("it is nested too deeply")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     if len(text) > _LONGEST_YAML:
         raise ValueError(f"it is longer than {_LONGEST_YAML:,} characters")
     try:
         return yaml.load(text, Loader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
     except Exception as error:  # values such as `!!timestamp x` or the date 2001-13-01 raise anything
         raise ValueError(format_error(error)) from None
 

@@ -312,6 +312,9 @@ def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, i
                 "anew or add --download"
             ) from error
         parts.append((ArrayReader(images.contiguous(), img_size, in_chans), labels))
+    one, other = (reader.image_shape[1:] for reader, _ in parts)
+    if one != other:
+        raise sizes_differ(f"data set {name!r} in '{root}'", one, other)
     return _Source(class_names, *parts)
 
 

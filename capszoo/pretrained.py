@@ -23,6 +23,14 @@ _logger = logging.getLogger(__name__)
 # Inside the package, so that a wheel has them and loading needs no network.
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 
+# What an entry must have.
+_KINDS = {
+    **dict.fromkeys(("sha256", "description", "dataset", "license", "recipe"), str),
+    **dict.fromkeys(("input_size", "pool_size", "label_names"), list),
+    "num_classes": int,
+    "top1": (int, float),
+}
+
 
 def weights_path(name: str) -> Path:
     """Where the file of the weights `name` (``model.tag``) is."""
@@ -41,7 +49,9 @@ def read_table() -> dict[str, dict[str, Any]]:
         for name, entry in table.items():
             if not re.fullmatch(r"\w+\.\w+", name):  # it becomes part of a path
                 raise ValueError(f"no name of weights: {name!r}")
-            _fields(entry)
+            for key, kind in _KINDS.items():
+                if not isinstance(entry[key], kind):
+                    raise TypeError(f"{name!r} has {key} {entry[key]!r}")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{str(path)!r} is damaged ({what}): install capszoo anew") from None
