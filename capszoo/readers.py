@@ -6,7 +6,10 @@ read as a whole or while it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -228,7 +231,7 @@ def _class_files(folder: Path, root: Path) -> dict[str, list[Path]]:
 
 def _check_inside(path: Path, root: Path) -> None:
     """Refuse a link out of the data set's folder; a folder from elsewhere must not make other files be read."""
-    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise DataError(f"'{path}' is a link out of '{root}': put a copy in its place")
 
 
@@ -236,14 +239,32 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in _LITTER)
 
 
-def _open(file: Path | IO[bytes] | Image.Image) -> Image.Image:
+class _BoundedFile(io.BufferedReader):
+    """A file that is asked for no more than it has: PIL reads as much as a header says, Python takes that memory."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self.size - self.tell())
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+
+@contextmanager
+def _open(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
     if isinstance(file, Image.Image):
-        return file
-    image = Image.open(file, formats=_FORMATS)
-    # PIL warns of such a size and refuses twice of it; a file of some bytes can claim it.
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} are more than {Image.MAX_IMAGE_PIXELS:,} pixels")
-    return image
+        with file:
+            yield file
+        return
+    with ExitStack() as stack:
+        if isinstance(file, Path):
+            file = stack.enter_context(_BoundedFile(file))
+        image = stack.enter_context(Image.open(file, formats=_FORMATS))
+        # PIL warns of such a size and refuses twice of it; a file of some bytes can claim it.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} are more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+        yield image
 
 
 def _header(file: Path | IO[bytes] | Image.Image) -> tuple[Size, bool]:
