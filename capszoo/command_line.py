@@ -85,7 +85,13 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             UsageError: For an unknown option, or a value of the wrong kind.
         """
-        self.set_defaults(**{key: self._convert(key, value, source) for key, value in values.items()})
+        for key, value in values.items():
+            try:
+                self.set_defaults(**{key: self._convert(key, value, source)})
+            except UsageError:
+                raise
+            except ValueError as error:  # Python writes out no integer of thousands of digits
+                raise UsageError(f"{source}: {key}: {format_error(error)}") from None
 
     def _given(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse into a namespace that has just the options on the command line."""
