@@ -215,7 +215,7 @@ def _check_source(name: str, cache_dir: str | Path | None) -> None:
         _check_keywords(arch, model_args)
         known = model_parameters(arch)
         for key, value in model_args.items():
-            if key in known and not _is_kind(value, known[key].default):
+            if key in {"device", "dtype"} or (key in known and not _is_kind(value, known[key].default)):
                 raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(value)}")
         size = sum(value.numel() for value in timm.create_model(name, device="meta", cache_dir=cache_dir).parameters())
     except Exception as error:  # timm takes the file for granted

@@ -191,6 +191,7 @@ def test_sources_on_the_net():
         {"model_args": {"conv_dim": 10**5}},
         {"model_args": {"pretrained_cfg_overlay": {"file": "../x.pth"}}},
         {"model_args": {"device": "cuda:7"}},
+        {"model_args": {"device": -1}},
         {"model_args": [1]},
         {"model_args": {"pretrained_filter_fn": "x"}},
         {"pretrained_cfg": {"custom_load": True, "file": "../../x", "unknown": 1}},
