@@ -52,6 +52,8 @@ def read_table() -> dict[str, dict[str, Any]]:
             for key, kind in _KINDS.items():
                 if not isinstance(entry[key], kind):
                     raise TypeError(f"{name!r} has {key} {entry[key]!r}")
+            if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+                raise ValueError(f"{name!r} has sha256 {entry['sha256']!r}")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{str(path)!r} is damaged ({what}): install capszoo anew") from None

@@ -228,7 +228,13 @@ def test_table_of_weights_names_no_other_file(weights_dir):
     for name in ("../capsnet.mnist", "capsnet.mnist/../x", "/etc/capsnet.mnist", "capsnet"):
         (weights_dir / "weights.json").write_text(json.dumps({name: entry}))
         assert "is damaged" in refused(pretrained.read_table)
-    for text in ("[" * 100_000, "[]", '{"capsnet.mnist": 3}', '{"capsnet.mnist": {"sha256": 1}}'):
+    for text in (
+        json.dumps({"capsnet.mnist": {**entry, "sha256": "x\ny"}}),
+        "[" * 100_000,
+        "[]",
+        '{"capsnet.mnist": 3}',
+        '{"capsnet.mnist": {"sha256": 1}}',
+    ):
         (weights_dir / "weights.json").write_text(text)
         assert "is damaged" in refused(pretrained.read_table)
 
