@@ -8,13 +8,14 @@ the header. Loading a file never runs code of it.
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 _FORMAT = "capszoo.resume.v1"
+
+# Others cannot be copied into a model's weights, or lose most of their values there.
+_WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(ValueError):
@@ -100,7 +104,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
             return {key: file.get_tensor(key) for key in file.keys()}, metadata
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # torch refuses odd types and shapes with any exception
         raise CheckpointError(
             f"{str(path)!r} is damaged or no safetensors file ({_first_line(error)}): use another checkpoint"
         ) from None
@@ -133,6 +137,19 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
         CheckpointError: If the file is missing or damaged, or the weights are those of another model.
     """
     tensors, metadata = load_tensors(path)
+    model.load_state_dict(_fitting(model, tensors, metadata, path))
+    return metadata
+
+
+def check_weights(model: nn.Module, path: str | Path) -> None:
+    """Raise the CheckpointError of :func:`load_weights` without loading; `model` may be on the meta device."""
+    _fitting(model, *load_tensors(path), path)
+
+
+def _fitting(
+    model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path
+) -> dict[str, Tensor]:
+    """Return the tensors of a file that the model takes, after a check that they are all it needs."""
     own = model.state_dict()
     wanted_by = f"the model {metadata['model']!r}" if "model" in metadata else "another model"
     for key, value in own.items():
@@ -145,11 +162,14 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
                 f"{str(path)!r} holds weights of {wanted_by}: {key!r} has shape {tuple(tensors[key].shape)}, this "
                 f"model needs {tuple(value.shape)} (other num_classes, in_chans, img_size or architecture)"
             )
+        if tensors[key].dtype not in _WEIGHT_TYPES:
+            raise CheckpointError(
+                f"{str(path)!r} holds {key!r} as {tensors[key].dtype}, no type of weights: use another checkpoint"
+            )
     for key in tensors:
         if key not in own and not key.startswith("decoder."):
             raise CheckpointError(f"{str(path)!r} holds weights of {wanted_by}: this model has no {key!r}")
-    model.load_state_dict({key: value for key, value in tensors.items() if key in own})
-    return metadata
+    return {key: value for key, value in tensors.items() if key in own}
 
 
 def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | None = None) -> None:
@@ -203,7 +223,60 @@ def load_state(path: str | Path) -> dict[str, Any]:
             return [restore(item) for item in value]
         return value
 
-    return restore(json.loads(metadata["state"]))
+    try:
+        state = restore(json.loads(metadata["state"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged ({type(error).__name__} in its state): use another checkpoint"
+        ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{str(path)!r} is damaged (its state is no mapping): use another checkpoint")
+    return state
+
+
+def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
+    """Check that a state has all that a training run goes on from, each part of its kind.
+
+    Whether model and optimizer are those of the run is left to their `load_state_dict`.
+
+    Raises:
+        CheckpointError: If a part is missing or of another kind.
+    """
+    number, natural = (lambda v: _is_number(v) and v >= 0), (lambda v: type(v) is int and v >= 0)
+    fields = {"epoch": natural, "step": natural, "best_epoch": natural, "seconds": number, "total_seconds": number}
+    position, random, optimizer = (_dict(state.get(key)) for key in ("position", "random", "optimizer"))
+    history, groups = position.get("history"), optimizer.get("param_groups")
+    checks = {
+        "position": all(check(position.get(key)) for key, check in fields.items())
+        and _list_of_dicts(history)
+        and position["best_epoch"] <= len(history),
+        "sums": isinstance(state.get("sums"), Tensor) and state["sums"].shape == (5,),
+        "lr": _is_number(state.get("lr")),
+        "model": bool(_dict(state.get("model")))
+        and all(type(key) is str and isinstance(value, Tensor) for key, value in state["model"].items()),
+        "optimizer": isinstance(optimizer.get("state"), dict)
+        and all(type(key) is int and isinstance(value, dict) for key, value in optimizer["state"].items())
+        and _list_of_dicts(groups)
+        and all(isinstance(group.get("params"), list) and _is_number(group.get("lr")) for group in groups),
+        "scaler": isinstance(state.get("scaler"), dict),
+        "random": "cpu" in random
+        and all(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in random.values()),
+    }
+    for key, right in checks.items():
+        if not right:
+            raise CheckpointError(f"{str(path)!r} has no {key!r} of a training run: use another checkpoint")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _list_of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _checksum(tensors: dict[str, Tensor], tree: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import reprlib
 import shlex
 import signal
 import sys
@@ -37,6 +38,11 @@ __all__ = [
     "start_folder",
     "unknown_name",
 ]
+
+
+# Parsing that much takes some seconds.
+_LONGEST_YAML = 1 << 17
+_DEEPEST_YAML = 20
 
 
 class UsageError(ValueError):
@@ -83,7 +89,13 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             UsageError: For an unknown option, or a value of the wrong kind.
         """
-        self.set_defaults(**{key: self._convert(key, value, source) for key, value in values.items()})
+        for key, value in values.items():
+            try:
+                self.set_defaults(**{key: self._convert(key, value, source)})
+            except UsageError:
+                raise
+            except ValueError as error:  # Python writes out no integer of thousands of digits
+                raise UsageError(f"{source}: {key}: {format_error(error)}") from None
 
     def _given(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse into a namespace that has just the options on the command line."""
@@ -113,6 +125,8 @@ class OptionParser(argparse.ArgumentParser):
             if not isinstance(value, bool):
                 raise UsageError(f"{source}: {key} must be true or false, not {value!r}")
             return value
+        if isinstance(value, (list, dict)) and action.nargs not in ("*", "+"):
+            raise UsageError(f"{source}: {key} takes one value, not {reprlib.repr(value)}")
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict) and action.nargs == "*":
             items = [f"{name}={item}" for name, item in value.items()]
@@ -137,15 +151,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: If there is no such file, or it is not a flat mapping.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no configuration file at {str(path)!r}: check the path")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{str(path)!r} is no YAML file ({str(error).splitlines()[0]})") from None
+        with open(path, encoding="utf-8") as file:
+            values = _parse_yaml(file.read(_LONGEST_YAML + 1))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} is no YAML file ({format_error(error)})") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -153,14 +166,44 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def key_value(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value as YAML reads it (numbers, true, false, lists, else text)."""
+def _parse_yaml(text: str) -> Any:
+    """Read YAML of plain values, without aliases: nested, a few lines of them stand for gigabytes.
+
+    Raises:
+        ValueError: If it is no YAML, or longer than any configuration.
+    """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has an alias (*name): write the value out")
+            if self.depth == _DEEPEST_YAML:  # PyYAML takes seconds to run out of stack
+                raise ValueError("it is nested too deeply")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    if len(text) > _LONGEST_YAML:
+        raise ValueError(f"it is longer than {_LONGEST_YAML:,} characters")
+    try:
+        return yaml.load(text, Loader)
+    except Exception as error:  # values such as `!!timestamp x` or the date 2001-13-01 raise anything
+        raise ValueError(format_error(error)) from None
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value as YAML reads it (numbers, true, false, lists, else text)."""
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, yaml.safe_load(value)
+    try:
+        return name, _parse_yaml(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the value of {name}= is no YAML ({error})") from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -326,8 +369,15 @@ def add_result(path: Path, result: dict[str, Any], recipe: str, argv: Sequence[s
     row = {**result, "date": time.strftime("%Y-%m-%d"), "command": command}
     rows = []
     if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file, strict=True))
+            if any(None in row for row in rows):
+                raise ValueError("rows longer than the first line")
+        except (csv.Error, OSError, ValueError) as error:
+            raise UsageError(
+                f"{str(path)!r} is no table of results ({format_error(error)}): mend or delete it"
+            ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from timm.data import create_dataset
 from torch import Tensor
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from capszoo.loader import Loader, Split, seeded_generator
 from capszoo.readers import (
@@ -291,20 +292,30 @@ def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, i
     parts = []
     for train in (True, False):
         try:
-            dataset = dataset_class(root, train=train)
-            images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets, dtype=torch.int64)
+            if class_name == "CIFAR10":
+                dataset = dataset_class(root, train=train)  # checks the files' md5 before it unpickles them
+                images, labels = dataset.data, dataset.targets
+                class_names = list(dataset.classes)
+            else:  # the class would prefer pickles that old versions left beside these files
+                paths = [root / folder / file for file in (_MNIST_FILES[:2] if train else _MNIST_FILES[2:])]
+                images, labels = read_image_file(paths[0]), read_label_file(paths[1])
+                class_names = list(dataset_class.classes)
+            images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
             images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
             if not 0 < len(images) == len(labels):
                 raise ValueError(f"{len(images)} images and {len(labels)} labels")
-            if not 0 <= labels.min() <= labels.max() < len(dataset.classes):
-                raise ValueError(f"labels from {labels.min()} to {labels.max()} for {len(dataset.classes)} classes")
+            if not 0 <= labels.min() <= labels.max() < len(class_names):
+                raise ValueError(f"labels from {labels.min()} to {labels.max()} for {len(class_names)} classes")
         except Exception as error:  # torchvision's readers assert, index and unpickle: damage shows as any exception
             raise DataError(
                 f"data set {name!r} in '{root}' is damaged ({one_line(error)}): delete '{root / folder}', then copy it "
                 "anew or add --download"
             ) from error
         parts.append((ArrayReader(images.contiguous(), img_size, in_chans), labels))
-    return _Source(list(dataset.classes), *parts)
+    one, other = (reader.image_shape[1:] for reader, _ in parts)
+    if one != other:
+        raise sizes_differ(f"data set {name!r} in '{root}'", one, other)
+    return _Source(class_names, *parts)
 
 
 def _timm(

@@ -8,6 +8,7 @@ the models check it here before timm reads it. Files of users have no entry, and
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,20 @@ from typing import Any
 from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 
-__all__ = ["check_shipped", "fit_weights", "read_table", "sha256_of", "shipped_cfgs", "weights_path"]
+__all__ = ["check_shipped", "check_source", "fit_weights", "read_table", "sha256_of", "shipped_cfgs", "weights_path"]
 
 _logger = logging.getLogger(__name__)
 
 # Inside the package, so that a wheel has them and loading needs no network.
 WEIGHTS_DIR = Path(__file__).parent / "weights"
+
+# What an entry must have.
+_KINDS = {
+    **dict.fromkeys(("sha256", "description", "dataset", "license", "recipe"), str),
+    **dict.fromkeys(("input_size", "pool_size", "label_names"), list),
+    "num_classes": int,
+    "top1": (int, float),
+}
 
 
 def weights_path(name: str) -> Path:
@@ -37,8 +46,17 @@ def read_table() -> dict[str, dict[str, Any]]:
     path = WEIGHTS_DIR / "weights.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}): install capszoo anew") from None
+        for name, entry in table.items():
+            if not re.fullmatch(r"\w+\.\w+", name):  # it becomes part of a path
+                raise ValueError(f"no name of weights: {name!r}")
+            for key, kind in _KINDS.items():
+                if not isinstance(entry[key], kind):
+                    raise TypeError(f"{name!r} has {key} {entry[key]!r}")
+            if not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+                raise ValueError(f"{name!r} has sha256 {entry['sha256']!r}")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{str(path)!r} is damaged ({what}): install capszoo anew") from None
     return {name: entry for name, entry in table.items() if weights_path(name).is_file()}
 
 
@@ -80,6 +98,51 @@ def _fields(entry: dict[str, Any]) -> dict[str, Any]:
         "description": entry["description"],
         "notes": notes,
     }
+
+
+def check_source(
+    variant: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Check where timm is about to take weights from: a safetensors file, whole if capszoo shipped it.
+
+    timm reads pickles too. Its loader forbids them to run code, but that is one bug of torch away, and none of this
+    zoo's weights are pickles.
+
+    Args:
+        variant: Name of the model.
+        pretrained_cfg: As timm gives it to an entrypoint: a tag, a configuration or None.
+        pretrained_cfg_overlay: Fields that take the place of the configuration's.
+
+    Returns:
+        The overlay to give to timm.
+
+    Raises:
+        ValueError: If the weights are no safetensors file, or shipped and damaged.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    overlay = dict(pretrained_cfg_overlay or {})
+    remedy = "use a safetensors file, as capszoo, timm's save_for_hf(safe_serialization=True) and safetensors write it"
+    # In timm's order.
+    if cfg.source == "hf-hub" or (cfg.source != "local-dir" and not (cfg.state_dict or cfg.file) and cfg.hf_hub_id):
+        # Named, the file is the one that is read; otherwise a pickle takes the place of a missing one.
+        name = cfg.hf_hub_filename or "model.safetensors"
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ValueError(f"weights {name!r} on the hub are no safetensors file: {remedy}")
+        return {**overlay, "hf_hub_filename": name, "custom_load": False}
+    if cfg.source == "local-dir":
+        folder = Path(cfg.file or "")
+        if not (folder / "model.safetensors").is_file():
+            for path in sorted(folder.glob("*")):
+                if path.name.endswith((".bin", ".pth", ".pth.tar")):
+                    raise ValueError(f"{str(path)!r} is a pickle, which may run code: {remedy}")
+    elif not cfg.state_dict:  # tensors in hand come before any file
+        if cfg.file:
+            if cfg.custom_load or not str(cfg.file).endswith(".safetensors"):
+                raise ValueError(f"{str(cfg.file)!r} is no safetensors file: {remedy}")
+            check_shipped(variant, pretrained_cfg, pretrained_cfg_overlay)
+        elif cfg.url:
+            raise ValueError(f"{str(cfg.url)!r} would be read as a pickle, which may run code: {remedy}")
+    return overlay
 
 
 def check_shipped(

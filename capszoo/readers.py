@@ -6,7 +6,10 @@ read as a whole or while it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -25,8 +28,15 @@ _GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 _EXIF_ORIENTATION = 0x0112
 
 
+# Without those that run another program (EPS) or that nobody keeps images for training in.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
 class DataError(ValueError):
     """A data set that is not there, damaged or not what was asked for. The message is one line with the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # names of files may have line breaks
 
 
 class Reader(Protocol):
@@ -170,7 +180,9 @@ def image_folder(
     if held_out[0].name == "test" and len(held_out) > 1:
         folders["val"] = held_out[1]
 
-    files = {part: _class_files(folder) for part, folder in folders.items()}
+    for folder in folders.values():
+        _check_inside(folder, root)
+    files = {part: _class_files(folder, root) for part, folder in folders.items()}
     class_names = sorted(files["train"], key=lambda label: (natural_key(label), label))  # timm's order
     for part, folder in folders.items():
         for extra in sorted(files[part].keys() - files["train"].keys()):
@@ -198,16 +210,18 @@ def image_folder(
     return class_names, parts
 
 
-def _class_files(folder: Path) -> dict[str, list[Path]]:
+def _class_files(folder: Path, root: Path) -> dict[str, list[Path]]:
     """Return the files of each class below `folder`."""
     classes = {}
     for entry in _entries(folder):
+        _check_inside(entry, root)
         if not entry.is_dir():
             raise DataError(f"'{entry}' is not a folder of images of one class: delete or move it, {_FOLDER_LAYOUT}")
         classes[entry.name] = _entries(entry)
         if not classes[entry.name]:
             raise DataError(f"class folder '{entry}' holds no images: add some or delete it")
         for path in classes[entry.name]:
+            _check_inside(path, root)
             if not path.is_file():
                 raise DataError(f"'{path}' is not an image file: delete or move it, {_FOLDER_LAYOUT}")
     if not classes:
@@ -215,12 +229,42 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
+def _check_inside(path: Path, root: Path) -> None:
+    """Refuse a link out of the data set's folder; a folder from elsewhere must not make other files be read."""
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise DataError(f"'{path}' is a link out of '{root}': put a copy in its place")
+
+
 def _entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in _LITTER)
 
 
-def _open(file: Path | IO[bytes] | Image.Image) -> Image.Image:
-    return file if isinstance(file, Image.Image) else Image.open(file)
+class _BoundedFile(io.BufferedReader):
+    """A file that is asked for no more than it has: PIL reads as much as a header says, Python takes that memory."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self.size - self.tell())
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+
+@contextmanager
+def _open(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
+    if isinstance(file, Image.Image):
+        with file:
+            yield file
+        return
+    with ExitStack() as stack:
+        if isinstance(file, Path):
+            file = stack.enter_context(_BoundedFile(file))
+        image = stack.enter_context(Image.open(file, formats=_FORMATS))
+        # PIL warns of such a size and refuses twice of it; a file of some bytes can claim it.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} are more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+        yield image
 
 
 def _header(file: Path | IO[bytes] | Image.Image) -> tuple[Size, bool]:

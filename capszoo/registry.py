@@ -3,6 +3,9 @@
 import difflib
 import inspect
 import json
+import math
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args
 from timm.models import is_model as timm_is_model
 from torch import nn
 
 from . import models
-from .checkpoint import CheckpointError, load_weights, read_metadata
+from .checkpoint import CheckpointError, _first_line, check_weights, load_weights, read_metadata
 from .layers import set_fused_routing, use_fused_routing
 
 __all__ = [
@@ -45,6 +48,9 @@ _TIMM_KEYWORDS = {
     "pretrained_strict",
     "scriptable",
 }
+
+# Of a model that a config.json describes: before its weights are read, nothing else bounds what it asks for.
+_MAX_DESCRIBED = 1 << 28
 
 
 def list_models(filter: str | list[str] = "", pretrained: bool = False, exclude_filters: str | list[str] = "") -> list:
@@ -91,21 +97,30 @@ def create_model(
         lengths = model(torch.rand(8, 1, 28, 28))  # [8, 10]
         ```
     """
-    if ":" not in name:
+    if ":" in name:
+        _check_source(name, kwargs.get("cache_dir"))
+    else:
         _check_keywords(name, kwargs)
     if checkpoint_path is not None and kwargs.get("features_only"):
         raise ValueError(
             "features_only=True does not go with checkpoint_path: pass pretrained=True and "
             "pretrained_cfg_overlay=dict(file=PATH) instead"
         )
+    if checkpoint_path is not None:
+        # Without memory for the weights first: `kwargs` may come from the file, and ask for more than it holds.
+        check_weights(timm.create_model(name, **{**kwargs, "device": "meta"}), checkpoint_path)
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except RuntimeError as error:
+    except ValueError:
+        raise
+    except Exception as error:
         if pretrained and "No pretrained weights exist" in str(error):
             known = ", ".join(list_pretrained()) or "none yet"
             raise ValueError(
                 f"no weights are shipped for {name!r} (there are: {known}): use pretrained=False"
             ) from None
+        if pretrained:  # a damaged file shows as any exception
+            raise ValueError(f"the weights of {name!r} cannot be loaded ({_first_line(error)}): use others") from error
         raise
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path)
@@ -128,14 +143,85 @@ def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
         raise CheckpointError(
             f"{str(path)!r} does not say what model it holds: use create_model(NAME, checkpoint_path=)"
         )
-    model_args = json.loads(header.get("model_args", "{}"))
+    try:
+        return _load_model(path, header["model"], header_arguments(path, header["model"], header), kwargs)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a file says of its model may be anything
+        raise CheckpointError(f"{str(path)!r} holds no model that can be made: {_first_line(error)}") from error
+
+
+def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dict[str, Any]:
+    """Read what the header of a model's file says of the keywords that made the model.
+
+    Keywords of timm's are left out: they say where weights came from, and a file must not name another.
+
+    Args:
+        path: The file, for errors.
+        name: Name of the model.
+        header: The file's header metadata.
+
+    Raises:
+        CheckpointError: If there is a keyword that the model does not take, or a value of the wrong kind.
+        ValueError: If no model has this name.
+    """
+    known = model_parameters(name)
+    try:
+        model_args = json.loads(header.get("model_args", "{}"))
+    except (ValueError, RecursionError):
+        model_args = None
+    if not isinstance(model_args, dict):
+        raise CheckpointError(f"{str(path)!r} is damaged (its 'model_args' are no JSON object): use another checkpoint")
+    model_args = {key: value for key, value in model_args.items() if key not in _TIMM_KEYWORDS | {"device", "dtype"}}
+    for key, value in model_args.items():
+        if key not in known or not _is_kind(value, known[key].default):
+            raise CheckpointError(
+                f"{str(path)!r} was made with {key}={reprlib.repr(value)}, which {name!r} does not take"
+            )
+    return model_args
+
+
+def _load_model(path: str | Path, name: str, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
     # The shapes may agree all the same, and every kept capsule would then look at another place of the image.
     size, wanted = (to_2tuple(values.get("img_size", 28)) for values in (model_args, {**model_args, **kwargs}))
     if model_args.get("keep_capsules") and tuple(size) != tuple(wanted):
         raise CheckpointError(
             f"{str(path)!r} keeps single capsules of images of {size[0]}x{size[1]}: leave out img_size={wanted[0]}"
         )
-    return create_model(header["model"], checkpoint_path=path, **{**model_args, **kwargs})
+    return create_model(name, checkpoint_path=path, **{**model_args, **kwargs})
+
+
+def _is_kind(value: Any, default: Any) -> bool:
+    """Whether a value of JSON is of the kind of a keyword's default; None stands for the default."""
+    if value is None:
+        return True
+    if isinstance(default, (bool, str)):
+        return type(value) is type(default)
+    if isinstance(default, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    # Sizes, and indices of what a pruned network keeps.
+    return all(type(item) is int for item in (value if isinstance(value, list) else [value]))
+
+
+def _check_source(name: str, cache_dir: str | Path | None) -> None:
+    """Check the config.json of a folder or of the hub, before anything of the size that it says is made.
+
+    Raises:
+        ValueError: If it is missing or damaged, or describes no model of this zoo, or a vast one.
+    """
+    try:
+        config = resolve_model_input_args(name, cache_dir=cache_dir)
+        arch, model_args = config["model_name"], config.get("pretrained_model_args", {})
+        _check_keywords(arch, model_args)
+        known = model_parameters(arch)
+        for key, value in model_args.items():
+            if key in {"device", "dtype"} or (key in known and not _is_kind(value, known[key].default)):
+                raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(value)}")
+        size = sum(value.numel() for value in timm.create_model(name, device="meta", cache_dir=cache_dir).parameters())
+    except Exception as error:  # timm takes the file for granted
+        raise ValueError(f"{name!r} describes no model that can be made: {_first_line(error)}") from error
+    if size > _MAX_DESCRIBED:
+        raise ValueError(f"{name!r} describes a model of {size:,} weights, more than {_MAX_DESCRIBED:,}: check it")
 
 
 def _check_name(name: str) -> None:
@@ -158,9 +244,18 @@ def model_keywords(name: str) -> set[str]:
     Raises:
         ValueError: If the name or its tag is unknown.
     """
+    return set(model_parameters(name))
+
+
+def model_parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a model's constructor by keyword.
+
+    Raises:
+        ValueError: If the name or its tag is unknown.
+    """
     _check_name(name)
     family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
-    return set(inspect.signature(family).parameters)
+    return inspect.signature(family).parameters
 
 
 def _check_keywords(name: str, kwargs: dict[str, Any]) -> None:

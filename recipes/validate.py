@@ -12,7 +12,6 @@ changed images (capszoo/robustness.py says how).
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from capszoo.command_line import OptionParser, UsageError, choose_device, result
 from capszoo.data import DataSplits, Loader, Split, load_data
 from capszoo.engine import Evaluation, autocast, evaluate, resolve_amp, write_csv, write_json
 from capszoo.pretrained import read_table
-from capszoo.registry import model_keywords
+from capszoo.registry import header_arguments, model_keywords
 from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 
 COLUMNS = (
@@ -91,7 +90,8 @@ def load_weights_argument(weights: str, model_name: str | None) -> tuple[torch.n
     header = read_metadata(weights)
     if model_name is None:
         return capszoo.load_model(weights), f"{header.get('model', '')} {weights}".strip(), header.get("dataset")
-    model = capszoo.create_model(model_name, checkpoint_path=weights, **json.loads(header.get("model_args", "{}")))
+    model_args = header_arguments(weights, model_name, header)
+    model = capszoo.create_model(model_name, checkpoint_path=weights, **model_args)
     return model, f"{model_name} {weights}", header.get("dataset")
 
 

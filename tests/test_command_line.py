@@ -5,7 +5,6 @@ import argparse
 import pytest
 
 from capszoo.command_line import OptionParser, UsageError, key_value, read_yaml, run
-from capszoo.data import DataError
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def test_key_value():
 
 def test_run_turns_our_errors_into_a_line_and_leaves_bugs_alone(capsys):
     def fail():
-        raise DataError("no data\nsecond line")
+        raise UsageError("no data\nsecond line")
 
     with pytest.raises(SystemExit) as ended:
         run(fail)

@@ -22,13 +22,16 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, capsule_lengths
-from capszoo.pretrained import check_shipped, fit_weights, shipped_cfgs
+from capszoo.pretrained import check_source, fit_weights, shipped_cfgs
 
 __all__ = ["CapsNet"]
 
 _logger = logging.getLogger(__name__)
 
 _SQUASHES = ("exact", "approx")
+
+# Shared vote matrices have the same shapes whatever the size of the images: something else must bound it.
+_MAX_CAPSULES = 1 << 22
 
 
 class CapsNet(nn.Module):
@@ -153,6 +156,11 @@ class CapsNet(nn.Module):
             dict(num_chs=self.num_features, reduction=reduction, module="primary_caps"),
         ]
         num_capsules = num_types * grid[0] * grid[1]
+        if num_capsules > _MAX_CAPSULES:
+            raise ValueError(
+                f"img_size={height}x{width} makes {num_capsules:,} primary capsules, more than {_MAX_CAPSULES:,}: "
+                f"resize the images or set num_types"
+            )
         self.num_primary = num_capsules  # made by the convolution, kept or not
         self.keep_capsules = _resolve_keep_capsules(keep_capsules, num_capsules, self.img_size)
         self.share_weights = share_weights
@@ -203,7 +211,9 @@ class CapsNet(nn.Module):
         index = list(self.keep_capsules)
         if index and self.share_weights:
             per_type = self.grid_size[0] * self.grid_size[1]
-            types = [[i for i in index if i // per_type == t] for t in range(self.primary_caps.num_types)]
+            types: list[list[int]] = [[] for _ in range(self.primary_caps.num_types)]
+            for i in index:
+                types[i // per_type].append(i)
             longest = max(map(len, types))
             index = [i for kept in types for i in kept + [self.num_primary] * (longest - len(kept))]
         # Read by `to_capsules`: the place after the last capsule is the capsule of zeros.
@@ -514,7 +524,8 @@ default_cfgs = generate_default_cfgs(shipped_cfgs(("capsnet", "capsnet_ws", "cap
 
 def _create_capsnet(variant: str, pretrained: bool = False, **kwargs) -> CapsNet:
     if pretrained:
-        check_shipped(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["pretrained_cfg_overlay"] = overlay
     out_indices = kwargs.pop("out_indices", (0, 1, 2))
     return build_model_with_cfg(
         CapsNet,

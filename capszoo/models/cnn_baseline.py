@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from capszoo.pretrained import check_shipped, fit_weights, shipped_cfgs
+from capszoo.pretrained import check_source, fit_weights, shipped_cfgs
 
 __all__ = ["CNNBaseline"]
 
@@ -267,7 +267,8 @@ default_cfgs = generate_default_cfgs(shipped_cfgs(("cnn_baseline", "cnn_baseline
 
 def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs) -> CNNBaseline:
     if pretrained:
-        check_shipped(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["pretrained_cfg_overlay"] = overlay
     out_indices = kwargs.pop("out_indices", (0, 1))
     return build_model_with_cfg(
         CNNBaseline,
