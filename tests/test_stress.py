@@ -83,7 +83,7 @@ def train(model, precision, steps, count=4, dtype=torch.float32):
             continue
         optimizer.zero_grad()
         # It raises an error at the first NaN of a backward pass. The stacks that it keeps take longer than the rest.
-        with torch.autograd.set_detect_anomaly(cycle % 5 == 0 and not may_overflow):
+        with torch.autograd.set_detect_anomaly(cycle % 5 == 2 and not may_overflow):
             with autocast:
                 loss = task(images.to(dtype), labels)["loss"]
             scaler.scale(loss).backward()
@@ -112,7 +112,7 @@ def test_training_small_networks(name, precision):
 @pytest.mark.parametrize("precision", AUTOCAST)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_full_networks(name, precision):
-    train(make_model(name, small=False), precision, steps=210 if name.endswith("_tiny") else 35, count=2)
+    train(make_model(name, small=False), precision, steps=210 if name.endswith("_tiny") else 49, count=2)
 
 
 @pytest.mark.parametrize("precision", AUTOCAST)
@@ -183,7 +183,7 @@ def assert_close(actual, exact, tolerance, slack=0.0, dim=None):
 
 
 @pytest.mark.parametrize("operators", OPERATORS)
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), approximate=st.booleans(), dtype=st.sampled_from(list(TOLERANCES)), seed=st.integers(0, 2**20))
 def test_squash_of_extremes(operators, data, approximate, dtype, seed):
     """Every vector has a magnitude of its own, and so have the numbers in it if they are mixed; one is zero."""
@@ -206,7 +206,7 @@ def test_squash_of_extremes(operators, data, approximate, dtype, seed):
 
 
 @pytest.mark.parametrize("operators", OPERATORS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     batch=st.sampled_from([2, 6]),  # by votes and by products of matrices
