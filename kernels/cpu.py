@@ -53,23 +53,29 @@ FEW_POSITIONS = 16
 
 def squash(s: Tensor, approximate: bool, dim: int = -1) -> Tensor:
     """v = |s| / (1 + |s|^2) s along `dim`; approximately s / 2 where |s| <= 2, else s / |s|."""
-    square = s.square().sum(dim, keepdim=True)
-    if approximate:
-        return s * torch.where(square <= 4, 0.5, square.rsqrt())
-    return s * (square.sqrt() / (1 + square))
+    return s * _squash_factor(_square(s, dim), approximate).to(s.dtype)
 
 
 def squash_backward(grad: Tensor, s: Tensor, approximate: bool, dim: int = -1) -> Tensor:
-    """The gradient at s. With n = |s|: f I + s s^T (1 - n^2) / ((1 + n^2)^2 n) with f = n / (1 + n^2), 0 at n = 0."""
-    square = s.square().sum(dim, keepdim=True)
-    along = (grad * s).sum(dim, keepdim=True)
-    if approximate:
-        inverse = square.rsqrt()
-        inside = square <= 4
-        return grad * torch.where(inside, 0.5, inverse) - s * torch.where(inside, 0.0, along * inverse**3)
-    norm = square.sqrt()
-    across = along * (1 - square) / ((1 + square).square() * norm)
-    return grad * (norm / (1 + square)) + s * torch.where(square > 0, across, 0.0)
+    """The gradient at s: f (grad + q (grad . u) u) with n = |s|, u = s / n or 0 at n = 0, f = n / (1 + n^2),
+    q = (1 - n^2) / (1 + n^2). Approximately f = 1/2 and q = 0 where n <= 2, else f = 1 / n and q = -1."""
+    square = _square(s, dim)
+    factor = _squash_factor(square, approximate).to(s.dtype)
+    slope = torch.where(square <= 4, 0.0, -1.0) if approximate else (1 - square) / (1 + square)
+    unit = s / square.sqrt().to(s.dtype).clamp_(min=torch.finfo(s.dtype).tiny)
+    along = (grad * unit).sum(dim, keepdim=True)
+    return unit.mul_(along * slope.to(s.dtype)).add_(grad).mul_(factor)
+
+
+def _square(s: Tensor, dim: int) -> Tensor:
+    """|s|^2 along `dim`, in float64: in float32 squares overflow above 2e19 and underflow below 1e-23."""
+    # Apple's GPUs have no float64.
+    wide = s.dtype if s.device.type == "mps" else torch.float64
+    return s.to(wide, copy=True).square_().sum(dim, keepdim=True)
+
+
+def _squash_factor(square: Tensor, approximate: bool) -> Tensor:
+    return torch.where(square <= 4, 0.5, square.rsqrt()) if approximate else square.sqrt() / (1 + square)
 
 
 def dynamic_routing(

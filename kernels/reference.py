@@ -28,13 +28,16 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
         half the incoming one in the approximation.
     """
     poses = x.to(_compute_dtype(x, x))
-    square = poses.square().sum(dim=-1, keepdim=True)
+    # Squares overflow in float32 from lengths of 2e19 on: those of numbers up to 1 are taken.
+    largest = poses.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)
+    scaled, one = poses / largest, largest.reciprocal().square()  # 1 in the scale of `square`
+    square = scaled.square().sum(dim=-1, keepdim=True)
     # A square root has no gradient at 0, and 0 * inf is NaN: zero vectors take the root of 1 and meet a factor 0.
-    norm = torch.where(square > 0, square, 1.0).sqrt()
+    unit = scaled / torch.where(square > 0, square, 1.0).sqrt()
     if approximate:
-        v = torch.where(square <= 4, poses / 2, poses / norm)
+        v = torch.where(square <= 4 * one, poses / 2, unit)
     else:
-        v = square / (1 + square) * (poses / norm)
+        v = square / (one + square) * unit
     return v.to(x.dtype)
 
 

@@ -1,8 +1,9 @@
 """Squash in Triton: one pass over the vectors forward, one backward.
 
-With n = |x|, f = n / (1 + n^2): v = f x. Backward from g = dL/dv:
-    dx = f g + (g . x) (1 - n^2) / ((1 + n^2)^2 n) x, of which the second term is 0 at n = 0.
-The approximation is v = x / 2 where n <= 2, else x / n, with dx = g / 2, else g / n - (g . x) / n^3 x.
+With n = |x| and u = x / n: v = f x. Backward from g = dL/dv:
+    dx = f (g + q (g . u) u), of which the second term is 0 at n = 0.
+Exactly f = n / (1 + n^2) and q = (1 - n^2) / (1 + n^2); approximately f = 1/2 and q = 0 where n <= 2, else f = 1 / n
+and q = -1. No factor here is above 1 but n and 1 / n, so that nothing overflows while n does not.
 
 A program takes BLOCK_N of the N vectors, each padded to BLOCK_D numbers. Half precision is computed in float32, float64
 in float64. `squash_tile` and `squash_tile_backward` serve the routing kernels as well.
@@ -18,34 +19,44 @@ TILE_SIZE = 1024
 
 
 @triton.jit
+def _norms(b_x):
+    """|x| and 1 / |x| of the rows of `[N, D]`; instead of inf a large number, which turns the zero vector into zero."""
+    # Squares of float32 overflow above 2e19 and underflow below 1e-23: those of numbers up to 1 are summed.
+    b_max = tl.maximum(tl.max(tl.abs(b_x), axis=1), 1e-37)
+    b_scaled = b_x * (1.0 / b_max)[:, None]
+    b_norm = b_max * tl.sqrt(tl.sum(b_scaled * b_scaled, axis=1))
+    return b_norm, 1.0 / tl.maximum(b_norm, 1e-37)
+
+
+@triton.jit
+def _factor(b_norm, b_inverse, APPROXIMATE: tl.constexpr):
+    """f, as above."""
+    if APPROXIMATE:
+        return tl.where(b_norm <= 2.0, 0.5, b_inverse)
+    else:
+        b_least = tl.minimum(b_norm, b_inverse)  # n / (1 + n^2) is the same of n and of 1 / n
+        return b_least / (1.0 + b_least * b_least)
+
+
+@triton.jit
 def squash_tile(b_x, APPROXIMATE: tl.constexpr):
     """The squashed rows of `[N, D]`."""
-    b_square = tl.sum(b_x * b_x, axis=1)
-    b_norm = tl.sqrt(b_square)
-    if APPROXIMATE:
-        b_scale = tl.where(b_square <= 4.0, 0.5, 1.0 / tl.where(b_square <= 4.0, 1.0, b_norm))
-    else:
-        b_scale = b_norm / (1.0 + b_square)
-    return b_x * b_scale[:, None]
+    b_norm, b_inverse = _norms(b_x)
+    return b_x * _factor(b_norm, b_inverse, APPROXIMATE)[:, None]
 
 
 @triton.jit
 def squash_tile_backward(b_grad, b_x, APPROXIMATE: tl.constexpr):
     """The gradient at the rows of `[N, D]`."""
-    b_square = tl.sum(b_x * b_x, axis=1)
-    b_along = tl.sum(b_grad * b_x, axis=1)
-    b_norm = tl.sqrt(b_square)
+    b_norm, b_inverse = _norms(b_x)
+    b_factor = _factor(b_norm, b_inverse, APPROXIMATE)
+    b_unit = b_x * b_inverse[:, None]
+    b_along = tl.sum(b_grad * b_unit, axis=1)
     if APPROXIMATE:
-        m_inside = b_square <= 4.0
-        b_inverse = 1.0 / tl.where(m_inside, 1.0, b_norm)
-        b_scale = tl.where(m_inside, 0.5, b_inverse)
-        b_across = tl.where(m_inside, 0.0, -b_along * b_inverse * b_inverse * b_inverse)
+        b_along = tl.where(b_norm <= 2.0, 0.0, -b_along)
     else:
-        b_scale = b_norm / (1.0 + b_square)
-        # (g . x) / n first: it is bounded by |g|, and 1 / n alone is not.
-        b_slope = (1.0 - b_square) / ((1.0 + b_square) * (1.0 + b_square))
-        b_across = tl.where(b_square > 0.0, b_along / tl.where(b_square > 0.0, b_norm, 1.0) * b_slope, 0.0)
-    return b_grad * b_scale[:, None] + b_x * b_across[:, None]
+        b_along *= 1.0 - 2.0 * b_norm * b_factor
+    return (b_grad + b_unit * b_along[:, None]) * b_factor[:, None]
 
 
 @triton.jit

@@ -104,6 +104,17 @@ def test_large_logits():
 
 @interpreted
 @pytest.mark.parametrize("approximate", [False, True])
+def test_extremes(approximate):
+    x, weight, bias, grad = [t.float() for t in make_inputs(2, 5, 1, 4, 5, 6)]
+    for power in (-30, 20, 30):
+        check([10.0**power * x, 0.1**power * weight, bias, grad], approximate=approximate)
+        # Rounding chooses the couplings of such logits.
+        results = route(10.0 ** abs(power) * x, weight, bias, grad, 3, approximate)
+        assert all(result.isfinite().all() for result in results)
+
+
+@interpreted
+@pytest.mark.parametrize("approximate", [False, True])
 def test_zero_vectors(approximate):
     x, weight, bias, grad = [t.float() for t in make_inputs(2, 4, 1, 3, 3, 5)]
     x[:, 1:3] = 0

@@ -73,6 +73,24 @@ def test_output_and_gradient(rows, width, scale, approximate, dtype, seed):
 
 @interpreted
 @pytest.mark.parametrize("approximate", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e9, 1e18, 1e30])
+def test_extremes(scale, approximate):
+    from capszoo.kernels import reference
+    from capszoo.kernels.squash import squash_backward, squash_forward
+
+    x, grad = torch.randn(2, 20, 7, generator=torch.Generator().manual_seed(0))
+    x *= scale
+    exact = x.double().requires_grad_()
+    v = reference.squash(exact, approximate)
+    (dx,) = torch.autograd.grad(v, exact, grad.double())
+    torch.testing.assert_close(squash_forward(x, approximate).double(), v.detach(), rtol=1e-5, atol=1e-37)
+    assert error(squash_backward(grad, x, approximate), dx) <= 1e-5
+    large = max(scale, 1 / scale)
+    assert error(squash_backward(large * grad, x, approximate), large * dx) <= 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("approximate", [False, True])
 def test_strides_and_empty(approximate):
     from capszoo.kernels.squash import squash_backward, squash_forward
 
