@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -243,13 +243,13 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
         CheckpointError: If a part is missing or of another kind.
     """
     number, natural = (lambda v: _is_number(v) and v >= 0), (lambda v: type(v) is int and v >= 0)
-    fields = {"epoch": natural, "step": natural, "best_epoch": natural, "seconds": number, "total_seconds": number}
+    fields = {"epoch": natural, "step": natural, "skipped": natural, "seconds": number, "total_seconds": number}
     position, random, optimizer = (_dict(state.get(key)) for key in ("position", "random", "optimizer"))
     history, groups = position.get("history"), optimizer.get("param_groups")
     checks = {
         "position": all(check(position.get(key)) for key, check in fields.items())
         and _list_of_dicts(history)
-        and position["best_epoch"] <= len(history),
+        and (position.get("best") is None or type(_dict(position["best"]).get("epoch")) is int),
         "sums": isinstance(state.get("sums"), Tensor) and state["sums"].shape == (5,),
         "lr": _is_number(state.get("lr")),
         "model": bool(_dict(state.get("model")))
@@ -257,7 +257,7 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
         "optimizer": isinstance(optimizer.get("state"), dict)
         and all(type(key) is int and isinstance(value, dict) for key, value in optimizer["state"].items())
         and _list_of_dicts(groups)
-        and all(isinstance(group.get("params"), list) and _is_number(group.get("lr")) for group in groups),
+        and all(isinstance(group.get("params"), list) and "lr" in group for group in groups),
         "scaler": isinstance(state.get("scaler"), dict),
         "random": "cpu" in random
         and all(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in random.values()),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint import (
     CheckpointError,
+    check_resume_state,
     load_state,
     random_state,
     read_metadata,
@@ -711,6 +712,7 @@ class Trainer:
                 continue
             try:
                 state = load_state(path)
+                check_resume_state(state, path)
             except CheckpointError as error:
                 damage = damage or error
                 continue

@@ -411,7 +411,7 @@ def make_state() -> dict:
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    position = dict(epoch=1, step=2, seconds=0.5, total_seconds=3.0, best_epoch=1)
+    position = dict(epoch=1, step=2, seconds=0.5, total_seconds=3.0, skipped=0, best={"epoch": 1})
     return {
         "position": {**position, "history": [{"epoch": 1, "eval_top1": 0.5, "eval_loss": None}]},
         "sums": torch.zeros(5, dtype=torch.float64),
