@@ -158,6 +158,8 @@ def test_passes_with_float16_weights(name):
 # The error allowed to squash and to routing, by the length of what is right: of a vector, and of a tensor. The least
 # numbers that the dtype holds to all its digits are allowed besides.
 TOLERANCES = {torch.float32: (1e-6, 1e-4), torch.float16: (1e-3, 2e-3)}
+# The reference squares without a scale below 1: lengths up to 1e-19 pass on less of a gradient than that, or nothing.
+UNDERFLOW = 1e-18
 OPERATORS = {"fused": (squash, dynamic_routing), "reference": (reference.squash, reference.dynamic_routing)}
 
 
@@ -200,8 +202,7 @@ def test_squash_of_extremes(operators, data, approximate, dtype, seed):
     exact_v, exact_dx = gradients(lambda x: reference.squash(x, approximate), [x.double()], grad.double())
     tolerance, _ = TOLERANCES[dtype]
     assert_close(v, exact_v, tolerance, dim=1)
-    # The reference squares without a scale below 1: lengths up to 1e-19 pass less than that on, or nothing.
-    slack = 1e-18 * grad.abs().max().item() if operators == "reference" and dtype == torch.float32 else 0
+    slack = UNDERFLOW * grad.abs().max().item() if operators == "reference" and dtype == torch.float32 else 0.0
     assert_close(dx, exact_dx, tolerance, slack, dim=1)
 
 
@@ -219,7 +220,8 @@ def test_squash_of_extremes(operators, data, approximate, dtype, seed):
 def test_routing_of_extremes(operators, data, batch, num_iters, approximate, dtype, bias_scale, seed):
     """Capsules and matrices of any magnitude whose votes float32 can add up.
 
-    Votes above 1 make logits so large that rounding chooses the couplings: what is computed then need only be finite.
+    From votes of about 1 on, eight iterations magnify rounding until it chooses the couplings: what is computed then
+    need only be finite.
     """
     generator = torch.Generator().manual_seed(seed)
     power = data.draw(exponents(dtype), label="power of the capsules")
@@ -238,8 +240,11 @@ def test_routing_of_extremes(operators, data, batch, num_iters, approximate, dty
         [t.double() for t in (x, weight, bias)],
         grad.double(),
     )
+    slack = 0.0
+    if operators == "reference" and bias_scale == 0:
+        slack = UNDERFLOW * max(t.abs().max().item() for t in (grad, x, weight)) * len(x[0])
     for name, actual, right in zip(("v", "dx", "dweight", "dbias"), results, exact, strict=True):
-        if power + weight_power > 0:
+        if power + weight_power > -0.5:
             assert actual[right.abs() <= torch.finfo(actual.dtype).max].isfinite().all(), name
         else:
-            assert_close(actual, right, TOLERANCES[dtype][1])
+            assert_close(actual, right, TOLERANCES[dtype][1], slack)
