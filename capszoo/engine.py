@@ -82,6 +82,9 @@ _STEPS_BETWEEN_CHECKS = 50
 # So many steps left out one after the other are not bad luck.
 _MOST_SKIPPED_IN_A_ROW = 100
 
+# A gradient that overflows at such a scale is not one that float16 will ever hold.
+_LEAST_SCALE = 2.0**-10
+
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -433,6 +436,11 @@ class Trainer:
     def _check_losses(self) -> None:
         """Stop at the first loss that is not finite, by any rank's count."""
         unseen, self._unseen = self._unseen, 0
+        if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < _LEAST_SCALE:
+            raise TrainingError(
+                f"float16 cannot hold the gradients: their scale has fallen to {scale:g} in epoch "
+                f"{self.position.epoch + 1}, and no step was taken on the way: compute with --amp bf16 or none"
+            )
         if self.skips or not unseen:
             return
         finite = self._recent[:unseen].isfinite()

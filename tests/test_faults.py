@@ -424,6 +424,14 @@ def test_steps_are_not_left_out_for_ever(splits, tmp_path, monkeypatch):
         trainer.fit()
 
 
+def test_float16_that_cannot_hold_the_gradients(splits, tmp_path):
+    loss = PoisonedLoss(range(1, 1000), float("inf"), gradient_only=True)
+    trainer = make_trainer(splits, tmp_path / "run", loss, amp=torch.float16)
+    trainer.policy = create_policy("fixed", lr=1e-3, batch_size=16, epochs=20, num_images=50)
+    with pytest.raises(TrainingError, match=r"their scale has fallen to 0.000488281 in epoch 7.*--amp bf16 or none"):
+        trainer.fit()
+
+
 # Clocks
 
 
