@@ -363,9 +363,9 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
 
 
-def add_result(path: Path, result: dict[str, Any], recipe: str, argv: Sequence[str] | None) -> None:
+def add_result(path: Path, result: dict[str, Any], launch: str, argv: Sequence[str] | None) -> None:
     """Add a row with a result, the date and the command that made it to a table of results."""
-    command = shlex.join(["python", recipe, *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join([*launch.split(), *(sys.argv[1:] if argv is None else argv)])
     row = {**result, "date": time.strftime("%Y-%m-%d"), "command": command}
     rows = []
     if path.exists():

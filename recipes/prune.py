@@ -572,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
             return stop.exit_code
     result = work.finish()
     if args.results:
-        add_result(Path(args.results), result, "recipes/prune.py", argv)
+        add_result(Path(args.results), result, "python recipes/prune.py", argv)
     first, last = work.rows[0], work.rows[-1]
     console.print(
         f"test top1 {result['test_top1']:.4f}, val top1 {first['val_top1']:.4f} -> {last['val_top1']:.4f}, parameters "

@@ -221,7 +221,8 @@ def train(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device
         console.print(f"stopped and saved: go on with --resume {folder}")
         return stop.exit_code
     if args.results:
-        add_result(Path(args.results), result, "recipes/train.py", argv)
+        launch = "python" if ranks.count == 1 else f"torchrun --nproc-per-node {ranks.count}"
+        add_result(Path(args.results), result, f"{launch} recipes/train.py", argv)
     chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"
     console.print(
         f"test top1 {result['test_top1']:.4f} ({chosen}), {result['total_seconds']:.1f} s of training, {folder}",

@@ -290,8 +290,8 @@ def test_every_policy_configuration_is_accepted():
 def test_results_table_grows_and_keeps_old_rows(tmp_path):
     train = load_recipe("train")
     table = tmp_path / "new/results.csv"
-    train.add_result(table, {"model": "a", "test_top1": 0.5}, "recipes/train.py", ["--epochs", "1"])
-    train.add_result(table, {"model": "b", "eval_top1": None, "device": "x, y"}, "recipes/train.py", [])
+    train.add_result(table, {"model": "a", "test_top1": 0.5}, "python recipes/train.py", ["--epochs", "1"])
+    train.add_result(table, {"model": "b", "eval_top1": None, "device": "x, y"}, "python recipes/train.py", [])
     rows = list(csv.DictReader(table.open()))
     assert [row["model"] for row in rows] == ["a", "b"]
     assert rows[0]["test_top1"] == "0.5" and rows[0]["command"] == "python recipes/train.py --epochs 1"
