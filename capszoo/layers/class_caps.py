@@ -1,6 +1,7 @@
 """Class capsules: the layer that routes primary capsules to one capsule per class."""
 
 import difflib
+from typing import Any
 
 import torch
 from timm.layers import _assert
@@ -84,15 +85,15 @@ class ClassCaps(nn.Module):
         num_routing: int = 3,
         routing: str = "dynamic",
         approximate_squash: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         num_weights = num_capsules if num_weights is None else num_weights
         if num_capsules % num_weights:
             raise ValueError(f"num_weights={num_weights} does not divide the {num_capsules} capsules")
         self.num_capsules = num_capsules
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_weights, caps_dim, num_classes, class_dim, **dd))
         self.bias = nn.Parameter(torch.empty(num_classes, class_dim, **dd))
         self.routing = create_routing(routing, num_routing, approximate_squash)

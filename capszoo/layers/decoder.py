@@ -1,5 +1,7 @@
 """Reconstruction decoder: three fully connected layers from a class capsule to an image."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +31,11 @@ class Decoder(nn.Module):
         image_shape: tuple[int, int, int],
         hidden_dims: tuple[int, int] = (512, 1024),
         small: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         chans, height, width = image_shape
         self.image_shape = (chans, height, width)
         self.small = small

@@ -1,5 +1,6 @@
 """Primary capsules: a convolution whose filters are grouped into capsules, squashed."""
 
+import torch
 from torch import Tensor, nn
 
 from .functional import squash
@@ -34,8 +35,8 @@ class PrimaryCaps(nn.Module):
         kernel_size: int = 9,
         stride: int = 2,
         approximate_squash: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.num_types = num_types

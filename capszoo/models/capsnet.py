@@ -11,8 +11,8 @@ matrices shared per capsule type and a decoder that takes the chosen capsule alo
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,20 @@ _MAX_CAPSULES = 1 << 22
 class CapsNet(nn.Module):
     """Capsule network of Sabour, Frosst and Hinton 2017, with the reductions of FasTrCaps (section III)."""
 
+    if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
+        # nn.Identity once `reset_classifier(0)` or `prune_intermediate_layers` took the layer away: whoever may meet
+        # such a network asks isinstance.
+        primary_caps: PrimaryCaps
+        class_caps: ClassCaps
+        decoder: Decoder | None
+        capsule_index: Tensor | None
+        keep_types: tuple[int, ...]
+        keep_capsules: tuple[int, ...]
+        # From timm's builder and from `create_model`.
+        pretrained_cfg: dict[str, Any]
+        default_cfg: dict[str, Any]
+        creation_args: dict[str, Any]
+
     def __init__(
         self,
         num_classes: int = 10,
@@ -58,8 +72,8 @@ class CapsNet(nn.Module):
         routing: str = "dynamic",
         squash: str = "exact",
         drop_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         """Build the network.
 
@@ -93,7 +107,7 @@ class CapsNet(nn.Module):
             ValueError: If the images are too small for the two convolutions, or an argument is out of its range.
         """
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if squash not in _SQUASHES:
             raise ValueError(f"unknown squash {squash!r}. Known: {', '.join(_SQUASHES)}")
         if global_pool not in ("flat", ""):
@@ -187,7 +201,7 @@ class CapsNet(nn.Module):
         self._build_head(num_classes, **dd)
 
     @torch.jit.ignore
-    def _build_head(self, num_classes: int, **dd) -> None:
+    def _build_head(self, num_classes: int, **dd: Any) -> None:
         """Make class capsules and decoder for `num_classes`."""
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes} is not possible: it must be 0 or more")
@@ -220,7 +234,7 @@ class CapsNet(nn.Module):
         self.fill_capsules = self.num_primary in index
         self.register_buffer("capsule_index", torch.tensor(index, device=device) if index else None, persistent=False)
 
-    def _apply(self, fn, recurse: bool = True) -> "CapsNet":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsNet":
         was_meta = self.capsule_index is not None and self.capsule_index.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.capsule_index.is_meta:
@@ -500,7 +514,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return fit_weights(state_dict, model, [key for key, differs in may_differ.items() if differs])
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 10,
         "input_size": (1, 28, 28),
@@ -522,7 +536,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(shipped_cfgs(("capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"), _cfg))
 
 
-def _create_capsnet(variant: str, pretrained: bool = False, **kwargs) -> CapsNet:
+def _create_capsnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CapsNet:
     if pretrained:
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["pretrained_cfg_overlay"] = overlay
@@ -538,27 +552,27 @@ def _create_capsnet(variant: str, pretrained: bool = False, **kwargs) -> CapsNet
 
 
 @register_model
-def capsnet(pretrained: bool = False, **kwargs) -> CapsNet:
+def capsnet(pretrained: bool = False, **kwargs: Any) -> CapsNet:
     """The baseline of Sabour, Frosst and Hinton 2017: 32 capsule types, a vote matrix per capsule."""
     return _create_capsnet("capsnet", pretrained, **kwargs)
 
 
 @register_model
-def capsnet_ws(pretrained: bool = False, **kwargs) -> CapsNet:
+def capsnet_ws(pretrained: bool = False, **kwargs: Any) -> CapsNet:
     """FasTrCaps: vote matrices shared per capsule type, and the small decoder."""
     model_args = dict(share_weights=True, small_decoder=True)
     return _create_capsnet("capsnet_ws", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def capsnet_pruned(pretrained: bool = False, **kwargs) -> CapsNet:
+def capsnet_pruned(pretrained: bool = False, **kwargs: Any) -> CapsNet:
     """The baseline pruned: 8 of its 32 capsule types, 192 of its 256 filters, half of the decoder's units."""
     model_args = dict(conv_dim=192, keep_types=8, decoder_dims=(256, 512))
     return _create_capsnet("capsnet_pruned", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def capsnet_tiny(pretrained: bool = False, **kwargs) -> CapsNet:
+def capsnet_tiny(pretrained: bool = False, **kwargs: Any) -> CapsNet:
     """A network for laptops: 64 filters, 8 capsule types with shared vote matrices, a decoder of 64 and 128 units."""
     model_args = dict(conv_dim=64, num_types=8, share_weights=True, small_decoder=True, decoder_dims=(64, 128))
     return _create_capsnet("capsnet_tiny", pretrained, **dict(model_args, **kwargs))

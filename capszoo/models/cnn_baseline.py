@@ -6,7 +6,7 @@ numbers from 0 to 1 for each class, as the lengths of class capsules are, so tha
 Between Capsules` - https://arxiv.org/abs/1710.09829 - applies.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,16 @@ __all__ = ["CNNBaseline"]
 class CNNBaseline(nn.Module):
     """Two convolutions with ReLU and a linear classifier with sigmoid."""
 
+    if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
+        conv2: nn.Module
+        act2: nn.Module
+        fc: nn.Module
+        decoder: None
+        # From timm's builder and from `create_model`.
+        pretrained_cfg: dict[str, Any]
+        default_cfg: dict[str, Any]
+        creation_args: dict[str, Any]
+
     def __init__(
         self,
         num_classes: int = 10,
@@ -32,8 +42,8 @@ class CNNBaseline(nn.Module):
         conv_dim: int = 256,
         kernel_size: int = 9,
         drop_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         """Build the network.
 
@@ -52,7 +62,7 @@ class CNNBaseline(nn.Module):
             ValueError: If the images are too small for the two convolutions, or an argument is out of its range.
         """
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _check_pool(global_pool)
         for name, value in (("in_chans", in_chans), ("conv_dim", conv_dim)):
             if value < 1:
@@ -89,7 +99,7 @@ class CNNBaseline(nn.Module):
         self._build_head(num_classes, **dd)
 
     @torch.jit.ignore
-    def _build_head(self, num_classes: int, **dd) -> None:
+    def _build_head(self, num_classes: int, **dd: Any) -> None:
         """Make the classifier for `num_classes`."""
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes} is not possible: it must be 0 or more")
@@ -244,7 +254,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return fit_weights(state_dict, model, may_differ)
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 10,
         "input_size": (1, 28, 28),
@@ -265,7 +275,7 @@ def _cfg(**kwargs) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(shipped_cfgs(("cnn_baseline", "cnn_baseline_tiny"), _cfg))
 
 
-def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs) -> CNNBaseline:
+def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs: Any) -> CNNBaseline:
     if pretrained:
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["pretrained_cfg_overlay"] = overlay
@@ -281,13 +291,13 @@ def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs) -> CN
 
 
 @register_model
-def cnn_baseline(pretrained: bool = False, **kwargs) -> CNNBaseline:
+def cnn_baseline(pretrained: bool = False, **kwargs: Any) -> CNNBaseline:
     """The convolutions of `capsnet`; 5.4 million parameters, as `capsnet_ws`."""
     return _create_cnn_baseline("cnn_baseline", pretrained, **kwargs)
 
 
 @register_model
-def cnn_baseline_tiny(pretrained: bool = False, **kwargs) -> CNNBaseline:
+def cnn_baseline_tiny(pretrained: bool = False, **kwargs: Any) -> CNNBaseline:
     """64 filters in each convolution; 0.36 million parameters, as `capsnet_tiny`."""
     model_args = dict(conv_dim=64)
     return _create_cnn_baseline("cnn_baseline_tiny", pretrained, **dict(model_args, **kwargs))
