@@ -256,6 +256,7 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
         and all(type(key) is str and isinstance(value, Tensor) for key, value in state["model"].items()),
         "optimizer": isinstance(optimizer.get("state"), dict)
         and all(type(key) is int and isinstance(value, dict) for key, value in optimizer["state"].items())
+        and isinstance(groups, list)
         and _list_of_dicts(groups)
         and all(isinstance(group.get("params"), list) and "lr" in group for group in groups),
         "scaler": isinstance(state.get("scaler"), dict),
@@ -285,7 +286,7 @@ def _checksum(tensors: dict[str, Tensor], tree: str) -> str:
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

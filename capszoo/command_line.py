@@ -54,7 +54,8 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         # Abbreviations would hide typos in scripts.
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        kwargs.update(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -177,7 +178,7 @@ def _parse_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         depth = 0
 
-        def compose_node(self, parent, index):
+        def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError("it has an alias (*name): write the value out")
             if self.depth == _DEEPEST_YAML:  # PyYAML takes seconds to run out of stack
@@ -296,7 +297,7 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.
 
     if args.opt not in list_optimizers():
         raise UsageError(f"unknown optimizer {args.opt!r}: see timm.optim.list_optimizers()")
-    extra = {"fused": True} if args.opt in ("adam", "adamw") else {}
+    extra: dict[str, Any] = {"fused": True} if args.opt in ("adam", "adamw") else {}
     extra.update({"momentum": args.momentum} if "momentum" in args else {})
     try:
         return create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **extra)

@@ -199,7 +199,7 @@ def _make_splits(name: str, source: _Source, val_fraction: float, seed: int, max
 
     val = None
     labels = source.train[1]
-    if val_fraction and not source.val:
+    if val_fraction and source.val is None:
         held_out = _stratified(labels, max(1, round(len(labels) * val_fraction)), seed)
         if len(held_out) == 0:
             raise DataError(f"data set {name!r} has no training image to spare for validation: give val_fraction 0")
@@ -208,7 +208,7 @@ def _make_splits(name: str, source: _Source, val_fraction: float, seed: int, max
         train, val = split(source.train, kept.nonzero().flatten(), held_out)
     else:
         (train,) = split(source.train, torch.arange(len(labels)))
-        if val_fraction:
+        if val_fraction and source.val is not None:
             (val,) = split(source.val, torch.arange(len(source.val[1])))
     (test,) = split(source.test, torch.arange(len(source.test[1])))
     return DataSplits(
@@ -331,7 +331,9 @@ def _timm(
         failures = []
         for split in splits:
             try:
-                dataset = create_dataset(name, root=root and os.fspath(root), split=split, download=download)
+                dataset = create_dataset(
+                    name, root=None if root is None else os.fspath(root), split=split, download=download
+                )
                 return dataset, _timm_labels(dataset)
             except Exception as error:
                 failures.append(f"{split}: {one_line(error)}")
@@ -343,7 +345,9 @@ def _timm(
     train, train_labels = open_split("train")
     test, test_labels = open_split("test", "validation", "val")
     class_to_idx = getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
-    class_names = [str(key) for key in getattr(train, "classes", None) or sorted(class_to_idx, key=class_to_idx.get)]
+    class_names = [
+        str(key) for key in getattr(train, "classes", None) or sorted(class_to_idx, key=class_to_idx.__getitem__)
+    ]
     class_names = class_names or [str(label) for label in range(int(train_labels.max()) + 1)]
     if max(train_labels.max(), test_labels.max()) >= len(class_names):
         raise DataError(f"data set {name!r} has labels beyond its {len(class_names)} classes: it cannot be trained on")

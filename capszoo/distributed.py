@@ -77,7 +77,7 @@ class Ranks:
         if size < 0:
             return None
         content = torch.empty(int(size), dtype=torch.uint8, device=device)
-        if self.is_first:
+        if data is not None:  # on the first rank
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(content, 0)
         return content.cpu().numpy().tobytes()

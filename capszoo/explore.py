@@ -23,7 +23,7 @@ import socket
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -492,6 +492,7 @@ class Exploration:
             self.study.set_user_attr("amps", self.plan.amps)
             known = self.plan.queue()
             known += [{}] * (0 if trials is None else trials - len(known))
+            queue: list[tuple[dict[str, Any], dict[str, Any]]]
             queue = [(point, {}) for point in (known if trials is None else known[:trials])]
             if queue and queue[0][0].get("policy") == "fixed":
                 queue[0][1]["name"] = "baseline"
@@ -898,7 +899,7 @@ def _without_password(url: str) -> str:
 
 
 @contextmanager
-def _storage_errors(url: str):
+def _storage_errors(url: str) -> Iterator[None]:
     """Turn errors of the database into one line."""
     import optuna
     import sqlalchemy.exc

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from .explore import Solution
 
 __all__ = [
@@ -441,7 +444,14 @@ def _colors(solutions: Iterable["Solution"]) -> dict[str, str]:
     return {name: f"C{index % 10}" for index, name in enumerate(names)}
 
 
-def _scatter(axes, solutions: Sequence["Solution"], cost: str, colors: dict[str, str], marked: set[int], area) -> None:
+def _scatter(
+    axes: "Axes",
+    solutions: Sequence["Solution"],
+    cost: str,
+    colors: dict[str, str],
+    marked: set[int],
+    area: Callable[["Solution"], float],
+) -> None:
     """A point for each trial, those of the front strong and outlined; a triangle where it is below the axis."""
     from matplotlib.colors import to_rgba
 
@@ -462,7 +472,7 @@ def _scatter(axes, solutions: Sequence["Solution"], cost: str, colors: dict[str,
         )
 
 
-def _accuracy_axis(axes, values: Sequence[float]) -> float:
+def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> float:
     """Set up the axis of accuracies; return its lower end."""
     axes.set_ylim(*accuracy_limits(values))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
@@ -470,7 +480,7 @@ def _accuracy_axis(axes, values: Sequence[float]) -> float:
     return axes.get_ylim()[0]
 
 
-def _label_points(axes, points: dict[int, tuple[float, float]]) -> None:
+def _label_points(axes: "Axes", points: dict[int, tuple[float, float]]) -> None:
     """Write its number beside each point, on the first of four sides where no other number is."""
     corners = ((-5, 2), (5, 2), (-5, -8), (5, -8))
     taken: list[tuple[float, float]] = []
@@ -486,7 +496,7 @@ def _label_points(axes, points: dict[int, tuple[float, float]]) -> None:
         axes.annotate(str(number), point, corner, textcoords="offset points", ha=side, fontsize=7, zorder=4)
 
 
-def _log_axis(axes, values: Sequence[float], write: Callable[[float], str]) -> None:
+def _log_axis(axes: "Axes", values: Sequence[float], write: Callable[[float], str]) -> None:
     """Set up a logarithmic axis with ticks at plain numbers, over a part of a decade too."""
     from matplotlib.ticker import MaxNLocator
 
@@ -533,7 +543,7 @@ def _number(row: dict[str, Any], key: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _figure(width: float, height: float = 4.0):
+def _figure(width: float, height: float = 4.0) -> "Figure":
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -544,5 +554,5 @@ def _figure(width: float, height: float = 4.0):
     return figure
 
 
-def _save(figure, path: str | Path) -> None:
+def _save(figure: "Figure", path: str | Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

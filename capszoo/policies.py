@@ -160,7 +160,8 @@ class Policy:
     @cached_property
     def _rows(self) -> list[tuple[int, int, int, int, int, int]]:
         """Per epoch: batch size, steps, steps before it, phase, steps before it in the phase, steps of the phase."""
-        rows, before = [], 0
+        rows: list[tuple[int, int, int, int, int, int]] = []
+        before = 0
         for number, phase in enumerate(self.phases()):
             batch_size = min(phase.batch_size, self.num_images)
             steps = -(-self.num_images // batch_size)
@@ -338,7 +339,7 @@ class WarmRestarts(Policy):
         if isinstance(cycle, str) and cycle.isdecimal():
             cycle = int(cycle)
         self._check_whole("cycle_epochs", cycle, least=1)
-        return cycle
+        return int(cycle)
 
     def phases(self) -> list[Phase]:
         phases, planned, cycle = [], 0, self.first_cycle

@@ -132,15 +132,16 @@ class TimmReader:
         return len(self.items)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        channels, *size = self.image_shape
+        channels, size = self.image_shape[0], self.image_shape[1:]
         images = []
         for index in indices:
             try:
-                images.append(_decode(self.items[index][0], channels, tuple(size) if self.resize else None))
+                images.append(_decode(self.items[index][0], channels, size if self.resize else None))
             except Exception as error:
                 raise self._damaged(index, error) from error
-            if list(images[-1].shape[1:]) != size:
-                raise sizes_differ(f"data set {self.name!r}", tuple(size), tuple(images[-1].shape[1:]))
+            found = images[-1].shape[1], images[-1].shape[2]
+            if found != size:
+                raise sizes_differ(f"data set {self.name!r}", size, found)
         return torch.stack(images)
 
     def _damaged(self, index: int, error: Exception) -> DataError:

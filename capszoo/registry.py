@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ _TIMM_KEYWORDS = {
 _MAX_DESCRIBED = 1 << 28
 
 
-def list_models(filter: str | list[str] = "", pretrained: bool = False, exclude_filters: str | list[str] = "") -> list:
+def list_models(
+    filter: str | list[str] = "", pretrained: bool = False, exclude_filters: str | list[str] = ""
+) -> list[str]:
     """Names of the models, sorted: the capsule networks, and the plain CNN that they are compared with.
 
     Args:
@@ -324,7 +326,14 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     )
 
 
-def _routing_flops(x_shape, weight_shape, bias_shape, num_iters: int, *args, **kwargs) -> int:
+def _routing_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int],
+    num_iters: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
     """Two operations for every multiply-accumulate of the votes, the agreements and the weighted sums of votes."""
     B, I, K = x_shape  # noqa: E741
     _, _, J, D = weight_shape
