@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import json
 import reprlib
 import shlex
 import signal
@@ -130,7 +131,7 @@ class OptionParser(argparse.ArgumentParser):
             raise UsageError(f"{source}: {key} takes one value, not {reprlib.repr(value)}")
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict) and action.nargs == "*":
-            items = [f"{name}={item}" for name, item in value.items()]
+            items = [f"{name}={json.dumps(item, default=str)}" for name, item in value.items()]  # which is YAML too
         try:
             items = [self._get_value(action, str(item)) for item in items]
             for item in items:
