@@ -26,7 +26,8 @@ def yaml_file(tmp_path, text):
 
 
 def test_command_line_beats_file_beats_default(parser, tmp_path):
-    path = yaml_file(tmp_path, "epochs: 5\ndecoder: false\nmodel_kwargs: {conv_dim: 8, keep_types: [1, 2], keep_capsules: null, name: "7"}\nlr: 1e-3\n")
+    kwargs = "{conv_dim: 8, keep_types: [1, 2], keep_capsules: null, name: '7'}"
+    path = yaml_file(tmp_path, f"epochs: 5\ndecoder: false\nmodel_kwargs: {kwargs}\nlr: 1e-3\n")
     args, given = parser.parse(["--config", path, "--epochs", "7"])
     assert (args.epochs, args.decoder, args.amp, args.lr) == (7, False, "none", 0.001)
     assert dict(args.model_kwargs) == {"conv_dim": 8, "keep_types": [1, 2], "keep_capsules": None, "name": "7"}
