@@ -258,7 +258,7 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
         and all(type(key) is int and isinstance(value, dict) for key, value in optimizer["state"].items())
         and isinstance(groups, list)
         and _list_of_dicts(groups)
-        and all(isinstance(group.get("params"), list) and "lr" in group for group in groups),
+        and all(isinstance(group.get("params"), list) and _is_rate(group.get("lr")) for group in groups),
         "scaler": isinstance(state.get("scaler"), dict),
         "random": "cpu" in random
         and all(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in random.values()),
@@ -270,6 +270,10 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) or isinstance(value, Tensor)  # a tensor where steps are captured
 
 
 def _dict(value: Any) -> dict:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from capszoo import plots
+from capszoo import checkpoint, plots
 from capszoo.explore import Solution
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -138,7 +138,7 @@ def test_failed_write_keeps_the_old_figure(tmp_path, monkeypatch):
 
     (tmp_path / "figure.png").write_bytes(b"old")
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(checkpoint.WriteError, match="figure.png.*disk full"):
         plots.plot_speedup(ROWS, tmp_path / "figure.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("figure.png", b"old")]
 
