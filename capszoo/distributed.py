@@ -7,6 +7,8 @@ this zoo have some million parameters: sharding them (FSDP) would save nothing.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -117,8 +119,41 @@ def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tupl
             )
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.count, timeout=_TIMEOUT)
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.count, timeout=_TIMEOUT))
+    store = _unused_part(store, ranks)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count, timeout=_TIMEOUT)
     return ranks, torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def _unused_part(store: dist.Store, ranks: Ranks) -> dist.Store:
+    """A part of the store in which the processes of an earlier start have left nothing.
+
+    torchrun keeps one store over all its restarts. gloo would find the addresses of processes there that are no more,
+    and torchrun's count of restarts is not the same on all machines. So the first rank names a part, and the others
+    take the name only from one that has read what they have just written.
+    """
+    end = time.monotonic() + _TIMEOUT.total_seconds()
+
+    def pause() -> None:
+        if time.monotonic() > end:
+            raise RanksError(f"process {ranks.rank} has waited {_TIMEOUT} for the others: start all of them anew")
+        time.sleep(0.02)
+
+    own = uuid.uuid4().hex
+    if not ranks.is_first:
+        store.set(f"hello/{ranks.rank}", own)
+        words: list[str] = []
+        while own not in words[1:]:
+            pause()
+            words = store.get("welcome").decode().split() if store.check(["welcome"]) else []
+        store.set(f"{words[0]}/{ranks.rank}", "here")
+        return dist.PrefixStore(words[0], store)
+    others = range(1, ranks.count)
+    while not all(store.check([f"{own}/{rank}"]) for rank in others):
+        heard = [store.get(f"hello/{rank}").decode() for rank in others if store.check([f"hello/{rank}"])]
+        store.set("welcome", " ".join([own, *heard]))
+        pause()
+    return dist.PrefixStore(own, store)
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
