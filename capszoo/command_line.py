@@ -5,6 +5,7 @@ import contextlib
 import csv
 import difflib
 import json
+import math
 import reprlib
 import shlex
 import signal
@@ -27,12 +28,15 @@ __all__ = [
     "add_policy_options",
     "add_result",
     "check_folder",
+    "check_kinds",
     "choose_device",
     "create_optimizer",
     "format_error",
     "key_value",
     "parse_resumable",
     "policy_from",
+    "read_json",
+    "read_rows",
     "read_yaml",
     "results_folder",
     "run",
@@ -44,6 +48,8 @@ __all__ = [
 # Parsing that much takes some seconds.
 _LONGEST_YAML = 1 << 17
 _DEEPEST_YAML = 20
+# What recipes write has some kilobytes.
+_LONGEST_JSON = 1 << 20
 
 
 class UsageError(ValueError):
@@ -166,6 +172,50 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{str(path)!r} must hold lines of the form 'option: value'")
     return values
+
+
+def read_json(path: str | Path, kinds: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """Read a JSON file that a recipe wrote into its run folder.
+
+    Args:
+        path: The file.
+        kinds: Types of the values by key, as `check_kinds` takes them.
+        remedy: What to do if the file is damaged, the end of the message.
+
+    Raises:
+        UsageError: If there is no such file, or it does not hold such values.
+    """
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST_JSON + 1)
+        if len(text) > _LONGEST_JSON:
+            raise ValueError(f"longer than {_LONGEST_JSON:,} characters")
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("no mapping")
+        check_kinds(values, kinds)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{str(path)!r} is damaged ({format_error(error)}): {remedy}") from None
+    return values
+
+
+def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Check the types of values from a file.
+
+    Args:
+        values: What the file holds.
+        kinds: For each key a type or a tuple of types, of which `type(None)` means that the key may be missing; float
+            stands for any finite number.
+
+    Raises:
+        ValueError: If a value is of another type; it names the first.
+    """
+    for key, kind in kinds.items():
+        value, allowed = values.get(key), kind if isinstance(kind, tuple) else (kind,)
+        number = float in allowed and type(value) is int and abs(value) < 2**63
+        if not number and (type(value) not in allowed or (type(value) is float and not math.isfinite(value))):
+            raise ValueError(f"{key} is {reprlib.repr(value)}" if key in values else f"it has no {key}")
 
 
 def _parse_yaml(text: str) -> Any:
@@ -369,19 +419,29 @@ def add_result(path: Path, result: dict[str, Any], launch: str, argv: Sequence[s
     """Add a row with a result, the date and the command that made it to a table of results."""
     command = shlex.join([*launch.split(), *(sys.argv[1:] if argv is None else argv)])
     row = {**result, "date": time.strftime("%Y-%m-%d"), "command": command}
-    rows = []
-    if path.exists():
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file, strict=True))
-            if any(None in row for row in rows):
-                raise ValueError("rows longer than the first line")
-        except (csv.Error, OSError, ValueError) as error:
-            raise UsageError(
-                f"{str(path)!r} is no table of results ({format_error(error)}): mend or delete it"
-            ) from None
+    rows = read_rows(path, "mend or delete it") if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
+
+
+def read_rows(path: Path, remedy: str) -> list[dict[str, str]]:
+    """Read a table that a recipe wrote.
+
+    Args:
+        path: A CSV file.
+        remedy: What to do if it is none, the end of the message.
+
+    Raises:
+        UsageError: If there is no such file, or it is no table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        if any(None in row for row in rows):
+            raise ValueError("rows longer than the first line")
+    except (csv.Error, OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} is no table of results ({format_error(error)}): {remedy}") from None
+    return rows
 
 
 def results_folder() -> Path:

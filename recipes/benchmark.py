@@ -31,7 +31,6 @@ A variant that fails (no memory, no compiler) costs a line and a `note` in its r
 """
 
 import argparse
-import csv
 import gc
 import math
 import platform
@@ -50,7 +49,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import capszoo
-from capszoo.command_line import OptionParser, UsageError, choose_device, format_error, results_folder, run
+from capszoo.command_line import (
+    OptionParser,
+    UsageError,
+    choose_device,
+    format_error,
+    read_rows,
+    results_folder,
+    run,
+)
 from capszoo.data import DataError, DataSplits, load_data
 from capszoo.engine import Trainer, autocast, resolve_amp, write_csv
 from capszoo.kernels import dynamic_routing
@@ -680,9 +687,8 @@ def plot_again(args: argparse.Namespace) -> None:
     source = Path(args.plot_only)
     if not source.is_file():
         raise UsageError(f"--plot-only {args.plot_only!r} is no file: check the path")
-    with open(source, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not draw(rows, Path(args.plots or source.parent), source.stem):
+    rows = read_rows(source, "give a file that this script wrote")
+    if not rows or not set(COLUMNS) <= rows[0].keys() or not draw(rows, Path(args.plots or source.parent), source.stem):
         raise UsageError(f"--plot-only {args.plot_only!r} has nothing to draw: give a file that this script wrote")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
-from capszoo.command_line import OptionParser, UsageError, run
+from capszoo.command_line import OptionParser, UsageError, check_kinds, format_error, read_json, read_yaml, run
 from capszoo.engine import write_json
 from capszoo.registry import model_keywords
 
@@ -34,8 +34,20 @@ from capszoo.registry import model_keywords
 COMPUTING = ("num_routing", "routing", "squash", "keep_capsules")
 # Options that say where and how fast a run is computed, and not what comes out.
 NOT_IN_RECIPE = {"data_dir", "device", "download", "workers", "quiet", "tensorboard", "save_every", "cuda_graphs"}
+# Recipes that train, and leave an args.yaml.
+TRAINERS = ("train", "prune")
 # Options that a recipe names even at their default, for those who read it.
 ALWAYS_IN_RECIPE = {"model", "dataset", "policy", "epochs"}
+# What a card may hold: it comes from the header of a file that anybody may have made.
+MISSING = type(None)
+CARD_KINDS: dict[str, Any] = {
+    "model": str,
+    "model_args": (dict, MISSING),
+    "class_names": (list, MISSING),
+    **dict.fromkeys(("eval_top1", "test_top1"), (float, MISSING)),
+    **dict.fromkeys(("epoch", "epochs", "seed"), (int, MISSING)),
+    **dict.fromkeys(("dataset", "policy", "amp", "license", "recipe", "capszoo_version", "date"), (str, MISSING)),
+}
 # All files together; they are part of every clone and every wheel.
 MAX_BYTES = 45_000_000
 # Names of the data sets on the Hugging Face hub.
@@ -73,12 +85,19 @@ def read_card(file: Path) -> dict[str, Any]:
     for key, value in header.items():
         try:
             card[key] = json.loads(value)  # checkpoints hold everything but strings as JSON
-        except ValueError:
+        except (ValueError, RecursionError):
             card[key] = value
+    try:
+        check_kinds(card, CARD_KINDS)
+        if not all(isinstance(label, str) for label in card.get("class_names") or []):
+            raise ValueError("class_names are no texts")
+    except ValueError as error:
+        raise UsageError(f"the header of {str(file)!r} is damaged ({format_error(error)}): give another file") from None
     result_file = file.with_name("result.json")
     if result_file.is_file():
-        result = json.loads(result_file.read_text())
-        if "epoch" in card and card["epoch"] != result.get("best_epoch", card["epoch"]):
+        kinds = {key: CARD_KINDS[key] for key in ("eval_top1", "test_top1", "amp")}
+        result = read_json(result_file, {**kinds, "best_epoch": (int, MISSING)}, "move it away, or run again")
+        if card.get("epoch") is not None and result.get("best_epoch") not in (None, card["epoch"]):
             raise UsageError(
                 f"{str(file)!r} holds epoch {card['epoch']}, and {str(result_file)!r} is the result of epoch "
                 f"{result['best_epoch']}: give best.safetensors"
@@ -92,22 +111,22 @@ def read_recipe(folder: Path) -> str | None:
 
     Its first line names the recipe, whose parser knows the options; None where there is no such file.
     """
-    import yaml
-
     file = folder / "args.yaml"
     if not file.is_file():
         return None
-    text = file.read_text()
-    match = re.match(r"# python recipes/(\w+)\.py ", text)
-    script = Path(__file__).with_name(f"{match[1]}.py") if match else None
-    if script is None or not script.is_file():
+    values = read_yaml(file)
+    with open(file, encoding="utf-8") as stream:
+        match = re.match(r"# python recipes/(\w+)\.py ", stream.readline(1000))
+    if match is None or match[1] not in TRAINERS:
         return None
+    script = Path(__file__).with_name(f"{match[1]}.py")
     spec = importlib.util.spec_from_file_location(f"recipe_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     actions = module.build_parser().destinations
+    module.build_parser().set_values({key: value for key, value in values.items() if key in actions}, file)  # checks
     words, named = ["python", f"recipes/{script.name}"], []
-    for key, value in (yaml.safe_load(text) or {}).items():
+    for key, value in values.items():
         action = actions.get(key)
         if action is None or key in NOT_IN_RECIPE or value in (None, [], {}):
             continue
@@ -118,24 +137,28 @@ def read_recipe(folder: Path) -> str | None:
             named.append(options[0] if value else options[-1])
             continue
         if isinstance(value, dict):
-            values = [f"{name}={json.dumps(item)}" for name, item in value.items()]
+            texts = [f"{name}={json.dumps(item, default=str)}" for name, item in value.items()]
         else:
-            values = [str(item) for item in (value if isinstance(value, list) else [value])]
+            texts = [str(item) for item in (value if isinstance(value, list) else [value])]
         # What has no name stands before the options that take any number of values.
         if options:
-            named += [options[0], *values]
+            named += [options[0], *texts]
         else:
-            words += values
+            words += texts
     return shlex.join([*words, *named])
 
 
-def check_fit(name: str, tensors: dict[str, Tensor], card: dict[str, Any]) -> nn.Module:
+def check_fit(name: str, tensors: dict[str, Tensor], model_args: dict[str, Any]) -> nn.Module:
     """Make the model that `create_model(name)` would load the weights into, on the meta device.
+
+    Args:
+        name: Name of a model.
+        tensors: The weights.
+        model_args: Arguments of the model that they were trained in.
 
     Raises:
         UsageError: If the weights are those of another model; it names the first difference.
     """
-    model_args = card.get("model_args", {})
     task = {key: model_args[key] for key in ("num_classes", "in_chans", "img_size") if key in model_args}
     decoder = {"decoder": True} if "decoder" in model_keywords(name) else {}
     model = capszoo.create_model(name, device="meta", **task, **decoder)
@@ -150,11 +173,11 @@ def check_fit(name: str, tensors: dict[str, Tensor], card: dict[str, Any]) -> nn
                 f"the weights do not fit {name!r}: {key!r} has shape {tuple(tensors[key].shape)}, the model needs "
                 f"{tuple(own[key].shape)}"
             )
-    ours, theirs = model.arguments(), capszoo.create_model(card["model"], device="meta", **model_args).arguments()
+    ours = model.arguments()
     for key in COMPUTING:
-        if ours.get(key) != theirs.get(key):
+        if ours.get(key) != model_args.get(key):
             raise UsageError(
-                f"the weights do not fit {name!r}: they were trained with {key}={theirs.get(key)!r}, the model has "
+                f"the weights do not fit {name!r}: they were trained with {key}={model_args.get(key)!r}, the model has "
                 f"{key}={ours.get(key)!r}"
             )
     return model
@@ -182,7 +205,8 @@ def ship(args: argparse.Namespace) -> int:
     for word in shlex.split(recipe):
         if Path(word.rpartition("=")[2]).is_absolute():
             raise UsageError(f"the recipe has {word!r}, a path of this machine: give the command with --recipe")
-    model = check_fit(arch, tensors, card)
+    trained_args = capszoo.load_model(file).arguments()
+    model = check_fit(arch, tensors, trained_args)
 
     small = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
     for key, value in small.items():
@@ -201,7 +225,7 @@ def ship(args: argparse.Namespace) -> int:
     header = {
         "capszoo_version": capszoo.__version__,
         "model": arch,
-        "model_args": {**card.get("model_args", {}), **model_args} if same_model else model_args,
+        "model_args": {**trained_args, **model_args} if same_model else model_args,
         "dataset": card["dataset"],
         "class_names": card["class_names"],
         "recipe": recipe,

@@ -13,7 +13,6 @@ weights and, while it runs, its resume.safetensors. The test set is measured onc
 """
 
 import argparse
-import csv
 import itertools
 import json
 import shutil
@@ -36,11 +35,15 @@ from capszoo.command_line import (
     add_policy_options,
     add_result,
     check_folder,
+    check_kinds,
     choose_device,
     create_optimizer,
+    format_error,
     key_value,
     parse_resumable,
     policy_from,
+    read_json,
+    read_rows,
     run,
     start_folder,
 )
@@ -84,6 +87,9 @@ PARETO_COLUMNS = (
     "best_epoch",
     "train_seconds",
 )
+
+# Columns of every round that are computed with.
+ROUND_NUMBERS = ("parameters", "macs", "float32_bytes", "val_top1", "val_loss", "train_seconds")
 
 
 def build_parser() -> OptionParser:
@@ -328,7 +334,15 @@ class Run:
             measured = self.validate(model)
             before = {"top1": measured.top1, "loss": measured.margin_loss}
             save_weights(start, model, {**self.header(model, number), "before": before})
-        return capszoo.load_model(start), json.loads(read_metadata(start)["before"])
+        model = capszoo.load_model(start)
+        try:
+            before = json.loads(read_metadata(start).get("before", "{}"))
+            check_kinds(before, {"top1": float, "loss": float})
+        except (AttributeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"the header of {str(start)!r} is damaged ({format_error(error)}): delete it, and it is made again"
+            ) from None
+        return model, before
 
     def fit(self, number: int, model: torch.nn.Module, before: dict[str, float]) -> bool:
         """Train a round's network; False if stopped."""
@@ -383,7 +397,7 @@ class Run:
         """Measure the best epoch of the last round on the test set, once, and write result.json."""
         path, args, row = self.folder / "result.json", self.args, self.rows[-1]
         if path.exists():
-            return json.loads(path.read_text())
+            return read_json(path, {"test_top1": float, "total_seconds": float}, "delete it, and go on with --resume")
         model = capszoo.load_model(self.folder / "best.safetensors").to(self.device)
         test = self.evaluate(model, self.data.test)
         result = {
@@ -459,7 +473,11 @@ class Run:
         }
 
     def add_row(self, number: int) -> None:
-        row = json.loads((self.round_folder(number) / "round.json").read_text())
+        kinds = dict.fromkeys(ROUND_NUMBERS, float)
+        kinds.update(dict.fromkeys(("val_top1_before", "val_loss_before"), float if number else type(None)))
+        remedy = "delete it, and the round is done again with --resume"
+        row = read_json(self.round_folder(number) / "round.json", {"round": int, **kinds}, remedy)
+        row = {key: row.get(key) for key in PARETO_COLUMNS}
         self.rows.append(row)
         write_csv(self.folder / "pareto.csv", PARETO_COLUMNS, self.rows)
         plot_pareto(self.rows, self.folder / "pareto.png")
@@ -480,8 +498,8 @@ class Run:
         for number in range(1, len(self.plan) + 1):
             path = self.round_folder(number) / "summary.csv"
             if path.exists():
-                with open(path, newline="") as file:
-                    rows += [{"round": number, **row} for row in csv.DictReader(file)]
+                found = read_rows(path, "delete it, and go on with --resume")
+                rows += [{"round": number, **{key: row.get(key) for key in SUMMARY_COLUMNS}} for row in found]
         write_csv(self.folder / "summary.csv", ("round", *SUMMARY_COLUMNS), rows)
 
     def show_epoch(self, number: int, trainer: Trainer, row: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -52,7 +53,9 @@ from capszoo.checkpoint import (
 )
 from capszoo.command_line import add_result, key_value, parse_resumable
 from capszoo.data import load_data
+from capszoo.engine import write_csv
 from capszoo.models.capsnet import _cfg
+from capszoo.recipes import benchmark, export, prune
 from capszoo.training import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +237,50 @@ def load_results(folder: Path, data: bytes) -> None:
         raise
 
 
+def load_card(folder: Path, data: bytes) -> None:
+    """The first byte chooses: the weights of a run, or the result.json beside sound ones."""
+    path, output = folder / ("run.safetensors" if data[:1] > b"\0" else "best.safetensors"), folder / "hub"
+    (path if data[:1] > b"\0" else folder / "result.json").write_bytes(data[1:])
+    try:
+        export.hub(Namespace(weights=str(path), output=str(output), license=None))
+        assert yaml.safe_load((output / "README.md").read_text().split("---\n")[1])["library_name"] == "timm"
+    finally:
+        if output.exists():
+            for file in output.iterdir():
+                file.unlink()
+            output.rmdir()
+        (folder / "result.json").unlink(missing_ok=True)
+
+
+def load_recipe(folder: Path, data: bytes) -> None:
+    (folder / "args.yaml").write_bytes(data)
+    export.read_recipe(folder)
+
+
+def resume_pruning(folder: Path, data: bytes) -> None:
+    """The first byte chooses the file of a run of prune.py."""
+    path = folder / _PRUNING[data[0] % 4 if data else 0]
+    sound = path.read_bytes()
+    path.write_bytes(data[1:])
+    work = prune.Run(Namespace(quiet=True), None, None, [{}], folder, torch.device("cpu"), None, None, None)
+    try:
+        if path.name == "start.safetensors":
+            work.begin(1)
+        elif path.name == "summary.csv":
+            work.write_summary()
+        else:
+            work.rows = [json.loads((folder / "round-0/round.json").read_text())]
+            work.add_row(1)
+            work.finish()
+    finally:
+        path.write_bytes(sound)
+
+
+def load_timings(folder: Path, data: bytes) -> None:
+    (folder / "timings.csv").write_bytes(data)
+    benchmark.plot_again(Namespace(plot_only=str(folder / "timings.csv"), plots=str(folder / "plots")))
+
+
 def load_mnist(folder: Path, data: bytes) -> None:
     """The first byte chooses the file."""
     path = folder / "MNIST/raw" / _MNIST[data[0] % 4 if data else 0]
@@ -270,6 +317,7 @@ def check_splits(splits) -> None:
 
 
 _MNIST = [f"{part}-{kind}-ubyte" for part, kind in itertools.product(("train", "t10k"), ("images-idx3", "labels-idx1"))]
+_PRUNING = ["round-1/round.json", "round-1/start.safetensors", "round-1/summary.csv", "result.json"]
 _CIFAR = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
 LOADERS = {
     "checkpoint": load_checkpoint,
@@ -282,6 +330,10 @@ LOADERS = {
     "resume": resume_run,
     "key_value": load_key_value,
     "results": load_results,
+    "card": load_card,
+    "recipe": load_recipe,
+    "pruning": resume_pruning,
+    "timings": load_timings,
     "mnist": load_mnist,
     "cifar": load_cifar,
     "images": load_images,
@@ -299,6 +351,10 @@ NIGHTLY = {
     "resume": 1_000,
     "key_value": 8_000,
     "results": 5_000,
+    "card": 2_000,
+    "recipe": 1_000,
+    "pruning": 1_000,
+    "timings": 300,
     "mnist": 3_000,
     "cifar": 500,
     "images": 10_000,
@@ -372,6 +428,41 @@ def make_sound(loader: str, folder: Path) -> list[bytes]:
         writer.writeheader()
         writer.writerow({"top1": 0.9, "date": "2025-01-01", "command": 'python train.py --lr "1, 2"'})
         seeds.append(text.getvalue().encode())
+    if loader == "card":
+        result = {"best_epoch": 3, "eval_top1": 0.5, "test_top1": 0.5, "amp": "none"}
+        header = {"model": "capsnet_tiny", "dataset": "digits", "class_names": ["a", "b", "c"], **result, "epoch": 3}
+        model = tiny()
+        save_weights(folder / "best.safetensors", model, {**header, "model_args": model.arguments()})
+        seeds += [b"\1" + (folder / "best.safetensors").read_bytes(), b"\0" + json.dumps(result).encode()]
+    if loader == "recipe":
+        for recipe in ("train", "prune"):
+            values = {"model": "capsnet_tiny", "epochs": 3, "keep": {"types": [0, 2]}, "model_kwargs": {"conv_dim": 8}}
+            seeds.append(f"# python recipes/{recipe}.py --config x\n{yaml.safe_dump(values)}".encode())
+    if loader == "pruning":
+        number = dict.fromkeys(prune.PARETO_COLUMNS, 1)
+        for i in (0, 1):
+            (folder / f"round-{i}").mkdir()
+            (folder / f"round-{i}/round.json").write_text(json.dumps({**number, "round": i}))
+        (folder / "round-0/round.json").write_text(
+            json.dumps({**number, "round": 0, "val_top1_before": None, "val_loss_before": None})
+        )
+        save_weights(folder / "best.safetensors", tiny(), {})
+        header = {"model": "capsnet_tiny", "model_args": tiny().arguments(), "before": {"top1": 0.5, "loss": 1.0}}
+        save_weights(folder / _PRUNING[1], tiny(), header)
+        write_csv(folder / _PRUNING[2], prune.SUMMARY_COLUMNS, [dict.fromkeys(prune.SUMMARY_COLUMNS, 1)])
+        (folder / _PRUNING[3]).write_text(json.dumps({"test_top1": 0.5, "total_seconds": 1.0}))
+        seeds += [bytes([i]) + (folder / name).read_bytes() for i, name in enumerate(_PRUNING)]
+    if loader in ("pruning", "timings"):  # matplotlib looks for its fonts once
+        figure = Figure()
+        figure.suptitle("text")
+        figure.savefig(io.BytesIO(), format="png")
+    if loader == "timings":
+        path = folder / "timings.csv"
+        base = {"median_ms": 1.0, "ratio_to_fused": 2.0, "peak_mib": 3.0, "precision": "float32", "model": "capsnet"}
+        cells = [("routing", "", "plain"), ("training step", "", "fused"), ("layer", "routing", "fused")]
+        rows = [{**base, "batch_size": 2, "subject": s, "layer": name, "variant": v} for s, name, v in cells]
+        write_csv(path, benchmark.COLUMNS, rows)
+        seeds.append(path.read_bytes())
     if loader == "mnist":
         (folder / "MNIST/raw").mkdir(parents=True)
         (folder / "MNIST/processed").mkdir()
@@ -680,6 +771,10 @@ def hostile_tensors(data: bytes, rng: random.Random) -> bytes:
     return length.to_bytes(8, "little") + text + body
 
 
+def hostile_json(data: bytes, rng: random.Random) -> bytes:
+    return dump(edit(json.loads(data), rng)).encode()
+
+
 _YAML = [
     *(
         "a: &a [x, x]\n",
@@ -860,10 +955,16 @@ def hostile_image(data: bytes, rng: random.Random) -> bytes:
 
 HOSTILE = {
     **dict.fromkeys(("checkpoint", "state", "model", "pretrained"), hostile_tensors),
-    **dict.fromkeys(("folder", "table"), lambda data, rng: dump(edit(json.loads(data), rng)).encode()),
+    **dict.fromkeys(("folder", "table"), hostile_json),
     **dict.fromkeys(("config", "resume"), hostile_text),
     "key_value": hostile_value,
     "results": hostile_table,
+    "timings": hostile_table,
+    "recipe": hostile_text,
+    "card": lambda data, rng: data[:1] + (hostile_tensors if data[0] else hostile_json)(data[1:], rng),
+    "pruning": lambda data, rng: (
+        data[:1] + (hostile_json, hostile_tensors, hostile_table, hostile_json)[data[0]](data[1:], rng)
+    ),
     "mnist": hostile_idx,
     "images": hostile_image,
 }
