@@ -674,7 +674,6 @@ def test_copies_devices_and_information(kind):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-@pytest.mark.slow
 @both
 def test_compile(kind):
     model, x = chosen(kind), images(dtype=torch.float32)

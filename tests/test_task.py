@@ -141,7 +141,7 @@ def test_checkpoint_state_round_trip():
 
 
 @pytest.mark.parametrize("decoder", [False, True])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compile(backend, decoder):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")

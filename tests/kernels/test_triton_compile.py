@@ -22,7 +22,6 @@ EXACT, FAST, HALF = (OWN, "ieee", "fp32"), (OWN, "tf32", "fp32"), (SHARED, "tf32
 CASES = {"sm_80": (EXACT, HALF), "sm_90": (EXACT, FAST, HALF), "sm_100": (EXACT, HALF), "gfx942": (EXACT,)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", list(CASES))
 def test_no_spills(target):
     pytest.importorskip("triton")

@@ -130,7 +130,6 @@ def test_compile_in_one_graph(name):
 
 @every_model
 @needs_compiler
-@pytest.mark.slow
 def test_compile(name):
     model = small(name).train()
     expected = gradients(model, model, images())
@@ -144,7 +143,6 @@ def test_compile(name):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_compile_with_autocast():
     model = small("capsnet").train()
     torch._dynamo.reset()

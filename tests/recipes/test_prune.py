@@ -243,7 +243,6 @@ def test_validate_reads_what_prune_wrote(finished, capsys):
     assert f"top1 {result['test_top1']:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_killed_from_outside_and_resumed_to_the_same_bits(given, finished, tmp_path):
     folder = tmp_path / "killed"
     arguments = [

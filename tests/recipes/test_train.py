@@ -96,7 +96,6 @@ def test_saved_arguments_repeat_the_run(trained, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_to_the_same_bits(trained, tmp_path):
     folder, _ = trained
     seed = random.randrange(2**32)
