@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "CheckpointError",
+    "UnreadableError",
     "WriteError",
     "load_state",
     "load_tensors",
@@ -35,9 +36,16 @@ _FORMAT = "capszoo.resume.v1"
 # Others cannot be copied into a model's weights, or lose most of their values there.
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# By the names that states hold them by.
+_TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be sound, but cannot be read: its permissions, the disk or the memory are at fault."""
 
 
 class WriteError(ValueError):
@@ -96,14 +104,22 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         CheckpointError: If there is no such file, or it is damaged or no safetensors file.
+        UnreadableError: If it cannot be read, and may be sound.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {str(path)!r}: check the path")
     try:
+        with open(path, "rb") as file:
+            file.read(8)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
             return {key: file.get_tensor(key) for key in file.keys()}, metadata
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise UnreadableError(
+            f"{str(path)!r} cannot be read ({reason}): mend its permissions, the disk or the memory"
+        ) from None
     except Exception as error:  # torch refuses odd types and shapes with any exception
         raise CheckpointError(
             f"{str(path)!r} is damaged or no safetensors file ({_first_line(error)}): use another checkpoint"
@@ -173,7 +189,7 @@ def _fitting(
 
 
 def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | None = None) -> None:
-    """Write a nested state of dicts, lists, tensors, numbers, strings, bools and None to one safetensors file.
+    """Write a nested state of dicts, lists, tuples, tensors, dtypes, numbers, strings, bools and None to one file.
 
     Its header has a checksum of all that it holds.
 
@@ -192,7 +208,10 @@ def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | N
             # JSON keys are strings; optimizer states are keyed by integers.
             return {"__dict__": [[key, strip(item, f"{name}.{key}")] for key, item in value.items()]}
         if isinstance(value, (list, tuple)):
-            return [strip(item, f"{name}.{i}") for i, item in enumerate(value)]
+            items = [strip(item, f"{name}.{i}") for i, item in enumerate(value)]
+            return {"__tuple__": items} if isinstance(value, tuple) else items
+        if isinstance(value, torch.dtype):
+            return {"__dtype__": str(value).removeprefix("torch.")}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         raise TypeError(f"cannot store {type(value).__name__} at {name!r} in a checkpoint")
@@ -218,6 +237,10 @@ def load_state(path: str | Path) -> dict[str, Any]:
         if isinstance(value, dict):
             if "__tensor__" in value:
                 return tensors[value["__tensor__"]]
+            if "__tuple__" in value:
+                return tuple(restore(item) for item in value["__tuple__"])
+            if "__dtype__" in value:
+                return _TYPES[value["__dtype__"]]
             return {key: restore(item) for key, item in value["__dict__"]}
         if isinstance(value, list):
             return [restore(item) for item in value]

@@ -47,6 +47,8 @@ def build_parser() -> OptionParser:
     jobs.add_parser("doctor", allow_abbrev=False, help="what this machine has, which routing runs on it, and why")
     for name, text in RECIPES.items():
         jobs.add_parser(name, help=text, add_help=False)
+    for job in jobs.choices.values():
+        job.error = parser.error  # type: ignore[method-assign]  # one line, as everywhere
     return parser
 
 

@@ -4,14 +4,17 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
+import itertools
 import json
 import math
+import os
 import reprlib
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,9 +32,12 @@ __all__ = [
     "add_result",
     "check_folder",
     "check_kinds",
+    "check_ranges",
+    "check_results",
     "choose_device",
     "create_optimizer",
     "format_error",
+    "hold_folder",
     "key_value",
     "parse_resumable",
     "policy_from",
@@ -48,6 +54,15 @@ __all__ = [
 # Parsing that much takes some seconds.
 _LONGEST_YAML = 1 << 17
 _DEEPEST_YAML = 20
+_FULL = (errno.ENOSPC, errno.EPIPE, errno.EDQUOT, errno.EFBIG)
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("micro_batch", "eval_batch_size"), ("1 or more", lambda value: value >= 1)),
+    **dict.fromkeys(("workers", "save_every", "translate"), ("0 or more", lambda value: value >= 0)),
+    "seed": ("0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+    "drop_rate": ("0 or more, below 1", lambda value: 0 <= value < 1),
+    "clip_grad": ("a number above 0", lambda value: 0 < value < math.inf),
+    **dict.fromkeys(("weight_decay", "reconstruction_weight"), ("0 or more", lambda value: 0 <= value < math.inf)),
+}
 # What recipes write has some kilobytes.
 _LONGEST_JSON = 1 << 20
 
@@ -268,8 +283,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        float(torch.zeros((), device=device))  # there is something to compute with
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r} cannot be used ({format_error(error)}): use --device auto or cpu") from None
     return device
 
@@ -351,9 +366,24 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.
     extra: dict[str, Any] = {"fused": True} if args.opt in ("adam", "adamw") else {}
     extra.update({"momentum": args.momentum} if "momentum" in args else {})
     try:
-        return create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **extra)
+        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **extra)
     except (ImportError, AssertionError, TypeError, ValueError) as error:
         raise UsageError(f"optimizer {args.opt!r} cannot be made: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"optimizer {args.opt!r} needs second derivatives, which the fused routing has not: use adam")
+    return optimizer
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Check the numbers that options of training give, of those that a recipe has.
+
+    Raises:
+        UsageError: If one is out of range.
+    """
+    for name, (what, right) in _RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not right(value):
+            raise UsageError(f"--{name.replace('_', '-')} {value} is out of range: give {what}")
 
 
 class StopSignal:
@@ -387,6 +417,8 @@ class StopSignal:
 def start_folder(folder: Path, text: str) -> None:
     """Make the folder of a run with its args.yaml, from which --resume goes on, or leave nothing behind.
 
+    Several processes may do so at once, as those that share an exploration do; see `hold_folder` for one that is alone.
+
     Raises:
         UsageError: If the folder cannot be made.
     """
@@ -415,13 +447,107 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
 
 
+@contextlib.contextmanager
+def hold_folder(folder: Path, text: Callable[[Path], str] | None, is_default: bool = False) -> Iterator[Path]:
+    """Hold the folder of a run, so that no other process on this machine trains in it meanwhile.
+
+    Args:
+        folder: The folder.
+        text: Given the folder, the args.yaml of a new run; None goes on with a run that is there.
+        is_default: The user did not choose the folder: where there is one of this name already, of a run that began in
+            the same second, take NAME-1, NAME-2 and so on.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UsageError: If the folder cannot be made, has files of another run, or another process trains in it.
+    """
+    name = folder
+    for number in itertools.count(1):
+        made = False
+        try:
+            if text is not None:
+                made = not folder.exists()
+                folder.mkdir(parents=True, exist_ok=not is_default)
+        except FileExistsError:
+            if is_default:
+                folder = name.with_name(f"{name.name}-{number}")
+                continue
+            check_folder(folder)  # it is a file
+            raise
+        except OSError as error:
+            raise UsageError(
+                f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
+            ) from None
+        break
+    try:
+        # Processes that read images hold what their parent held, and see its end some seconds later.
+        lock = _lock(folder, seconds=15 if text is None else 0)
+        try:
+            if text is not None:
+                check_folder(folder)
+                start_folder(folder, text(folder))
+            made = False
+            yield folder
+        finally:
+            if lock is not None:
+                os.close(lock)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _lock(folder: Path, seconds: float) -> int | None:
+    """Lock a folder; None where its file system or the system has no locks. Leaves nothing in it."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            os.close(descriptor)
+            raise UsageError(
+                f"another process trains in {str(folder)!r}: wait for its end, or choose another --output"
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            return None
+
+
 def add_result(path: Path, result: dict[str, Any], launch: str, argv: Sequence[str] | None) -> None:
     """Add a row with a result, the date and the command that made it to a table of results."""
     command = shlex.join([*launch.split(), *(sys.argv[1:] if argv is None else argv)])
     row = {**result, "date": time.strftime("%Y-%m-%d"), "command": command}
     rows = read_rows(path, "mend or delete it") if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_results(path)
     write_csv(path, list({key: None for any_row in (*rows, row) for key in any_row}), [*rows, row])
+
+
+def check_results(path: Path) -> None:
+    """Make the folder of a table of results, and check that the table can be added to.
+
+    Raises:
+        UsageError: If it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"no table can be made at {str(path)!r} ({error.strerror}): give another --results") from None
+    if path.exists():
+        read_rows(path, "mend or delete it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{str(path)!r} cannot be written: give another --results")
 
 
 def read_rows(path: Path, remedy: str) -> list[dict[str, str]]:
@@ -464,6 +590,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if not type(error).__module__.startswith("capszoo") and not _raised_by_us(error):
             raise
         print(f"error: {format_error(error)}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        # Of a write to what print() writes to, and not of a file that was opened by its name.
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        print(f"error: the output cannot be written ({error.strerror}): write it elsewhere", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
         code = 2
     sys.exit(code)
 

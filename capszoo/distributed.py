@@ -9,7 +9,7 @@ this zoo have some million parameters: sharding them (FSDP) would save nothing.
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Ranks", "RanksError", "is_lost_connection", "join_ranks", "leave_ranks"]
+__all__ = ["ALONE", "Ranks", "RanksError", "is_lost_connection", "join_ranks", "leave_ranks", "reach", "wait_for"]
 
 # Waiting longer for another rank than this, it is taken for dead; torchrun then starts the ranks again.
 _TIMEOUT = timedelta(minutes=10)
+_LONG_TIMEOUT = timedelta(hours=12)
+# Where processes meet that do not work at the same pace.
+_store: dist.Store | None = None
 
 
 class RanksError(ValueError):
@@ -111,6 +114,8 @@ def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tupl
     if ":" in device:
         raise RanksError(f"--device {device} is one device for {ranks.count} processes: give cuda, cpu or auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind not in ("cpu", "cuda"):
+        raise RanksError(f"--device {device} is none that several processes can train on: give cuda, cpu or auto")
     if kind == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
             raise RanksError(
@@ -119,9 +124,16 @@ def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tupl
             )
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if kind == "cuda" else "gloo"
-    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.count, timeout=_TIMEOUT))
-    store = _unused_part(store, ranks)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.count, timeout=_TIMEOUT)
+    global _store
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.count, timeout=_TIMEOUT))
+        _store = _unused_part(store, ranks)
+        dist.init_process_group(backend, store=_store, rank=ranks.rank, world_size=ranks.count, timeout=_TIMEOUT)
+    except RanksError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RanksError(f"the other processes cannot be reached ({reason}): start all of them with torchrun") from None
     return ranks, torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
 
 
@@ -156,6 +168,30 @@ def _unused_part(store: dist.Store, ranks: Ranks) -> dist.Store:
     return dist.PrefixStore(own, store)
 
 
+def reach(point: str, ranks: Ranks) -> None:
+    """Tell the others that this process has come to a point of its work."""
+    if ranks.count > 1:
+        _meeting_place().set(f"reached/{point}/{ranks.rank}", "")
+
+
+def wait_for(point: str, ranks: Ranks, others: Iterable[int]) -> None:
+    """Wait until others have come to a point, for as long as downloads and large data sets may take.
+
+    Args:
+        point: Its name, as they gave it to `reach`.
+        ranks: This process.
+        others: Numbers of those to wait for.
+    """
+    if ranks.count > 1:
+        _meeting_place().wait([f"reached/{point}/{rank}" for rank in others], _LONG_TIMEOUT)
+
+
+def _meeting_place() -> dist.Store:
+    if _store is None:
+        raise RanksError("the processes have not met: call join_ranks first")
+    return _store
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether an error of torch says that another process is not there any more."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
@@ -163,5 +199,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 def leave_ranks() -> None:
     """Part from the other processes, if there are any."""
+    global _store
+    _store = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

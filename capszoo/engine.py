@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoint import (
     CheckpointError,
+    UnreadableError,
     check_resume_state,
     load_state,
     random_state,
@@ -316,6 +316,7 @@ class Trainer:
         looks = _STEPS_BETWEEN_QUESTIONS if ranks.count > 1 else 1
         self._recent = torch.zeros(looks if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS, device=self.device)
         self._unseen = 0
+        self._steps_asked, self._steps_to_question, self._last_question = 1, 1, time.monotonic()
         self._skipped_in_a_row = 0
         self._saved: tuple[int, int] | None = None  # epoch and step of the last checkpoint
         self._batch_images = 0  # of all ranks together, in the step being taken
@@ -372,6 +373,8 @@ class Trainer:
                 if self.ranks.count == 1:  # the others are not at the same step
                     self._check_finite()
                     self.save()
+                    if self.should_stop():  # and what asked for it ended the processes that read images, too
+                        return False
                 raise
             if not completed:
                 self._check_finite()
@@ -403,7 +406,7 @@ class Trainer:
             self._recent[self._unseen] = self.loss
             self._unseen += 1
             self.on_step(self)
-            if self._is_asked_to_stop(position.step):
+            if self._is_asked_to_stop():
                 return False
             if self._unseen == len(self._recent):
                 self._check_losses()
@@ -425,13 +428,19 @@ class Trainer:
                     f"--batch-size or --warm-batch {self.ranks.count} or more, or start fewer processes"
                 )
 
-    def _is_asked_to_stop(self, step: int) -> bool:
-        """Several ranks must stop after the same step, and agree on it now and then."""
+    def _is_asked_to_stop(self) -> bool:
+        """Several ranks must stop after the same step, and agree on it now and then: every second at least."""
         if self.ranks.count == 1:
             return self.should_stop()
-        if step % _STEPS_BETWEEN_QUESTIONS:
+        self._steps_to_question -= 1
+        if self._steps_to_question:
             return False
-        return self.ranks.any(self.should_stop(), self.device)
+        now = time.monotonic()
+        pace, self._last_question = now - self._last_question, now
+        answers = torch.tensor([float(self.should_stop()), pace / self._steps_asked], device=self.device)
+        stop, seconds = self.ranks.max_(answers).tolist()
+        self._steps_asked = self._steps_to_question = max(1, min(_STEPS_BETWEEN_QUESTIONS, int(1 / max(seconds, 1e-9))))
+        return bool(stop)
 
     def _check_losses(self) -> None:
         """Stop at the first loss that is not finite, by any rank's count."""
@@ -523,9 +532,11 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.clip_grad)
         if sums is not None and self._skip_step():
             self.sums.copy_(sums)
+            if self.scaler.is_enabled():  # the scale is not at fault
+                self.scaler.update(self.scaler.get_scale())
         else:
             self.scaler.step(self.optimizer)
-        self.scaler.update()
+            self.scaler.update()
 
     def _skip_step(self) -> bool:
         """Whether the step must be left out, on all ranks."""
@@ -571,8 +582,7 @@ class Trainer:
         if self.val_split is not None:
             share = (self.ranks.rank, self.ranks.count)
             loader = self._loader(self.val_split, self.eval_batch_size, share=share)
-            steps = itertools.count(1)
-            batches = until_stopped(loader, lambda: self._is_asked_to_stop(next(steps)))
+            batches = until_stopped(loader, self._is_asked_to_stop)
             try:
                 evaluation = evaluate(self.task.get_eval_model(), batches, self.amp, self.ranks)
             except Stopped:
@@ -685,6 +695,8 @@ class Trainer:
         try:
             header = read_metadata(path)
             found = {key: json.loads(header[key]) for key in ("epoch", "eval_top1", "eval_loss", "train_loss")}
+        except UnreadableError:
+            raise
         except (CheckpointError, KeyError, ValueError) as error:
             found = None
             if position.best is not None and path.exists():
@@ -721,6 +733,8 @@ class Trainer:
             try:
                 state = load_state(path)
                 check_resume_state(state, path)
+            except UnreadableError:  # perhaps for now alone: the one before must not take its place
+                raise
             except CheckpointError as error:
                 damage = damage or error
                 continue

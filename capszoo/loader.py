@@ -11,6 +11,7 @@ A data set that does not fit is read by worker processes in the same order and t
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -237,6 +238,7 @@ class Loader:
             sampler=[rows[chunk].tolist() for chunk in chunks],
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_outlive_signals if self.num_workers else None,
             generator=torch.Generator(),  # else it draws its workers' seed from the global one
         )
         offsets = offsets.to(self.device)
@@ -259,6 +261,15 @@ class Loader:
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return torch.div(pixels, 255)
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a worker: leave Ctrl-C and SIGTERM to the parent.
+
+    They often go to all processes of a job, and the parent has to finish its step; workers end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _read(loader: DataLoader) -> Iterator[Tensor | DataError]:

@@ -14,7 +14,7 @@ import torch
 
 from ._version import __version__
 from .checkpoint import load_weights, write_atomically
-from .command_line import OptionParser, add_policy_options, create_optimizer, key_value, policy_from
+from .command_line import OptionParser, add_policy_options, check_ranges, create_optimizer, key_value, policy_from
 from .data import DataSplits, Loader, default_translate, load_data
 from .distributed import ALONE, Ranks
 from .engine import Trainer, evaluate, resolve_amp, until_stopped, write_json
@@ -183,7 +183,10 @@ def make_trainer(
     Raises:
         ValueError: For a model, policy, optimizer or precision that cannot be made.
     """
+    check_ranges(args)
     amp = resolve_amp(args.amp, device)
+    translate = default_translate(args.dataset) if args.translate is None else args.translate
+    Loader(data.train, 1, device, translate=translate)  # says whether images are large enough for these shifts
     torch.manual_seed(args.seed)
     model = make_model(args, data)
     model.to(device)
@@ -207,7 +210,7 @@ def make_trainer(
         device=device,
         amp=amp,
         seed=args.seed,
-        translate=default_translate(args.dataset) if args.translate is None else args.translate,
+        translate=translate,
         eval_batch_size=args.eval_batch_size,
         clip_grad=args.clip_grad,
         save_every=args.save_every,

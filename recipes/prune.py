@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,19 @@ from capszoo.command_line import (
     UsageError,
     add_policy_options,
     add_result,
-    check_folder,
     check_kinds,
+    check_ranges,
+    check_results,
     choose_device,
     create_optimizer,
     format_error,
+    hold_folder,
     key_value,
     parse_resumable,
     policy_from,
     read_json,
     read_rows,
     run,
-    start_folder,
 )
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.engine import (
@@ -253,7 +255,7 @@ def scored_images(args: argparse.Namespace, data: DataSplits, device: torch.devi
     return itertools.islice(iter(loader), -(-args.score_images // size))
 
 
-def prepare_folder(args: argparse.Namespace) -> Path:
+def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     """Make the run folder; the last thing before work starts, so that no error leaves one behind."""
     import yaml
 
@@ -262,15 +264,15 @@ def prepare_folder(args: argparse.Namespace) -> Path:
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(args.output) if args.output else default
     if args.resume:
-        for leftover in folder.glob(".*.tmp"):  # of a run killed while it wrote
-            leftover.unlink()
-    else:
-        values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
-        values["keep"] = dict(args.keep)
-        text = f"# python recipes/prune.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
-        check_folder(folder)
-        start_folder(folder, text)
-    return folder
+        return hold_folder(folder, None)
+    values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+    values["keep"] = dict(args.keep)
+    options = yaml.safe_dump(values, sort_keys=False)
+    return hold_folder(
+        folder,
+        lambda folder: f"# python recipes/prune.py --config {folder / 'args.yaml'}\n{options}",
+        is_default=not args.output,
+    )
 
 
 class Run:
@@ -553,6 +555,7 @@ def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_ranges(args)
     console = Console(highlight=False, soft_wrap=True)
     device = choose_device(args.device)
     amp = resolve_amp(args.amp, device)
@@ -576,8 +579,11 @@ def main(argv: list[str] | None = None) -> int:
     policy = make_policy(args, len(data.train))
     create_optimizer(args, model)
 
-    folder = prepare_folder(args)
-    with StopSignal() as stop:
+    if args.results:
+        check_results(Path(args.results))
+    with hold_run_folder(args) as folder, StopSignal() as stop:
+        for leftover in folder.glob(".*.tmp"):  # of a run killed while it wrote
+            leftover.unlink()
         work = Run(args, data, policy, plan, folder, device, amp, console, stop)
         work.say(
             f"{args.weights} on {args.dataset} ({len(data.train):,} train, {len(data.val):,} val, {len(data.test):,} "

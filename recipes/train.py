@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,19 @@ from capszoo.command_line import (
     StopSignal,
     UsageError,
     add_result,
-    check_folder,
+    check_results,
     choose_device,
     format_error,
+    hold_folder,
     parse_resumable,
+    read_yaml,
     run,
-    start_folder,
 )
-from capszoo.data import DataError
-from capszoo.distributed import Ranks, RanksError, is_lost_connection, join_ranks, leave_ranks
+from capszoo.data import DataError, DataSplits
+from capszoo.distributed import Ranks, RanksError, is_lost_connection, join_ranks, leave_ranks, reach, wait_for
 from capszoo.engine import Stopped, Trainer, find_lr, write_csv
 from capszoo.policies import Policy, suggest_lr
-from capszoo.training import build_parser, load_splits, make_trainer, measure_test, options_text
+from capszoo.training import build_parser, load_splits, make_trainer, measure_test, options_from, options_text
 
 # Options that only say where and how a run is computed may change when it is resumed.
 MAY_CHANGE_ON_RESUME = {
@@ -60,20 +62,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not args.resume:
         if not args.output:
             raise UsageError("torchrun --max-restarts needs --output RUN_DIR, where processes find the run again")
-        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) and (Path(args.output) / "args.yaml").is_file():
+        if is_own_run(args, Path(args.output)):
             args.resume = args.output
     return args
 
 
-def prepare_folder(args: argparse.Namespace) -> Path:
+def torchrun_mark() -> str:
+    """What tells in args.yaml which start of torchrun a run is of; nothing where torchrun does not start again."""
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return ""
+    return f"# torchrun {os.environ['TORCHELASTIC_RUN_ID']}\n"
+
+
+def is_own_run(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether torchrun has started the run in this folder with these options, and now starts its processes again."""
+    file = folder / "args.yaml"
+    # Without a rendezvous of its own, all that torchrun starts has one name.
+    if torchrun_mark() == "# torchrun none\n" and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return False
+    if not file.is_file() or torchrun_mark() not in file.read_text(errors="replace"):
+        return False
+    saved = options_from(read_yaml(file), str(file))
+    for key, value in vars(args).items():
+        # Those that are not given are filled in before they are saved.
+        if key not in MAY_CHANGE_ON_RESUME | {"config", "output"} and value is not None:
+            if key == "model_kwargs":
+                value, saved.model_kwargs = dict(value), dict(saved.model_kwargs)
+            if getattr(saved, key) != value:
+                return False
+    return True
+
+
+def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     """Make the run folder; the last thing before work starts, so that no error leaves one behind."""
     name = "-".join([args.model, Path(args.dataset).name, args.policy, time.strftime("%Y%m%d-%H%M%S")])
     default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     folder = Path(args.output) if args.output else default
-    if not args.resume:
-        check_folder(folder)
-        start_folder(folder, options_text(args, folder))
-    return folder
+    text = None if args.resume else lambda folder: options_text(args, folder) + torchrun_mark()
+    return hold_folder(folder, text, is_default=not args.output)
 
 
 class Report:
@@ -161,28 +187,50 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     ranks, device = join_ranks(args.device)
     try:
-        return train(args, argv, ranks, choose_device(args.device) if device is None else device)
+        return prepare(args, argv, ranks, choose_device(args.device) if device is None else device)
+    except RuntimeError as error:
+        if ranks.count == 1 or not is_lost_connection(error):
+            raise
+        raise RanksError(
+            f"another process of this run has died or cannot be reached ({format_error(error)}): go on from the "
+            f"last checkpoint with --resume, or let torchrun do it with --max-restarts and --output"
+        ) from None
     finally:
         leave_ranks()
 
 
-def train(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
-    """Train on one of the ranks; the first one writes and prints."""
+def prepare(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
+    """Load the data, make the trainer and the run folder, and train; the first of the ranks writes and prints."""
     console = Console(highlight=False, soft_wrap=True, quiet=not ranks.is_first)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm
     if not ranks.is_first:
         args.quiet, args.tensorboard = True, False
-        ranks.any(False, device)  # the first one may have to download
+        if args.download:
+            wait_for("data", ranks, [0])
+    elif args.results:
+        check_results(Path(args.results))
     data = load_splits(args)
-    if ranks.is_first:
-        ranks.any(False, device)
+    reach("data", ranks)
+    wait_for("data", ranks, range(ranks.count))
     trainer = make_trainer(args, data, device, ranks=ranks)
-    policy, model = trainer.policy, trainer.task.model
     if ranks.count > 1 and args.policy == "lr_finder":
         raise UsageError("--policy lr_finder runs in one process: start it without torchrun")
-    folder = Path()
-    if ranks.is_first:
-        folder = trainer.folder = prepare_folder(args)
+    with hold_run_folder(args) if ranks.is_first else nullcontext(Path()) as folder:
+        if ranks.is_first:
+            trainer.folder = folder
+        return train(args, argv, trainer, data, folder, console)
+
+
+def train(
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    trainer: Trainer,
+    data: DataSplits,
+    folder: Path,
+    console: Console,
+) -> int:
+    """Train in a run folder, and measure the test set."""
+    ranks, device, policy, model = trainer.ranks, trainer.device, trainer.policy, trainer.task.model
     with Report(console, policy, folder, args.quiet, args.tensorboard) as report, StopSignal() as stop:
         trainer.on_step, trainer.on_epoch, trainer.should_stop = report.step, report.epoch, stop
         if not args.quiet:
@@ -202,6 +250,8 @@ def train(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device
             console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}")
         try:
             completed = trainer.fit()
+            # A signal to one of them stops all, and all end as it asks for.
+            stop.received = int(ranks.max_(torch.tensor(stop.received or 0, device=device))) or None
             leave_ranks()
             if not ranks.is_first:
                 return 0 if completed else stop.exit_code
@@ -210,13 +260,6 @@ def train(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device
             raise type(error)(f"{error} (the run: --resume {folder})") from error
         except Stopped:
             result = None
-        except RuntimeError as error:
-            if ranks.count == 1 or not is_lost_connection(error):
-                raise
-            raise RanksError(
-                f"another process of this run has died or cannot be reached ({format_error(error)}): go on from the "
-                f"last checkpoint with --resume, or let torchrun do it with --max-restarts and --output"
-            ) from None
     if result is None:
         console.print(f"stopped and saved: go on with --resume {folder}")
         return stop.exit_code

@@ -37,6 +37,8 @@ def test_info(capsys):
     ("arguments", "expected"),
     [
         (["lst"], "unknown command 'lst', did you mean 'list'?"),
+        (["info"], "required: model"),
+        (["list", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["info", "capsnet_tny"], "did you mean 'capsnet_tiny'"),
         (["train", "--dataset", "pets"], "unknown data set 'pets'"),
         (["train", "--epoch", "3"], "unknown option '--epoch', did you mean '--epochs'"),

@@ -1,5 +1,7 @@
 """What machines do to a training run. README.md has a table of these faults; each row names a test."""
 
+import argparse
+import errno
 import json
 import logging
 import os
@@ -20,8 +22,9 @@ from PIL import Image
 from torch import nn
 
 import capszoo
-from capszoo import engine
-from capszoo.checkpoint import CheckpointError, WriteError, load_state, load_tensors
+from capszoo import checkpoint, engine
+from capszoo.checkpoint import CheckpointError, UnreadableError, WriteError, load_state, load_tensors
+from capszoo.command_line import StopSignal, UsageError, create_optimizer
 from capszoo.data import DataError, Split, load_data
 from capszoo.engine import STATE_FILES, Trainer, TrainingError
 from capszoo.losses import MarginLoss
@@ -295,6 +298,45 @@ def test_damaged_checkpoint(kind, splits, whole, tmp_path, caplog):
         make_trainer(splits, tmp_path / "run").resume()
 
 
+def test_checkpoint_that_cannot_be_read_for_now(splits, tmp_path, monkeypatch):
+    """The one before must not take its place: it may be whole."""
+    folder = tmp_path / "run"
+    trainer = make_trainer(splits, folder)
+    assert trainer.fit()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(path, *args, **kwargs):
+        if Path(path).name == STATE_FILES[0]:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "open", fail, raising=False)
+    with pytest.raises(UnreadableError, match=r"'.*/resume.safetensors' cannot be read \(Input/output error\)"):
+        make_trainer(splits, folder).resume()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "opt", ["adam", "sgd", "adafactorbv", "lamb", "muon", pytest.param("kron", marks=pytest.mark.slow)]
+)
+def test_every_kind_of_optimizer_goes_on(opt, splits, tmp_path):
+    def make(folder, **kwargs):
+        trainer = make_trainer(splits, folder, **kwargs)
+        args = argparse.Namespace(opt=opt, lr=1e-3, weight_decay=0.0)
+        trainer.optimizer = create_optimizer(args, trainer.task.model)
+        return trainer
+
+    one = make(tmp_path / "one")
+    assert one.fit()
+    other = make(tmp_path / "other")
+    other.should_stop = lambda: other.position.epoch == 1 and other.position.step == 2
+    assert not other.fit()
+    other = make(tmp_path / "other")
+    torch.manual_seed(7)
+    assert other.resume() and other.fit()
+    assert_same_bits(one, other)
+
+
 def test_best_weights_and_state_that_do_not_agree(splits, whole, tmp_path):
     """A run can end after the state of an epoch and before its best weights, or go back behind them."""
     folder = tmp_path / "run"
@@ -369,6 +411,29 @@ def test_killed_process_that_reads_images(splits, whole, tmp_path):
     assert go_on((read, val), tmp_path / "run", whole) == (1, 0)
 
 
+class ReaderThatIsStopped(DeadlyReader):
+    """The scheduler asks all processes of a job to stop, here while one of them reads."""
+
+    def read(self, indices):
+        if self.trap.exists() and os.getpid() != self.main:
+            self.trap.unlink()
+            for process in (os.getpid(), self.main):
+                os.kill(process, signal.SIGTERM)
+            time.sleep(0.2)
+        return self.images[torch.as_tensor(list(indices))]
+
+
+def test_signal_to_all_processes_leaves_the_reading_to_end(splits, whole, tmp_path):
+    train, val = splits
+    reader = ReaderThatIsStopped(train.images, tmp_path / "trap")
+    read = Split(train.labels, reader=reader, indices=torch.arange(len(train)))
+    with StopSignal() as stop:
+        trainer = make_trainer((read, val), tmp_path / "run", num_workers=1, should_stop=stop)
+        trainer.on_epoch = lambda trainer, row: reader.trap.touch()
+        assert not trainer.fit() and stop.exit_code == 0
+    assert go_on((read, val), tmp_path / "run", whole)[0] == 1
+
+
 # Losses
 
 
@@ -415,6 +480,16 @@ def test_leaving_out_changes_nothing_else(splits, whole, tmp_path):
     trainer = make_trainer(splits, tmp_path / "run", nonfinite="skip")
     assert trainer.fit()
     assert_same_bits(trainer, whole)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_steps_in_float16_can_be_left_out(clip_grad, splits, tmp_path):
+    trainer = make_trainer(
+        splits, tmp_path / "run", PoisonedLoss({2, 3}), amp=torch.float16, nonfinite="skip", clip_grad=clip_grad
+    )
+    assert trainer.fit()
+    assert [row["skipped_steps"] for row in trainer.history] == [2, 0, 0]
+    assert trainer.scaler.get_scale() == 65536  # the data were at fault
 
 
 def test_steps_are_not_left_out_for_ever(splits, tmp_path, monkeypatch):
@@ -508,6 +583,71 @@ def test_killed_process_of_torchrun(tmp_path):
     command = [sys.executable, str(ROOT / "recipes/train.py"), "--resume", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and f"resumed at epoch {state['epoch'] + 1}" in done.stdout, done.stderr
+
+
+def stop_processes_of_torchrun(tmp_path, *options, restarts, choose):
+    """Start two ranks, send SIGTERM to one of the processes, and return exit code, output and run folder."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    options = [*"--policy fixed --amp none --device cpu --model-kwargs conv_dim=8 num_types=2".split(), *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--max-restarts={restarts}", str(ROOT / "recipes/train.py"), *options, "--output", str(folder)]
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        try:
+            wait_for((folder / STATE_FILES[1]).exists, process)
+            os.kill(choose(process.pid), signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
+    return process.returncode, log.read_text(), folder
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_one_process_of_torchrun_is_asked_to_stop(tmp_path):
+    """All stop with it, save, and torchrun does not start them again; with fewer steps an epoch than questions."""
+    options = ["--batch-size", "512", "--epochs", "10000"]
+    code, text, folder = stop_processes_of_torchrun(
+        tmp_path, *options, restarts=1, choose=lambda parent: processes_of(parent)[1]
+    )
+    assert code == 0 and text.count("stopped and saved") == 1 and "resumed" not in text, text
+    assert load_state(folder / STATE_FILES[0])["position"]["epoch"] < 10000
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_torchrun_is_asked_to_stop(tmp_path):
+    options = ["--batch-size", "512", "--epochs", "10000"]
+    code, text, folder = stop_processes_of_torchrun(tmp_path, *options, restarts=0, choose=lambda parent: parent)
+    assert text.count("stopped and saved") == 1, text  # torchrun's own exit code is 1, whatever its processes say
+
+
+def test_torchrun_goes_on_with_its_own_runs_alone(tmp_path, monkeypatch, recipe):
+    """A refused start is started again: that must not make the folder of another run its own."""
+    train = recipe("train")
+    options = "--policy fixed --amp none --device cpu --batch-size 128 --epochs 1 --quiet".split()
+    options += ["--model-kwargs", "conv_dim=8", "num_types=2", "--output", str(tmp_path / "run")]
+    assert train.main(options) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UsageError, match="is not empty"):
+        train.main(options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+    for run_id in ("none", "9c5f"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        options[-1] = str(tmp_path / f"own-{run_id}")
+        assert train.parse_args(options).resume is None
+        assert train.main(options) == 0
+        # A change of the machines that take part is none that torchrun counts, but without a name it tells nothing.
+        assert train.parse_args(options).resume == (options[-1] if run_id != "none" else None)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert train.parse_args(options).resume == options[-1]
+        assert train.parse_args([*options, "--seed", "1"]).resume is None
+        assert train.parse_args([*options, "--workers", "1"]).resume == options[-1]
 
 
 def test_restarts_need_a_folder_that_is_named(monkeypatch, recipe):

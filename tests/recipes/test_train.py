@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import capszoo
 import capszoo.training
+from capszoo.command_line import UsageError, _lock
 
 ROOT = Path(__file__).parents[2]
 # Small enough for a few seconds a run; float32, where a CPU gives the same bits each time.
@@ -147,6 +148,79 @@ def test_signal_saves_and_resume_goes_on(number, code, trained, tmp_path):
         run("train.py", "--resume", stopped, cwd=tmp_path)
     one, other = load_file(folder / "last.safetensors"), load_file(stopped / "last.safetensors")
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch, recipe):
+    train = recipe("train")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda layout: "20260101-000000")
+    monkeypatch.setattr(train.Trainer, "fit", lambda trainer: False)
+    for _ in range(3):
+        train.main([*SMALL, "--quiet"])
+    name = "capsnet_tiny-digits-one_cycle-20260101-000000"
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [name, f"{name}-1", f"{name}-2"]
+    for folder in (tmp_path / "runs").iterdir():
+        assert f"--config runs/{folder.name}/args.yaml" in (folder / "args.yaml").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks on folders")
+def test_folder_that_another_process_trains_in(tmp_path, recipe, monkeypatch):
+    train = recipe("train")
+    fit = train.Trainer.fit
+    said = []
+
+    def fit_again(trainer):
+        monkeypatch.setattr(train.Trainer, "fit", fit)
+        said.append(run("train.py", "--output", tmp_path / "run", cwd=tmp_path, code=2))
+        with pytest.raises(UsageError, match="another process trains in"):
+            _lock(tmp_path / "run", seconds=0.2)
+        return fit(trainer)
+
+    monkeypatch.setattr(train.Trainer, "fit", fit_again)
+    assert train.main([*SMALL, "--epochs", "1", "--quiet", "--output", str(tmp_path / "run")]) == 0
+    assert said[0].startswith(f"error: another process trains in '{tmp_path / 'run'}'") and said[0].count("\n") == 1
+    assert _lock(tmp_path / "run", seconds=0) is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--micro-batch 0",
+        "--micro-batch -1",
+        f"--seed {2**70}",
+        "--seed -1",
+        "--drop-rate 2",
+        "--device meta",
+        "--device tpu9",
+        "--clip-grad -1",
+        "--clip-grad nan",
+        "--weight-decay -1",
+        "--save-every -1",
+        "--eval-batch-size 0",
+        "--workers -1",
+        "--translate 100",
+        "--translate -1",
+        "--reconstruction-weight nan",
+        "--opt adahessian",
+        "--results /dev/null/x.csv",
+        "--results .",
+    ],
+)
+def test_options_out_of_range_are_refused_before_there_is_a_folder(options, tmp_path, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        recipe("train").main([*SMALL, *options.split(), "--output", "run"])
+    assert len(str(error.value).splitlines()) == 1 and options.split()[1][:5] in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a full device")
+def test_output_that_cannot_be_written(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "recipes/train.py"), *SMALL, "--output", str(tmp_path / "run")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written (No space left on device): write it elsewhere\n"
 
 
 def make_folder(root: Path, size=20) -> Path:
