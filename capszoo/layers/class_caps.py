@@ -11,6 +11,9 @@ from .functional import dynamic_routing
 
 __all__ = ["ClassCaps", "DynamicRouting", "create_routing", "list_routings"]
 
+# Far above what any paper uses, and a bound to what the header of a file can make a forward pass cost.
+_MAX_ITERS = 100
+
 
 class DynamicRouting(nn.Module):
     """Routing by agreement with a softmax over the classes (Sabour, Frosst and Hinton 2017, procedure 1).
@@ -18,13 +21,18 @@ class DynamicRouting(nn.Module):
     Args:
         num_iters: R, the number of routing iterations.
         approximate_squash: Use the paper's cheap approximation of squash.
+
+    Raises:
+        ValueError: If num_iters is not a whole number from 1 to 100.
     """
 
     def __init__(self, num_iters: int = 3, approximate_squash: bool = False):
         super().__init__()
-        if num_iters < 1:
-            raise ValueError(f"num_routing={num_iters} is not possible: routing needs at least 1 iteration")
-        self.num_iters = num_iters
+        if num_iters not in range(1, _MAX_ITERS + 1):
+            raise ValueError(
+                f"num_routing={num_iters} is not possible: routing takes 1 to {_MAX_ITERS} whole iterations"
+            )
+        self.num_iters = int(num_iters)
         self.approximate_squash = approximate_squash
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

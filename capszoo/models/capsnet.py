@@ -112,9 +112,14 @@ class CapsNet(nn.Module):
             raise ValueError(f"unknown squash {squash!r}. Known: {', '.join(_SQUASHES)}")
         if global_pool not in ("flat", ""):
             raise ValueError(f"global_pool={global_pool!r} is not possible: capsules are not pooled, use 'flat' or ''")
-        for name, value in (("in_chans", in_chans), ("conv_dim", conv_dim), ("num_types", num_types)):
+        sizes = dict(in_chans=in_chans, conv_dim=conv_dim, num_types=num_types, caps_dim=caps_dim, class_dim=class_dim)
+        for name, value in dict(**sizes, kernel_size=kernel_size).items():
             if value < 1:
                 raise ValueError(f"{name}={value} is not possible: it must be 1 or more")
+        if not 0.0 <= drop_rate <= 1.0:
+            raise ValueError(f"drop_rate={drop_rate} is not possible: it must be between 0 and 1")
+        if len(decoder_dims) != 2 or min(decoder_dims) < 1:
+            raise ValueError(f"decoder_dims={decoder_dims} is not possible: give two widths of 1 or more")
         height, width = to_2tuple(img_size)
         least = kernel_size + kernel_size - 1
         if min(height, width) < least:

@@ -64,9 +64,11 @@ class CNNBaseline(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         _check_pool(global_pool)
-        for name, value in (("in_chans", in_chans), ("conv_dim", conv_dim)):
+        for name, value in (("in_chans", in_chans), ("conv_dim", conv_dim), ("kernel_size", kernel_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not possible: it must be 1 or more")
+        if not 0.0 <= drop_rate <= 1.0:
+            raise ValueError(f"drop_rate={drop_rate} is not possible: it must be between 0 and 1")
         height, width = to_2tuple(img_size)
         least = 2 * kernel_size - 1
         if min(height, width) < least:

@@ -76,7 +76,7 @@ def test_routing_by_name():
         create_routing("dynamc")
     with pytest.raises(ValueError, match="^unknown routing 'em'. Known: dynamic"):
         create_routing("em")
-    with pytest.raises(ValueError, match="num_routing=0 is not possible: routing needs at least 1 iteration"):
+    with pytest.raises(ValueError, match="num_routing=0 is not possible: routing takes 1 to 100 whole iterations"):
         create_routing("dynamic", 0)
 
 

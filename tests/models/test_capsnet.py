@@ -1,5 +1,6 @@
 """CapsNet itself: its sizes, its capsules and their order, its decoders, and what it says to wrong arguments."""
 
+import math
 import os
 import subprocess
 import sys
@@ -257,8 +258,17 @@ def test_needs_classes():
         (dict(num_classes=-1), "num_classes=-1 is not possible"),
         (dict(in_chans=0), "in_chans=0 is not possible"),
         (dict(conv_dim=0), "conv_dim=0 is not possible"),
+        (dict(drop_rate=100), "drop_rate=100 is not possible"),
+        (dict(drop_rate=math.nan), "drop_rate=nan is not possible"),
         (dict(num_types=0), "num_types=0 is not possible"),
         (dict(num_routing=0), "num_routing=0 is not possible"),
+        (dict(num_routing=2.5), "num_routing=2.5 is not possible"),
+        (dict(num_routing=10**9), "num_routing=1000000000 is not possible"),
+        (dict(kernel_size=0), "kernel_size=0 is not possible"),
+        (dict(caps_dim=0), "caps_dim=0 is not possible"),
+        (dict(class_dim=-2), "class_dim=-2 is not possible"),
+        (dict(decoder_dims=(0, 3)), r"decoder_dims=\(0, 3\) is not possible: give two widths of 1 or more"),
+        (dict(decoder_dims=(4,)), r"decoder_dims=\(4,\) is not possible"),
         (dict(keep_types=0), "keep_types=0 is not possible: it must be 1 to num_types=32"),
         (dict(keep_types=33), "keep_types=33 is not possible"),
         (dict(keep_types=()), r"keep_types=\(\) is not possible: give distinct indices from 0 to 31"),

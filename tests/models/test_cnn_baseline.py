@@ -1,6 +1,7 @@
 """The plain CNN: timm's model contract, the ways out of eager PyTorch, weights, and the parts that train it."""
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -200,6 +201,9 @@ def test_input_variants(in_chans, size):
         (dict(num_classes=-1), "num_classes=-1 is not possible"),
         (dict(in_chans=0), "in_chans=0 is not possible"),
         (dict(conv_dim=0), "conv_dim=0 is not possible"),
+        (dict(kernel_size=0), "kernel_size=0 is not possible"),
+        (dict(drop_rate=100), "drop_rate=100 is not possible"),
+        (dict(drop_rate=math.nan), "drop_rate=nan is not possible"),
     ],
 )
 def test_wrong_arguments(kwargs, message):
