@@ -77,7 +77,7 @@ def build_parser() -> OptionParser:
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """Facts about weights: the header of their file, and result.json where it lies beside them."""
+    """Facts about weights: the header of their file, and result.json where it lies beside them; null is no fact."""
     header = read_metadata(file)
     if "model" not in header:
         raise UsageError(f"{str(file)!r} does not say what model it holds: give the best.safetensors of a run")
@@ -103,7 +103,7 @@ def read_card(file: Path) -> dict[str, Any]:
                 f"{result['best_epoch']}: give best.safetensors"
             )
         card.update({key: result[key] for key in ("eval_top1", "test_top1", "amp") if key in result})
-    return card
+    return {key: value for key, value in card.items() if value is not None}
 
 
 def read_recipe(folder: Path) -> str | None:
@@ -197,7 +197,7 @@ def ship(args: argparse.Namespace) -> int:
     tensors, _ = load_tensors(file)
     card = read_card(file)
     for key in ("eval_top1", "test_top1", "dataset", "class_names", "epochs", "seed"):
-        if card.get(key) is None:
+        if key not in card:
             raise UsageError(f"{str(file)!r} comes without {key}: give the file of a run that has ended")
     recipe = args.recipe or read_recipe(file.parent)
     if recipe is None:
@@ -337,7 +337,7 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
         ("Image size", f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}, pixels in [0, 1]"),
         ("Data set", dataset),
         ("Test top-1 (float32)", None if top1 is None else f"{top1:.4f}"),
-        ("Validation top-1 (float32)", f"{card['eval_top1']:.4f}" if card.get("eval_top1") is not None else None),
+        ("Validation top-1 (float32)", f"{card['eval_top1']:.4f}" if "eval_top1" in card else None),
         ("Epochs", card.get("epochs")),
         ("Seed", card.get("seed")),
         ("Recipe", f"`{card['recipe']}`" if card.get("recipe") else None),

@@ -767,7 +767,7 @@ def hostile_tensors(data: bytes, rng: random.Random) -> bytes:
     text = dump(header).encode()
     if rng.random() < 0.1:
         text = damage(text, rng)
-    length = len(text) if rng.random() < 0.93 else rng.choice((*_LENGTHS, len(text) - 1, len(text) + 1))
+    length = len(text) if rng.random() < 0.93 else rng.choice((*_LENGTHS, max(0, len(text) - 1), len(text) + 1))
     return length.to_bytes(8, "little") + text + body
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import capszoo
 from capszoo import pretrained
-from capszoo.checkpoint import load_tensors, save_weights
+from capszoo.checkpoint import load_tensors, save_tensors, save_weights
 from capszoo.command_line import UsageError, run
 
 CARD = {
@@ -133,10 +133,10 @@ def test_misfit(export, make_run, weights_dir, kwargs, message):
 def test_foreign_tensor(export, make_run, weights_dir):
     file = make_run("cnn_baseline_tiny", seed=2)
     tensors, header = load_tensors(file)
-    capszoo.checkpoint.save_tensors(file, {**tensors, "more": torch.zeros(1)}, header)
+    save_tensors(file, {**tensors, "more": torch.zeros(1)}, header)
     message = export("ship", file, "--name", "cnn_baseline_tiny.mnist")
     assert "this model has no 'more'" in message
-    capszoo.checkpoint.save_tensors(file, tensors, header)
+    save_tensors(file, tensors, header)
     assert export("ship", file, "--name", "cnn_baseline_tiny.mnist").startswith("cnn_baseline_tiny.mnist: ")
     assert "do not fit 'capsnet_tiny'" in export("ship", file, "--name", "capsnet_tiny.mnist")
 
@@ -192,7 +192,7 @@ def test_numbers_that_float16_cannot_hold(export, make_run, weights_dir):
     file = make_run()
     tensors, header = load_tensors(file)
     tensors["conv1.bias"][3] = 1e6
-    capszoo.checkpoint.save_tensors(file, tensors, header)
+    save_tensors(file, tensors, header)
     error = export("ship", file, "--name", "capsnet_tiny.mnist")
     assert "'conv1.bias' holds numbers that float16 cannot: the largest is 1e+06" in error
     assert files(weights_dir) == {}
@@ -297,6 +297,17 @@ def test_hub_of_a_lone_file(export, make_run, tmp_path):
     front, text = front_matter(tmp_path / "out")
     assert "model-index" not in front and "Recipe" not in text and "Test top-1" not in text
     assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).decoder is None
+
+
+def test_hub_of_a_file_whose_facts_are_null(export, make_run, tmp_path):
+    """They say as much as missing ones."""
+    tensors, header = load_tensors(make_run("cnn_baseline_tiny"))
+    facts = ("dataset", "license", "recipe", "eval_top1", "epochs", "class_names")
+    save_tensors(tmp_path / "alone.safetensors", tensors, {**header, **dict.fromkeys(facts, "null")})
+    export("hub", tmp_path / "alone.safetensors", "--output", tmp_path / "out")
+    front, text = front_matter(tmp_path / "out")
+    assert front["license"] == "mit" and "datasets" not in front
+    assert "# cnn_baseline_tiny.custom" in text and "None" not in text
 
 
 def test_hub_refuses_folders_in_use_and_damaged_weights(export, make_run, weights_dir, tmp_path):
