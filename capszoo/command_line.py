@@ -284,7 +284,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         float(torch.zeros((), device=device))  # there is something to compute with
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used ({format_error(error)}): use --device auto or cpu") from None
     return device
 
