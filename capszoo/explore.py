@@ -105,7 +105,7 @@ class Solution:
         seconds: Time spent in training steps.
         parameters: Trainable parameters, those of the decoder included.
         seconds_to_best: Training seconds until the end of the best epoch.
-        best_epoch: Epoch with the best accuracy, from 1.
+        best_epoch: First epoch with the best accuracy, from 1. The weights kept are of the one with the lowest loss.
         history: ``[epoch, seconds so far, accuracy of the epoch]`` for each epoch.
         folder: The run folder.
         reason: Why it was stopped or failed.

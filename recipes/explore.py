@@ -13,12 +13,15 @@ accuracy.png, time_to_best.png, and chosen.yaml, from which recipes/train.py tra
 """
 
 import argparse
+import contextlib
 import csv
+import itertools
 import re
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +236,40 @@ def plan_search(args: argparse.Namespace, options: dict[str, Any], data: DataSpl
     return Space(base.model, data, epochs or 10, amps, dict(args.set))
 
 
-def choose_folder(args: argparse.Namespace, options: dict[str, Any]) -> Path:
-    """Say which folder it is, without making it: no error may leave one behind."""
-    if args.resume:
-        return Path(args.resume)
+@contextlib.contextmanager
+def claim_folder(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[Path]:
+    """Yield the run folder. What is wrong inside the block leaves none behind.
+
+    A default folder is made at once, under a name that no other search has, also if both began in the same second.
+    """
+    if args.resume or args.output:
+        folder = Path(args.resume or args.output)
+        if not args.resume:
+            check_folder(folder)
+        yield folder
+        return
     named = [str(options.get("model", "grid")), Path(options["dataset"]).name]
     parts = ["explore", *named, time.strftime("%Y%m%d-%H%M%S")]
-    default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in "-".join(parts))
-    folder = Path(args.output) if args.output else default
-    check_folder(folder)
-    return folder
+    name = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in "-".join(parts))
+    made = [] if name.parent.exists() else [name.parent]
+    for number in itertools.count():
+        folder = name.with_name(f"{name.name}-{number}") if number else name
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(
+                f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
+            ) from None
+        break
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):  # has files
+            for path in [folder, *made]:
+                path.rmdir()
+        raise
 
 
 def save_args(args: argparse.Namespace, folder: Path) -> None:
@@ -478,27 +505,27 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         make_policy(options_from({**options, **row.options}, f"grid row {row.name!r}"), len(data.train))
     plan = rows or plan_search(args, options, data, device)
-    folder = choose_folder(args, options)
     names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in args.grid or [])]
     report = Report(console, args.quiet, args.budget)
-    exploration = report.exploration = Exploration(
-        plan,
-        options,
-        data,
-        folder,
-        storage=args.storage,
-        name=args.study or "-".join(names),
-        objectives=args.objectives,
-        trials=args.trials,
-        seeds=args.seeds,
-        device=device,
-        measure_test=args.test,
-        clock=args.clock,
-        grace=args.grace,
-        on_change=report.change,
-    )
-    if not args.resume:
-        save_args(args, folder)
+    with claim_folder(args, options) as folder:
+        exploration = report.exploration = Exploration(
+            plan,
+            options,
+            data,
+            folder,
+            storage=args.storage,
+            name=args.study or "-".join(names),
+            objectives=args.objectives,
+            trials=args.trials,
+            seeds=args.seeds,
+            device=device,
+            measure_test=args.test,
+            clock=args.clock,
+            grace=args.grace,
+            on_change=report.change,
+        )
+        if not args.resume:
+            save_args(args, folder)
     if not args.quiet:
         what = f"{len(rows)} rows, {args.seeds} seeds" if rows else f"up to {plan.epochs} epochs a trial"
         console.print(f"{names[0]} on {names[1]}, {what}, {device.type}, folder {folder}")

@@ -80,6 +80,8 @@ def build_parser() -> OptionParser:
 def load_weights_argument(weights: str, model_name: str | None) -> tuple[torch.nn.Module, str, str | None]:
     """Return the model, its name for people, and the data set that its weights were trained on, if known."""
     if capszoo.is_model(weights):
+        if model_name is not None:
+            raise UsageError(f"{weights!r} says what model it is, --model {model_name} is for files: leave it out")
         decoder = {"decoder": True} if "decoder" in model_keywords(weights) else {}
         model = capszoo.create_model(weights, pretrained=True, **decoder)
         name = f"{weights.partition('.')[0]}.{model.pretrained_cfg['tag']}"

@@ -238,6 +238,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(recipe, tmp_path, monkeypatch,
     assert not any(tmp_path.iterdir())
 
 
+def test_searches_of_the_same_second_have_folders_of_their_own(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    explore = recipe("explore")
+    monkeypatch.setattr(explore.time, "strftime", lambda form: "20260101-000000")
+    args = explore.build_parser().parse_args([])
+    options = {"model": "capsnet_tiny", "dataset": "digits"}
+    with explore.claim_folder(args, options) as first, explore.claim_folder(args, options) as second:
+        assert first.is_dir() and second.is_dir()
+        assert second.name == f"{first.name}-1"
+    with pytest.raises(KeyError), explore.claim_folder(args, options) as third:
+        raise KeyError
+    assert third.name == f"{first.name}-2" and sorted(Path("runs").iterdir()) == [first, second]
+
+
 def test_a_folder_of_another_data_set_is_refused(searched, recipe, tmp_path, capsys):
     folder, _ = searched
     copy = shutil.copytree(folder, tmp_path / "copy")

@@ -116,6 +116,7 @@ def test_file_of_a_model_without_decoder(validate, make_run):
         (["--all", "--json", "y"], "--json does not go with --all"),
         (["--all", "--split", "val"], "--split does not go with --all"),
         (["--all", "--model", "capsnet"], "--model does not go with --all"),
+        (["capsnet_tiny", "--model", "capsnet"], "'capsnet_tiny' says what model it is, --model capsnet is for files"),
         (["--all"], "no weights are shipped yet: give files with --also"),
         (["--all", "--also", "nowhere.safetensors"], "'nowhere.safetensors' is no file and no shipped weights"),
         (["--all", "--also", "alone.safetensors"], "does not say what model it holds"),
