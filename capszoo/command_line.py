@@ -432,9 +432,7 @@ def start_folder(folder: Path, text: str) -> None:
                 folder.rmdir()
         if isinstance(error, WriteError):
             raise
-        raise UsageError(
-            f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
-        ) from None
+        raise _cannot_be_made(folder, error) from None
 
 
 def check_folder(folder: Path) -> None:
@@ -447,6 +445,27 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
 
 
+def _cannot_be_made(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output")
+
+
+def make_default_folder(name: Path) -> Path:
+    """Make a folder whose name the user did not choose: NAME, or NAME-1, NAME-2 and so on where another run has it.
+
+    Raises:
+        UsageError: If it cannot be made.
+    """
+    folder, numbers = name, itertools.count(1)
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder = name.with_name(f"{name.name}-{next(numbers)}")
+        except OSError as error:
+            raise _cannot_be_made(folder, error) from None
+
+
 @contextlib.contextmanager
 def hold_folder(folder: Path, text: Callable[[Path], str] | None, is_default: bool = False) -> Iterator[Path]:
     """Hold the folder of a run, so that no other process on this machine trains in it meanwhile.
@@ -454,8 +473,7 @@ def hold_folder(folder: Path, text: Callable[[Path], str] | None, is_default: bo
     Args:
         folder: The folder.
         text: Given the folder, the args.yaml of a new run; None goes on with a run that is there.
-        is_default: The user did not choose the folder: where there is one of this name already, of a run that began in
-            the same second, take NAME-1, NAME-2 and so on.
+        is_default: The user did not choose the folder: see `make_default_folder`.
 
     Yields:
         The folder.
@@ -463,24 +481,17 @@ def hold_folder(folder: Path, text: Callable[[Path], str] | None, is_default: bo
     Raises:
         UsageError: If the folder cannot be made, has files of another run, or another process trains in it.
     """
-    name = folder
-    for number in itertools.count(1):
-        made = False
+    made = text is not None and (is_default or not folder.exists())
+    if is_default and text is not None:
+        folder = make_default_folder(folder)
+    elif text is not None:
         try:
-            if text is not None:
-                made = not folder.exists()
-                folder.mkdir(parents=True, exist_ok=not is_default)
+            folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            if is_default:
-                folder = name.with_name(f"{name.name}-{number}")
-                continue
             check_folder(folder)  # it is a file
             raise
         except OSError as error:
-            raise UsageError(
-                f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
-            ) from None
-        break
+            raise _cannot_be_made(folder, error) from None
     try:
         # Processes that read images hold what their parent held, and see its end some seconds later.
         lock = _lock(folder, seconds=15 if text is None else 0)

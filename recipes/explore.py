@@ -15,7 +15,6 @@ accuracy.png, time_to_best.png, and chosen.yaml, from which recipes/train.py tra
 import argparse
 import contextlib
 import csv
-import itertools
 import re
 import shlex
 import statistics
@@ -40,6 +39,7 @@ from capszoo.command_line import (
     check_folder,
     choose_device,
     key_value,
+    make_default_folder,
     parse_resumable,
     read_yaml,
     run,
@@ -251,23 +251,13 @@ def claim_folder(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[
     named = [str(options.get("model", "grid")), Path(options["dataset"]).name]
     parts = ["explore", *named, time.strftime("%Y%m%d-%H%M%S")]
     name = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in "-".join(parts))
-    made = [] if name.parent.exists() else [name.parent]
-    for number in itertools.count():
-        folder = name.with_name(f"{name.name}-{number}") if number else name
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UsageError(
-                f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
-            ) from None
-        break
+    parents = [] if name.parent.exists() else [name.parent]
+    folder = make_default_folder(name)
     try:
         yield folder
     except BaseException:
         with contextlib.suppress(OSError):  # has files
-            for path in [folder, *made]:
+            for path in [folder, *parents]:
                 path.rmdir()
         raise
 
