@@ -449,6 +449,12 @@ def _cannot_be_made(folder: Path, error: OSError) -> UsageError:
     return UsageError(f"run folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output")
 
 
+def default_folder(*parts: str) -> Path:
+    """Name the folder of a run that the user gave no --output for, after what it is about and when it began."""
+    name = "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
 def make_default_folder(name: Path) -> Path:
     """Make a folder whose name the user did not choose: NAME, or NAME-1, NAME-2 and so on where another run has it.
 

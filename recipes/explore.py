@@ -38,6 +38,7 @@ from capszoo.command_line import (
     UsageError,
     check_folder,
     choose_device,
+    default_folder,
     key_value,
     make_default_folder,
     parse_resumable,
@@ -238,9 +239,10 @@ def plan_search(args: argparse.Namespace, options: dict[str, Any], data: DataSpl
 
 @contextlib.contextmanager
 def claim_folder(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[Path]:
-    """Yield the run folder. What is wrong inside the block leaves none behind.
+    """Yield the run folder.
 
-    A default folder is made at once, under a name that no other search has, also if both began in the same second.
+    A default folder is made at once, under a name that no other search has, also if both began in the same second, and
+    is removed again if the block fails.
     """
     if args.resume or args.output:
         folder = Path(args.resume or args.output)
@@ -248,9 +250,7 @@ def claim_folder(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[
             check_folder(folder)
         yield folder
         return
-    named = [str(options.get("model", "grid")), Path(options["dataset"]).name]
-    parts = ["explore", *named, time.strftime("%Y%m%d-%H%M%S")]
-    name = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in "-".join(parts))
+    name = default_folder("explore", str(options.get("model", "grid")), Path(options["dataset"]).name)
     parents = [] if name.parent.exists() else [name.parent]
     folder = make_default_folder(name)
     try:

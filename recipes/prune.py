@@ -17,7 +17,6 @@ import itertools
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -40,6 +39,7 @@ from capszoo.command_line import (
     check_results,
     choose_device,
     create_optimizer,
+    default_folder,
     format_error,
     hold_folder,
     key_value,
@@ -260,8 +260,7 @@ def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     import yaml
 
     weights = Path(args.weights).parent.name if Path(args.weights).is_file() else args.weights
-    name = "-".join(["prune", weights, Path(args.dataset).name, time.strftime("%Y%m%d-%H%M%S")])
-    default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    default = default_folder("prune", weights, Path(args.dataset).name)
     folder = Path(args.output) if args.output else default
     if args.resume:
         return hold_folder(folder, None)

@@ -29,6 +29,7 @@ from capszoo.command_line import (
     add_result,
     check_results,
     choose_device,
+    default_folder,
     format_error,
     hold_folder,
     parse_resumable,
@@ -95,8 +96,7 @@ def is_own_run(args: argparse.Namespace, folder: Path) -> bool:
 
 def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     """Make the run folder; the last thing before work starts, so that no error leaves one behind."""
-    name = "-".join([args.model, Path(args.dataset).name, args.policy, time.strftime("%Y%m%d-%H%M%S")])
-    default = Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    default = default_folder(args.model, Path(args.dataset).name, args.policy)
     folder = Path(args.output) if args.output else default
     text = None if args.resume else lambda folder: options_text(args, folder) + torchrun_mark()
     return hold_folder(folder, text, is_default=not args.output)
