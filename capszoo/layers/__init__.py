@@ -5,17 +5,22 @@ from .config import set_fused_routing, use_fused_routing
 from .decoder import Decoder
 from .functional import capsule_lengths, dynamic_routing, squash
 from .primary_caps import PrimaryCaps
+from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 
 __all__ = [
     "ClassCaps",
     "Decoder",
     "DynamicRouting",
     "PrimaryCaps",
+    "ScaledConv2d",
     "capsule_lengths",
     "create_routing",
     "dynamic_routing",
+    "fan_in_scale",
+    "fold_scales",
     "list_routings",
     "set_fused_routing",
     "squash",
+    "unfold_scales",
     "use_fused_routing",
 ]

@@ -79,6 +79,9 @@ class ClassCaps(nn.Module):
         num_routing: R, the number of routing iterations.
         routing: Name of the routing, see :func:`list_routings`.
         approximate_squash: Use the paper's cheap approximation of squash.
+        init_std: Standard deviation of fresh vote matrices, which are normally distributed.
+        init_bias: Value of a fresh bias. Not zero by default: class capsules near zero have near-zero gradients, since
+            squash is quadratic there.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -93,6 +96,8 @@ class ClassCaps(nn.Module):
         num_routing: int = 3,
         routing: str = "dynamic",
         approximate_squash: bool = False,
+        init_std: float = 0.1,
+        init_bias: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -101,6 +106,7 @@ class ClassCaps(nn.Module):
         if num_capsules % num_weights:
             raise ValueError(f"num_weights={num_weights} does not divide the {num_capsules} capsules")
         self.num_capsules = num_capsules
+        self.init_std, self.init_bias = init_std, init_bias
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_weights, caps_dim, num_classes, class_dim, **dd))
         self.bias = nn.Parameter(torch.empty(num_classes, class_dim, **dd))
@@ -108,10 +114,9 @@ class ClassCaps(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the vote matrices from a normal distribution of standard deviation 0.1, set the bias to 0.1."""
-        nn.init.normal_(self.weight, std=0.1)
-        # Not zero: class capsules near zero have near-zero gradients, since squash is quadratic there.
-        nn.init.constant_(self.bias, 0.1)
+        """Draw the vote matrices from a normal distribution, set the bias to one value."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        nn.init.constant_(self.bias, self.init_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Route capsules ``[B, I, K]`` to class capsules ``[B, J, D]``, in the type of the parameters."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import squash
+from .scaled_conv import ScaledConv2d
 
 __all__ = ["PrimaryCaps"]
 
@@ -22,6 +23,11 @@ class PrimaryCaps(nn.Module):
         caps_dim: K, the dimension of a capsule.
         kernel_size: Side of the square kernel, in pixels.
         stride: Stride of the convolution, in pixels.
+        scale: Factor of the convolution's sum, before the bias is added; None for that of
+            :func:`capszoo.layers.fan_in_scale`. Where capsules are made by one routing iteration over zero logits, as
+            in the codes of Sabour and of FasTrCaps, it is 1 / num_types.
+        init_gain: Gain of the convolution's fresh weights over those of `torch.nn.Conv2d`, with which squash, quadratic
+            near zero, would shorten fresh capsules of normalised images to about a tenth; with 2 it is a quarter.
         approximate_squash: Use the paper's cheap approximation of squash.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -34,6 +40,8 @@ class PrimaryCaps(nn.Module):
         caps_dim: int = 8,
         kernel_size: int = 9,
         stride: int = 2,
+        scale: float | None = None,
+        init_gain: float = 2.0,
         approximate_squash: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -42,7 +50,9 @@ class PrimaryCaps(nn.Module):
         self.num_types = num_types
         self.caps_dim = caps_dim
         self.approximate_squash = approximate_squash
-        self.conv = nn.Conv2d(in_chans, num_types * caps_dim, kernel_size, stride=stride, device=device, dtype=dtype)
+        self.conv = ScaledConv2d(
+            in_chans, num_types * caps_dim, kernel_size, stride, scale, init_gain, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_chans, H', W']`` to squashed capsules ``[B, T*K, H, W]``."""

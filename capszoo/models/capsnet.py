@@ -21,7 +21,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, capsule_lengths
+from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, unfold_scales
 from capszoo.pretrained import check_source, fit_weights, shipped_cfgs
 
 __all__ = ["CapsNet"]
@@ -29,6 +29,7 @@ __all__ = ["CapsNet"]
 _logger = logging.getLogger(__name__)
 
 _SQUASHES = ("exact", "approx")
+_STARTS = ("default", "plain", "paper")
 
 # Shared vote matrices have the same shapes whatever the size of the images: something else must bound it.
 _MAX_CAPSULES = 1 << 22
@@ -72,6 +73,9 @@ class CapsNet(nn.Module):
         routing: str = "dynamic",
         squash: str = "exact",
         drop_rate: float = 0.0,
+        start: str = "default",
+        conv1_scale: float | None = None,
+        primary_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -100,6 +104,12 @@ class CapsNet(nn.Module):
             routing: Name of the routing, see `capszoo.layers.list_routings`.
             squash: 'exact', or 'approx' for the paper's cheap approximation.
             drop_rate: Dropout rate of the primary capsules' values before routing.
+            start: How a fresh network starts. 'default' suits Adam at rates from 0.0001 to 0.01: each convolution has
+                the scale of `capszoo.layers.fan_in_scale`. 'plain' has scales of 1, and torch's own start of a
+                convolution. 'paper' is that of FasTrCaps's code: the primary capsules' scale is 1 / num_types, vote
+                matrices have a standard deviation of 1, and biases are 0.
+            conv1_scale: Factor of the first convolution's sum, before its bias is added; None for that of `start`.
+            primary_scale: Likewise for the convolution of the primary capsules.
             device: Device of the parameters.
             dtype: Type of the parameters.
 
@@ -112,6 +122,8 @@ class CapsNet(nn.Module):
             raise ValueError(f"unknown squash {squash!r}. Known: {', '.join(_SQUASHES)}")
         if global_pool not in ("flat", ""):
             raise ValueError(f"global_pool={global_pool!r} is not possible: capsules are not pooled, use 'flat' or ''")
+        if start not in _STARTS:
+            raise ValueError(f"unknown start {start!r}. Known: {', '.join(_STARTS)}")
         sizes = dict(in_chans=in_chans, conv_dim=conv_dim, num_types=num_types, caps_dim=caps_dim, class_dim=class_dim)
         for name, value in dict(**sizes, kernel_size=kernel_size).items():
             if value < 1:
@@ -151,16 +163,37 @@ class CapsNet(nn.Module):
             num_routing=num_routing,
             routing=routing,
             squash=squash,
+            start=start,
+            conv1_scale=conv1_scale,
+            primary_scale=primary_scale,
         )
+        # By default a scale leaves what a fresh convolution gives as it is; the paper's divides it.
+        fresh: dict[str, Any] = {}
+        if start != "default":
+            conv1_scale = 1.0 if conv1_scale is None else conv1_scale
+            if primary_scale is None:
+                primary_scale = 1 / num_types if start == "paper" else 1.0
+            fresh = dict(init_gain=primary_scale)
         if keep_types is not None:
             num_types = len(self.keep_types) if self.keep_types else int(keep_types)
 
         approximate = squash == "approx"
-        self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
+        self.conv1 = ScaledConv2d(in_chans, conv_dim, kernel_size, scale=conv1_scale, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.primary_caps = PrimaryCaps(
-            conv_dim, num_types, caps_dim, kernel_size, stride=2, approximate_squash=approximate, **dd
+            conv_dim,
+            num_types,
+            caps_dim,
+            kernel_size,
+            stride=2,
+            scale=primary_scale,
+            approximate_squash=approximate,
+            **fresh,
+            **dd,
         )
+        if start == "paper":
+            nn.init.zeros_(self.conv1.bias)
+            nn.init.zeros_(self.primary_caps.conv.bias)
         # Positions of one capsule type after the two convolutions.
         grid = tuple((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
         self.grid_size = grid
@@ -194,6 +227,7 @@ class CapsNet(nn.Module):
             num_routing=num_routing,
             routing=routing,
             approximate_squash=approximate,
+            **(dict(init_std=1.0, init_bias=0.0) if start == "paper" else {}),
         )
         self._decoder_args: dict[str, Any] | None = None
         if decoder:
@@ -502,7 +536,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Raises:
         ValueError: If the weights are those of another architecture.
     """
-    state_dict = _select_types(state_dict, model)
+    state_dict = unfold_scales(_select_types(state_dict, model), model)
     cfg = model.pretrained_cfg
     source_chans, *source_size = cfg["input_size"]
     other_classes = model.num_classes != cfg["num_classes"]

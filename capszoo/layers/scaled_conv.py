@@ -1,0 +1,121 @@
+"""A convolution whose sum is scaled, so that one step of Adam moves it by about as much whatever its fan-in."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ScaledConv2d", "fan_in_scale", "fold_scales", "unfold_scales"]
+
+# The scale times the fan-in. Chosen by recipes/starts.py, see recipes/results/starts-cpu.csv.
+_SCALED_FAN_IN = 32
+
+
+def fan_in_scale(fan_in: int) -> float:
+    """Scale of a convolution's sum: 32 / fan_in, rounded to a power of two, at most 1.
+
+    Adam moves each weight by about its learning rate, whatever the gradient. Inputs of one sign then move a sum of
+    fan_in products by up to fan_in * lr: 20 at a rate of 0.001 in the primary capsules of `capsnet`, which squash takes
+    to a length of 0.998. Scaled, the same step moves it by up to 32 * lr. This is the 1 / fan_in learning rate that
+    maximal update parametrisation gives hidden layers (Yang et al. 2022, https://arxiv.org/abs/2203.03466), as a
+    property of the network and not of its optimizer. A power of two scales to the same bits.
+    """
+    return min(1.0, 2.0 ** round(math.log2(_SCALED_FAN_IN / fan_in)))
+
+
+class ScaledConv2d(nn.Conv2d):
+    """A convolution whose sum is multiplied by a fixed scale before the bias is added: conv(x) * scale + bias.
+
+    A fresh one computes what a fresh `torch.nn.Conv2d` of the same arguments does, times a gain, whatever the scale:
+    its weights are larger by gain / scale.
+
+    The scale is part of the state dict; a state dict without one is that of a plain convolution, and makes it 1.
+
+    Args:
+        in_channels: Channels of the incoming map.
+        out_channels: Filters.
+        kernel_size: Side of the square kernel, in pixels.
+        stride: Stride, in pixels.
+        scale: Factor of the sum; None for that of :func:`fan_in_scale`.
+        init_gain: Gain of fresh weights.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If the scale is not above 0 and finite.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        scale: float | None = None,
+        init_gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        scale = fan_in_scale(in_channels * kernel_size**2) if scale is None else scale
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale={scale} of a convolution is not possible: give a number above 0, such as 1/32")
+        super().__init__(in_channels, out_channels, kernel_size, stride, device=device, dtype=dtype)
+        self.init_gain = init_gain
+        self.register_buffer("scale", torch.full((), scale, device=device, dtype=self.weight.dtype))
+        self._rescale()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights and the bias as `torch.nn.Conv2d` does, and multiply the weights by gain / scale."""
+        super().reset_parameters()
+        if "scale" in self._buffers:  # not yet where the constructor of nn.Conv2d calls this
+            self._rescale()
+
+    @torch.no_grad()
+    def _rescale(self) -> None:
+        self.weight.mul_(self.init_gain / self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._conv_forward(x, self.weight, None)
+        bias = self.bias
+        assert bias is not None  # torch.jit.script takes it for one that may be
+        # Under autocast the sum comes in half precision, and stays in it.
+        return torch.addcmul(bias.to(x.dtype)[:, None, None], x, self.scale.to(x.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            state_dict.setdefault(f"{prefix}scale", state_dict[f"{prefix}weight"].new_ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fold_scales(model: nn.Module) -> nn.Module:
+    """Multiply the scales of all convolutions of a model into their weights, in place, and return the model.
+
+    It computes the same numbers as before, and its weights are those of plain convolutions.
+    """
+    for module in model.modules():
+        if isinstance(module, ScaledConv2d):
+            with torch.no_grad():
+                module.weight.mul_(module.scale)
+                module.scale.fill_(1.0)
+    return model
+
+
+def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Give weights of plain convolutions, which have no scales, those of a model, so that they train as fresh ones do.
+
+    Args:
+        state_dict: Weights of a whole model. Convolutions that have a scale are left as they are.
+        model: The model they are for; on the meta device scales are unknown, and weights keep a scale of 1.
+
+    Returns:
+        A new state dict that stands for the same numbers.
+    """
+    state_dict = dict(state_dict)
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, ScaledConv2d) and f"{name}.scale" not in state_dict and key in state_dict:
+            weight = state_dict[key]
+            scale = weight.new_ones(()) if module.scale.is_meta else module.scale.to(weight)
+            state_dict[key], state_dict[f"{name}.scale"] = weight / scale, scale.detach().clone()
+    return state_dict
