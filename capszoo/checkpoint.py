@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .layers import unfold_scales
 
 __all__ = [
     "CheckpointError",
@@ -146,6 +149,9 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     """Load a model's weights from a safetensors file; a decoder that the model does not have is left out.
 
+    The `mean` and `std` of the images that they were trained on, if the header has them, go into the model's
+    `pretrained_cfg`.
+
     Returns:
         The file's header metadata.
 
@@ -153,8 +159,29 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
         CheckpointError: If the file is missing or damaged, or the weights are those of another model.
     """
     tensors, metadata = load_tensors(path)
-    model.load_state_dict(_fitting(model, tensors, metadata, path))
+    fitting, statistics = _fitting(model, tensors, metadata, path), _statistics(metadata, path)
+    model.load_state_dict(fitting)
+    if statistics:
+        model.pretrained_cfg = model.default_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **statistics}
     return metadata
+
+
+def _statistics(metadata: dict[str, str], path: str | Path) -> dict[str, tuple[float, ...]]:
+    """Read the mean and standard deviation of images from a header, nothing where it has none."""
+    found = {}
+    for key in ("mean", "std"):
+        if key not in metadata:
+            continue
+        try:
+            values = tuple(float(value) for value in json.loads(metadata[key]))
+            if not 1 <= len(values) <= 3 or not all(math.isfinite(v) and (key == "mean" or v > 0) for v in values):
+                raise ValueError
+        except (TypeError, ValueError, RecursionError):
+            raise CheckpointError(
+                f"{str(path)!r} is damaged (its {key!r} is {reprlib.repr(metadata[key])}): use another checkpoint"
+            ) from None
+        found[key] = values
+    return found
 
 
 def check_weights(model: nn.Module, path: str | Path) -> None:
@@ -166,7 +193,7 @@ def _fitting(
     model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path
 ) -> dict[str, Tensor]:
     """Return the tensors of a file that the model takes, after a check that they are all it needs."""
-    own = model.state_dict()
+    own, tensors = model.state_dict(), unfold_scales(tensors, model)
     wanted_by = f"the model {metadata['model']!r}" if "model" in metadata else "another model"
     for key, value in own.items():
         if key not in tensors:

@@ -1,4 +1,4 @@
-"""Data sets by name: pixels in [0, 1], no normalisation, a validation split taken from the training set.
+"""Data sets by name: pixels in [0, 1], normalised if asked, a validation split taken from the training set.
 
 The test set is for reporting only; whatever is chosen (an epoch, a policy, a pruning ratio) is chosen on the validation
 split. `digits` comes with scikit-learn, so it needs no download; the other names are torchvision's, a folder of images
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,9 @@ _TORCHVISION = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR_FILES),
 }
 
+# Mean and standard deviation over so many images are those of all to a percent or so.
+_STATISTICS_IMAGES = 2048
+
 
 @dataclass
 class DataSplits:
@@ -76,6 +81,49 @@ class DataSplits:
     num_classes: int
     in_chans: int
     img_size: Size
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the training images by channel, of pixels in [0, 1].
+
+        Of a set that is read while it is used, those of some thousand images. A channel of one value has 1 as its
+        standard deviation.
+        """
+        count = len(self.train)
+        if self.train.images is None:
+            some = torch.randperm(count, generator=seeded_generator(0))[:_STATISTICS_IMAGES].sort().values
+            images = self.train.reader.read(self.train.indices[some].tolist())
+        else:
+            images = self.train.images
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in images.unbind(1):
+            share = torch.bincount(channel.flatten(), minlength=256).double().cpu() / channel.numel()
+            mean.append(float(share @ values))
+            std.append(float((share @ (values - mean[-1]).square()).sqrt()) or 1.0)
+        return tuple(mean), tuple(std)
+
+    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Have loaders of all splits give images less `mean`, divided by `std`.
+
+        Args:
+            mean: One number a channel, or one for all.
+            std: Likewise, above 0.
+
+        Raises:
+            DataError: If their number or a value is not possible.
+        """
+        mean, std = (tuple(float(value) for value in values) for values in (mean, std))
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, self.in_chans):
+                raise DataError(
+                    f"{name} has {len(values)} numbers, images have {self.in_chans} channels: give 1 or {self.in_chans}"
+                )
+            if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+                wanted = "finite numbers" + (" above 0" if name == "std" else "")
+                raise DataError(f"{name}={' '.join(map(str, values))} is out of range: give {wanted}")
+        for split in (self.train, self.val, self.test):
+            if split is not None:
+                split.mean, split.std = mean, std
 
 
 def list_datasets() -> list[str]:

@@ -35,7 +35,9 @@ from .distributed import ALONE, Ranks
 from .layers import capsule_lengths
 from .loader import seeded_generator
 from .losses import margin_loss, reconstruction_loss
-from .task import CapsuleTask
+from .pretrained import image_statistics
+from .task import CapsuleTask, Normalization
+from .watch import measure_saturation
 
 __all__ = [
     "Evaluation",
@@ -84,6 +86,10 @@ _MOST_SKIPPED_IN_A_ROW = 100
 
 # A gradient that overflows at such a scale is not one that float16 will ever hold.
 _LEAST_SCALE = 2.0**-10
+
+# Steps of the first epoch after which the trainer looks whether the network is saturated; it does after each epoch too.
+_LOOKS_AT_SATURATION = (50, 200, 1000)
+_SATURATION_IMAGES = 64
 
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -159,7 +165,8 @@ def evaluate(
 
     Args:
         model: A capsule network; left in the mode it was in.
-        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]``, on the model's device.
+        loader: Batches of images ``[B, C, H, W]``, normalised as the model's `pretrained_cfg` says, and labels
+            ``[B]``, on the model's device.
         amp: Type for autocast.
         ranks: Processes that each have a part of the images; all get the measures of the whole.
 
@@ -169,7 +176,7 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    decoder = getattr(model, "decoder", None)
+    decoder, normalization = getattr(model, "decoder", None), Normalization(model, device)
     num_classes = model.num_classes
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
@@ -187,7 +194,7 @@ def evaluate(
         confusion += torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
         sums[0] += margin_loss(lengths, labels) * len(labels)
         if drawn is not None:
-            sums[1] += reconstruction_loss(drawn, images) * len(labels)
+            sums[1] += reconstruction_loss(drawn, normalization.undo(images)) * len(labels)
     model.train(was_training)
     ranks.sum_(sums, confusion)
     confusion = confusion.view(num_classes, num_classes).cpu()
@@ -296,6 +303,7 @@ class Trainer:
         if nonfinite not in ("stop", "skip"):
             raise TrainingError(f"unknown nonfinite={nonfinite!r}: give stop or skip")
         self.skips = nonfinite == "skip"
+        _check_statistics(task.model, train)
         if not ranks.is_first:
             self.folder = None
         self.metadata = metadata or {}
@@ -318,6 +326,7 @@ class Trainer:
         self._unseen = 0
         self._steps_asked, self._steps_to_question, self._last_question = 1, 1, time.monotonic()
         self._skipped_in_a_row = 0
+        self._said_saturated = False
         self._saved: tuple[int, int] | None = None  # epoch and step of the last checkpoint
         self._batch_images = 0  # of all ranks together, in the step being taken
         # Of the last step taken.
@@ -410,6 +419,8 @@ class Trainer:
                 return False
             if self._unseen == len(self._recent):
                 self._check_losses()
+            if position.epoch == 0 and position.step in _LOOKS_AT_SATURATION:
+                self._check_saturation()
             if self.save_every and position.step % self.save_every == 0:
                 self._check_finite()
                 self.save()
@@ -464,6 +475,26 @@ class Trainer:
         self._check_losses()
         if not all(torch.stack([p.isfinite().all() for p in self.task.model.parameters()]).tolist()):
             self._raise_nonfinite("the weights are not finite", max(0, self.position.step - 1), float(self.loss))
+
+    def _check_saturation(self) -> None:
+        """Say once if the network has come to where hardly any gradient is left, and what to do."""
+        if self._said_saturated or not self.ranks.is_first or self.policy.name == "lr_finder":
+            return
+        images, _ = next(iter(self._loader(self.train_split, _SATURATION_IMAGES)))
+        if len(images) < 2:
+            return
+        with autocast(self.device, self.amp):
+            found = measure_saturation(self.task.model, images)
+        if found.is_stuck:
+            self._said_saturated = True
+            share = (
+                "" if found.saturated is None else f"{found.saturated:.0%} of the primary capsules are saturated and "
+            )
+            _logger.warning(
+                f"at step {self.position.step} of epoch {self.position.epoch + 1} {share}all images score alike (to "
+                f"{found.spread:.1g}): this run will hardly learn any more; start again with a tenth of --lr, or with "
+                f"--warmup-steps 1000, and leave --mean, --std and --start as they are by default"
+            )
 
     def _raise_nonfinite(self, what: str, step: int, loss: float) -> NoReturn:
         """Say where training broke off, and keep for the user which images it was computed from."""
@@ -575,6 +606,7 @@ class Trainer:
     def _close_epoch(self) -> bool:
         """Evaluate, add the epoch's row and save; False if stopped before that."""
         position = self.position
+        self._check_saturation()
         sums = self.sums.clone()
         self.ranks.sum_(sums)
         means = self.running_means(sums)
@@ -807,6 +839,19 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
     except RuntimeError as error:
         raise _CaptureError(str(error).splitlines()[0]) from error
     return graph.replay
+
+
+def _check_statistics(model: nn.Module, split: Split) -> None:
+    """Images that are normalised otherwise than a model takes them would give wrong numbers, in silence."""
+    channels = split.image_shape[0]
+    for name, wanted, given in zip(("mean", "std"), image_statistics(model), (split.mean, split.std), strict=True):
+        # One number stands for all channels.
+        expected, found = (values * channels if len(values) == 1 else values for values in (wanted, given))
+        if expected != found:
+            raise TrainingError(
+                f"the images are normalised by {name}={given}, the model takes those of {name}={wanted}: call "
+                f"data.normalize(mean, std) with those of the model's pretrained_cfg"
+            )
 
 
 def drop_state(folder: Path) -> None:

@@ -1,7 +1,9 @@
-"""Batches of a data set: drawn, shifted and converted on the device.
+"""Batches of a data set: gathered, shifted, converted and normalised on the device.
 
 A data set that fits lives on the device as one uint8 tensor, zero-padded once by the largest shift. A shifted image is
-then a window of that tensor, and a batch is one gather of windows and one division by 255, whatever its size. The order
+then a window of that tensor, and a batch is one gather of windows and one division by 255, whatever its size. Where the
+split says so, the mean is then subtracted and the rest divided by the standard deviation, as timm's transforms do. The
+order
 and the shifts of an epoch are drawn at its start from (seed, epoch) alone and on the CPU, so every device sees the same
 images, and any step of any epoch can be recomputed: that is all a run needs to resume in the middle of an epoch.
 
@@ -39,12 +41,16 @@ class Split:
         images: uint8 `[N, C, H, W]`, or None for a split that is read from disk while it is used.
         reader: Where the images of such a split come from.
         indices: int64 `[N]`, the place of each image in `reader`.
+        mean: Subtracted from images in [0, 1], one number a channel or one for all.
+        std: What is left is divided by this, one number a channel or one for all.
     """
 
     labels: Tensor
     images: Tensor | None = None
     reader: Reader | None = None
     indices: Tensor | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     _on_device: dict[torch.device, Split] = field(default_factory=dict, init=False)
     _padded: tuple[int, Tensor] | None = field(default=None, init=False)
 
@@ -67,6 +73,7 @@ class Split:
         if device not in self._on_device:
             images = None if self.images is None else self.images.to(device)
             self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices)
+        self._on_device[device].mean, self._on_device[device].std = self.mean, self.std
         return self._on_device[device]
 
     def padded(self, margin: int) -> Tensor:
@@ -82,7 +89,9 @@ class Split:
 
 
 class Loader:
-    """One epoch of batches of a split: images float32 in [0, 1] `[B, C, H, W]` and labels int64 `[B]` on `device`.
+    """One epoch of batches of a split: images float32 `[B, C, H, W]` and labels int64 `[B]` on `device`.
+
+    Images have values in [0, 1], less the split's mean and divided by its standard deviation.
 
     The batches depend on the split, `batch_size`, `shuffle`, `seed`, `epoch` and `translate` and on nothing else, and
     the loader can be iterated any number of times. The global random state is never touched, and of a split in memory
@@ -154,6 +163,10 @@ class Loader:
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.channels_last = channels_last
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (split.mean, split.std)
+        )
+        self._normalized = (set(split.mean), set(split.std)) != ({0.0}, {1.0})
         if len(self) == 0:
             raise DataError(
                 f"no batch of {batch_size} can be made of {len(split)} images with drop_last: give a batch size of "
@@ -260,7 +273,8 @@ class Loader:
         pixels = windows[starts]
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return torch.div(pixels, 255)
+        images = torch.div(pixels, 255)
+        return images.sub_(self._mean).div_(self._std) if self._normalized else images
 
 
 def _outlive_signals(worker: int) -> None:

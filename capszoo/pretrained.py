@@ -16,7 +16,16 @@ from typing import Any
 from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 
-__all__ = ["check_shipped", "check_source", "fit_weights", "read_table", "sha256_of", "shipped_cfgs", "weights_path"]
+__all__ = [
+    "check_shipped",
+    "check_source",
+    "fit_weights",
+    "image_statistics",
+    "read_table",
+    "sha256_of",
+    "shipped_cfgs",
+    "weights_path",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -93,11 +102,21 @@ def _fields(entry: dict[str, Any]) -> dict[str, Any]:
         "num_classes": entry["num_classes"],
         "input_size": tuple(entry["input_size"]),
         "pool_size": tuple(entry["pool_size"]),
+        **{key: tuple(entry[key]) for key in ("mean", "std") if key in entry},
         "label_names": tuple(entry["label_names"]),
         "license": entry["license"],
         "description": entry["description"],
         "notes": notes,
     }
+
+
+def image_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which the images of a model are normalised, from its `pretrained_cfg`.
+
+    One number a channel, or one for all; a model without a `pretrained_cfg` takes pixels in [0, 1] as they are.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(cfg.get("mean") or (0.0,)), tuple(cfg.get("std") or (1.0,))
 
 
 def check_source(

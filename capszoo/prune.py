@@ -33,10 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import ClassCaps, DynamicRouting, capsule_lengths, squash
+from .layers import ClassCaps, DynamicRouting, ScaledConv2d, capsule_lengths, squash
 from .losses import margin_loss, reconstruction_loss
 from .models import CapsNet
 from .registry import create_model, model_info
+from .task import Normalization
 
 __all__ = ["PARTS", "SCORES", "Cost", "PruneReport", "cost", "count_parts", "prune", "scores", "target_counts"]
 
@@ -545,9 +546,14 @@ def _squares(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double().square()
 
 
+def _filter_weights(conv: ScaledConv2d) -> Tensor:
+    """Squared weights of a convolution's filters, with its scale."""
+    return _squares(conv.weight) * _squares(conv.scale)
+
+
 def _filter_squares(model: CapsNet) -> Tensor:
     """Squared weights of the primary capsules' filters summed over the kernel, ``[T, K, conv_dim]``."""
-    return _squares(model.primary_caps.conv.weight).sum(dim=(2, 3)).unflatten(0, (_num_types(model), -1))
+    return _filter_weights(model.primary_caps.conv).sum(dim=(2, 3)).unflatten(0, (_num_types(model), -1))
 
 
 def _vote_squares(model: CapsNet) -> Tensor:
@@ -559,7 +565,7 @@ def _vote_squares(model: CapsNet) -> Tensor:
 def _magnitude(model: CapsNet, part: str) -> Tensor:
     """Squared scores."""
     if part == "conv1":
-        return _squares(model.conv1.weight).sum(dim=(1, 2, 3)) + _squares(model.conv1.bias)
+        return _filter_weights(model.conv1).sum(dim=(1, 2, 3)) + _squares(model.conv1.bias)
     if part == "decoder":
         layers = (model.decoder.fc1, model.decoder.fc2)
         return torch.cat([_squares(fc.weight).sum(dim=1) + _squares(fc.bias) for fc in layers])
@@ -575,11 +581,11 @@ def _magnitude(model: CapsNet, part: str) -> Tensor:
 def _look_ahead(model: CapsNet, part: str) -> Tensor:
     """Squared scores."""
     if part == "conv1":
-        return _squares(model.conv1.weight).sum(dim=(1, 2, 3)) * _filter_squares(model).sum(dim=(0, 1))
+        return _filter_weights(model.conv1).sum(dim=(1, 2, 3)) * _filter_squares(model).sum(dim=(0, 1))
     if part == "capsules":
         return (_vote_squares(model) * _filter_squares(model).sum(dim=2)[_type_of_capsules(model)]).sum(dim=1)
     if part == "types":
-        before = _squares(model.conv1.weight).sum(dim=(1, 2, 3))
+        before = _filter_weights(model.conv1).sum(dim=(1, 2, 3))
         if model.share_weights:
             behind = _squares(model.class_caps.weight).sum(dim=(2, 3))
         else:
@@ -627,7 +633,8 @@ def _taylor(model: CapsNet, part: str, images: Tensor, labels: Tensor) -> Tensor
         loss = margin_loss(capsule_lengths(capsules), labels)
         if model.decoder is not None:
             drawn = model.decoder(capsules, labels)
-            loss = loss + _RECONSTRUCTION_WEIGHT * reconstruction_loss(drawn, images)
+            pixels = Normalization(model, images.device).undo(images)
+            loss = loss + _RECONSTRUCTION_WEIGHT * reconstruction_loss(drawn, pixels)
         # Losses are means over the batch; the gradients wanted are those of each image's own loss.
         gradients = torch.autograd.grad(loss * len(labels), activations)
     changes = [_at_least_float32(a.detach()) * g for a, g in zip(activations, gradients, strict=True)]

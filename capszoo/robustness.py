@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .engine import autocast
 from .loader import seeded_generator
+from .task import Normalization
 
 __all__ = ["ROBUSTNESS_COLUMNS", "draw_shifts", "measure_robustness", "transform"]
 
@@ -73,7 +74,8 @@ def measure_robustness(
 
     Args:
         model: A model of this zoo; left in the mode it was in.
-        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]`` in a fixed order, on the model's device.
+        loader: Batches of images ``[B, C, H, W]``, normalised as the model's `pretrained_cfg` says, and labels ``[B]``
+            in a fixed order, on the model's device.
         amp: Type for autocast.
         seed: Seed of the shifts.
 
@@ -88,19 +90,21 @@ def measure_robustness(
     model.eval()
     count, right = 0, dict.fromkeys(ROBUSTNESS_COLUMNS, 0.0)
     generator = seeded_generator(seed)  # on the CPU and image by image: the same shifts whatever device and batch size
+    normalization = Normalization(model, next(model.parameters()).device)
     for images, labels in loader:
+        pixels = normalization.undo(images)  # zeros from outside are black
         shifts = draw_shifts(len(labels), generator)
         count += len(labels)
 
         def score(changed: Tensor, labels: Tensor = labels) -> float:
             with autocast(changed.device, amp):
-                return float((model(changed).argmax(dim=1) == labels).sum())
+                return float((model(normalization(changed)).argmax(dim=1) == labels).sum())
 
         for angle in ANGLES:
-            right[f"top1_rotate_{angle}"] += sum(score(transform(images, sign * angle)) for sign in (1, -1)) / 2
-        right[f"top1_shift_{MAX_SHIFT}"] += score(transform(images, shifts=shifts))
+            right[f"top1_rotate_{angle}"] += sum(score(transform(pixels, sign * angle)) for sign in (1, -1)) / 2
+        right[f"top1_shift_{MAX_SHIFT}"] += score(transform(pixels, shifts=shifts))
         for scale in SCALES:
-            right[f"top1_scale_{scale}"] += score(transform(images, scale=scale))
+            right[f"top1_scale_{scale}"] += score(transform(pixels, scale=scale))
     model.train(was_training)
     if count == 0:
         raise ValueError("there are no images to measure robustness on")

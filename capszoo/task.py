@@ -9,8 +9,34 @@ from torch import Tensor, nn
 
 from .layers import capsule_lengths
 from .losses import MarginLoss, reconstruction_loss
+from .pretrained import image_statistics
 
-__all__ = ["CapsuleTask"]
+__all__ = ["CapsuleTask", "Normalization"]
+
+
+class Normalization(nn.Module):
+    """Pixels in [0, 1] to the images that a model takes, and back, as its decoder reconstructs them.
+
+    Args:
+        model: A model; the `mean` and `std` of its `pretrained_cfg` say how its images are normalised.
+        device: Where the images are.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None = None):
+        super().__init__()
+        mean, std = image_statistics(model)
+        # Images that are not normalised pass through, to the same bits.
+        self.is_identity = (set(mean), set(std)) == ({0.0}, {1.0})
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise pixels in [0, 1] ``[B, C, H, W]``."""
+        return pixels if self.is_identity else (pixels - self.mean) / self.std
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Map normalised images ``[B, C, H, W]`` to pixels in [0, 1]."""
+        return images if self.is_identity else images * self.std + self.mean
 
 
 class _CapsuleForward(nn.Module):
@@ -64,6 +90,7 @@ class CapsuleTask(TrainingTask):
             raise ValueError(f"{type(model).__name__} is no capsule network: CapsuleTask needs a model of capszoo")
         self.trainable_module = _CapsuleForward(model)
         self.criterion = MarginLoss() if criterion is None else criterion
+        self.normalization = Normalization(model, device)
         self.reconstruction_weight = reconstruction_weight
 
     @property
@@ -94,7 +121,8 @@ class CapsuleTask(TrainingTask):
         """Run the network and its losses.
 
         Args:
-            input: Images ``[B, C, H, W]`` with values in [0, 1].
+            input: Images ``[B, C, H, W]``, normalised by the `mean` and `std` of the model's `pretrained_cfg` (pixels
+                in [0, 1] where these are 0 and 1).
             target: Class indices ``[B]``, int64, or weights of the classes ``[B, J]`` (mixed labels); the decoder then
                 draws the class of the largest weight.
 
@@ -104,7 +132,9 @@ class CapsuleTask(TrainingTask):
         """
         lengths, images = self.trainable_module(input, target)
         margin = self.criterion(lengths, target)
-        reconstruction = margin.new_zeros(()) if images is None else reconstruction_loss(images, input)
+        reconstruction = (
+            margin.new_zeros(()) if images is None else reconstruction_loss(images, self.normalization.undo(input))
+        )
         loss = margin + self.reconstruction_weight * reconstruction
         return {
             "loss": loss,

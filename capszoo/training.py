@@ -20,6 +20,7 @@ from .distributed import ALONE, Ranks
 from .engine import Trainer, evaluate, resolve_amp, until_stopped, write_json
 from .losses import MarginLoss
 from .policies import Policy, list_policies
+from .pretrained import image_statistics
 from .registry import create_model, model_keywords
 from .task import CapsuleTask
 
@@ -60,6 +61,7 @@ def build_parser() -> OptionParser:
     group("--routing", default="dynamic", help="kind of routing")
     group("--squash", default="exact", help="exact or approx")
     group("--decoder", action=argparse.BooleanOptionalAction, default=True, help="train with the decoder")
+    group("--start", default="default", help="how a fresh network starts: default, plain or paper")
     group("--drop-rate", type=float, default=0.0, help="dropout rate of the primary capsules")
     group("--model-kwargs", nargs="*", type=key_value, default=[], metavar="NAME=VALUE", help="more for the model")
     group = parser.add_argument_group("training").add_argument
@@ -80,7 +82,20 @@ def build_parser() -> OptionParser:
     group("--m-plus", type=float, default=0.9, help="margin loss: length that a present class should reach")
     group("--m-minus", type=float, default=0.1, help="margin loss: length that an absent class should not pass")
     group("--margin-lambda", type=float, default=0.5, help="margin loss: weight of the absent classes")
-    group("--reconstruction-weight", type=float, default=0.0005, help="weight of the reconstruction loss")
+    group(
+        "--reconstruction-weight",
+        type=float,
+        help="weight of the reconstruction loss; default 0.0005, with --start paper 0.001",
+    )
+    group(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="MEAN",
+        help="subtracted from images in [0, 1], a number for each "
+        "channel or one for all; default the training images' own, or those of the weights that training starts from",
+    )
+    group("--std", type=float, nargs="+", metavar="STD", help="what is left is divided by this; default likewise")
     group("--translate", type=int, help="random shift of training images, in pixels; default by data set, else 0")
     group("--nonfinite", default="stop", choices=["stop", "skip"], help="at a loss that is infinite or not a number")
     group("--seed", type=int, default=0, help="seed of initial weights, shuffling and augmentation")
@@ -139,6 +154,7 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
         routing=args.routing,
         squash=args.squash,
         drop_rate=args.drop_rate,
+        start=args.start,
     )
     if ":" not in args.model:
         # A model without routing or decoder is not told of them, unless the user changed something about them.
@@ -149,6 +165,16 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
     if args.checkpoint:
         load_weights(model, args.checkpoint)
     model.creation_args = kwargs
+    # Weights are used to images as they were trained on.
+    own = image_statistics(model) if args.pretrained or args.checkpoint or ":" in args.model else data.statistics()
+    given = args.mean, args.std
+    args.mean, args.std = (list(o if g is None else g) for g, o in zip(given, own, strict=True))
+    data.normalize(args.mean, args.std)
+    model.pretrained_cfg = model.default_cfg = {
+        **model.pretrained_cfg,
+        "mean": tuple(args.mean),
+        "std": tuple(args.std),
+    }
     return model
 
 
@@ -193,6 +219,9 @@ def make_trainer(
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     policy = make_policy(args, len(data.train))
+    if args.reconstruction_weight is None:
+        # The paper's code halves the margin loss, and so its 0.0005 is twice that of ours.
+        args.reconstruction_weight = 0.001 if args.start == "paper" else 0.0005
     optimizer = create_optimizer(args, model)
     criterion = MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
     task = CapsuleTask(model, criterion, args.reconstruction_weight, device=device, verbose=False)
@@ -284,6 +313,8 @@ def _describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module
         "model_args": model.creation_args,
         "dataset": args.dataset,
         "class_names": data.class_names,
+        "mean": args.mean,
+        "std": args.std,
         "policy": args.policy,
         "epochs": policy.epochs,
         "seed": args.seed,

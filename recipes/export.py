@@ -28,6 +28,7 @@ from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
 from capszoo.command_line import OptionParser, UsageError, check_kinds, format_error, read_json, read_yaml, run
 from capszoo.engine import write_json
+from capszoo.layers import unfold_scales
 from capszoo.registry import model_keywords
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
@@ -43,7 +44,7 @@ MISSING = type(None)
 CARD_KINDS: dict[str, Any] = {
     "model": str,
     "model_args": (dict, MISSING),
-    "class_names": (list, MISSING),
+    **dict.fromkeys(("class_names", "mean", "std"), (list, MISSING)),
     **dict.fromkeys(("eval_top1", "test_top1"), (float, MISSING)),
     **dict.fromkeys(("epoch", "epochs", "seed"), (int, MISSING)),
     **dict.fromkeys(("dataset", "policy", "amp", "license", "recipe", "capszoo_version", "date"), (str, MISSING)),
@@ -162,7 +163,7 @@ def check_fit(name: str, tensors: dict[str, Tensor], model_args: dict[str, Any])
     task = {key: model_args[key] for key in ("num_classes", "in_chans", "img_size") if key in model_args}
     decoder = {"decoder": True} if "decoder" in model_keywords(name) else {}
     model = capszoo.create_model(name, device="meta", **task, **decoder)
-    own = model.state_dict()
+    own, tensors = model.state_dict(), unfold_scales(tensors, model)
     for key in [*own, *tensors]:
         if key not in own:
             raise UsageError(f"the weights do not fit {name!r}: it has no {key!r}")
@@ -232,6 +233,7 @@ def ship(args: argparse.Namespace) -> int:
         **{key: card[key] for key in ("policy", "epochs", "epoch", "seed", "amp") if key in card},
         "eval_top1": card["eval_top1"],
         "test_top1": card["test_top1"],
+        **{key: card[key] for key in ("mean", "std") if key in card},
         "precision": "float16",
         "license": args.license,
         "date": time.strftime("%Y-%m-%d"),
@@ -247,6 +249,7 @@ def ship(args: argparse.Namespace) -> int:
         "num_classes": model.num_classes,
         "input_size": [model.in_chans, *model.img_size],
         "pool_size": list(features.shape[-2:]),
+        **{key: card[key] for key in ("mean", "std") if key in card},
         "label_names": card["class_names"],
         "license": args.license,
         "top1": card["test_top1"],
@@ -331,10 +334,14 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
             }
         ]
     channels, height, width = info.input_size
+    pixels = "pixels in [0, 1]"
+    if "mean" in card and "std" in card and (card["mean"], card["std"]) != ([0.0], [1.0]):
+        mean, std = (", ".join(f"{value:.4f}" for value in card[key]) for key in ("mean", "std"))
+        pixels += f", normalised by mean {mean} and standard deviation {std}"
     facts = [
         ("Parameters", f"{info.parameters:,}"),
         ("MACs", f"{info.macs / 1e6:.1f} M"),
-        ("Image size", f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}, pixels in [0, 1]"),
+        ("Image size", f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}, {pixels}"),
         ("Data set", dataset),
         ("Test top-1 (float32)", None if top1 is None else f"{top1:.4f}"),
         ("Validation top-1 (float32)", f"{card['eval_top1']:.4f}" if "eval_top1" in card else None),

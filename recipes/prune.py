@@ -61,7 +61,7 @@ from capszoo.engine import (
     write_json,
 )
 from capszoo.policies import Policy, list_policies
-from capszoo.pretrained import read_table
+from capszoo.pretrained import image_statistics, read_table
 from capszoo.prune import PARTS, SCORES, cost, count_parts, prune, target_counts
 from capszoo.task import CapsuleTask
 
@@ -188,6 +188,7 @@ def open_data(args: argparse.Namespace, model: torch.nn.Module) -> DataSplits:
         raise UsageError(
             f"{args.dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
         )
+    data.normalize(*image_statistics(model))
     if data.val is None:
         raise UsageError("rounds are compared on the validation split: give --val-fraction above 0")
     return data
@@ -447,6 +448,8 @@ class Run:
             "model_args": model.arguments(),
             "dataset": self.args.dataset,
             "class_names": self.data.class_names,
+            "mean": self.data.train.mean,
+            "std": self.data.train.std,
             "policy": self.args.policy,
             "epochs": self.policy.epochs,
             "seed": self.args.seed,

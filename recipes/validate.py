@@ -28,7 +28,7 @@ from capszoo.checkpoint import read_metadata
 from capszoo.command_line import OptionParser, UsageError, choose_device, results_folder, run
 from capszoo.data import DataSplits, Loader, Split, load_data
 from capszoo.engine import Evaluation, autocast, evaluate, resolve_amp, write_csv, write_json
-from capszoo.pretrained import read_table
+from capszoo.pretrained import image_statistics, read_table
 from capszoo.registry import header_arguments, model_keywords
 from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 
@@ -136,6 +136,7 @@ def measure(
     amp = resolve_amp(args.amp, device)
     info = capszoo.model_info(model)
     model.to(device, memory_format=torch.channels_last)
+    split.mean, split.std = image_statistics(model)
 
     def loader() -> Loader:
         return Loader(split, args.batch_size, device, num_workers=args.workers)

@@ -136,3 +136,13 @@ def test_failed_write_keeps_the_old_file_and_no_litter(model, tmp_path, monkeypa
             save_weights(path, model, {"epoch": 2})
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_mean_and_std_of_the_images_come_with_the_weights(model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, model, {"model": "capsnet_tiny", "mean": [0.25], "std": (0.5,)})
+    load_weights(model, path)
+    assert model.pretrained_cfg["mean"] == (0.25,) and model.default_cfg["std"] == (0.5,)
+    for header in ({"mean": "0.25"}, {"std": "[0]"}, {"mean": "[]"}, {"std": '["a"]'}, {"mean": "[NaN]"}):
+        save_weights(path, model, header)
+        assert "is damaged (its '" in message(load_weights, model, path)

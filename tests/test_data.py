@@ -539,3 +539,44 @@ def test_real_sets(name, mean, std):
     assert (data.val.labels.bincount() - labels / 10).abs().max() < 1
     pixels = torch.cat([data.train.images, data.val.images]).float() / 255
     assert abs(pixels.mean() - mean) < 1e-4 and abs(pixels.std() - std) < 1e-4
+
+
+# Normalisation.
+
+
+@pytest.mark.parametrize("max_bytes", [4 << 30, 0])
+def test_statistics_are_those_of_the_training_images(tmp_path, max_bytes):
+    data = load_data(write_folder(tmp_path), val_fraction=0.25, max_bytes=max_bytes)
+    assert (data.train.images is None) == (max_bytes == 0)
+    pixels = torch.cat([images for images, _ in Loader(data.train, 4, "cpu")]).double()
+    mean, std = data.statistics()
+    torch.testing.assert_close(torch.tensor(mean).double(), pixels.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(std).double(), pixels.std((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6)
+    data.normalize(mean, std)
+    for split in (data.train, data.val, data.test):
+        assert (split.mean, split.std) == (mean, std) == (split.to("cpu").mean, split.to("cpu").std)
+    pixels = torch.cat([images for images, _ in Loader(data.train, 4, "cpu")])
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels.std((0, 2, 3), correction=0), torch.ones(3), rtol=0, atol=1e-5)
+
+
+def test_a_channel_of_one_value_is_only_shifted(tmp_path):
+    data = load_data(write_folder(tmp_path))
+    data.train.images[:, 1] = 51
+    mean, std = data.statistics()
+    assert mean[1] == pytest.approx(0.2) and std[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "parts"),
+    [
+        ((0.5, 0.5), (1.0,), ("mean has 2 numbers", "give 1 or 3")),
+        ((0.5,), (1.0, 1.0, 0.0), ("std=1.0 1.0 0.0 is out of range", "above 0")),
+        ((float("nan"),), (1.0,), ("mean=nan is out of range",)),
+    ],
+)
+def test_normalisations_that_are_not_possible(tmp_path, mean, std, parts):
+    data = load_data(write_folder(tmp_path))
+    with raises(*parts):
+        data.normalize(mean, std)
+    assert data.train.mean == (0.0,)

@@ -328,3 +328,27 @@ def test_captured_steps_on_a_gpu(few, policy, tmp_path, caplog):
     for graphs in (True, False):
         again = make_trainer(few, tmp_path / "captured", epochs=7, policy=policy, device="cuda", cuda_graphs=graphs)
         assert again.resume() and again.fit()
+
+
+def test_saturation_is_said_once_with_the_remedy_and_changes_nothing(few, caplog):
+    trainer = make_trainer(few)
+    with torch.no_grad():
+        trainer.task.model.primary_caps.conv.bias.fill_(1e4)
+    trainer.fit()
+    (record,) = [record for record in caplog.records if "saturated" in record.message]
+    for part in ("at step 4 of epoch 1 100% of the primary capsules", "--warmup-steps", "--lr"):
+        assert part in record.message
+    caplog.clear()
+    healthy = make_trainer(few)
+    healthy.fit()
+    unwatched = make_trainer(few)
+    unwatched._check_saturation = lambda: None
+    unwatched.fit()
+    assert_same_bits(weights(healthy), weights(unwatched))
+    assert "saturated" not in caplog.text
+
+
+def test_images_normalised_otherwise_than_the_model_takes_them_are_refused(digits):
+    train = type(digits.train)(images=digits.train.images[:20], labels=digits.train.labels[:20], mean=(0.5,))
+    with pytest.raises(TrainingError, match=r"normalised by mean=\(0.5,\), the model takes those of mean=\(0.0,\)"):
+        make_trainer((train, None))

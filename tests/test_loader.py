@@ -226,3 +226,18 @@ def test_gpu_sees_the_images_the_cpu_sees():
             assert other.is_cuda and b.is_cuda
             torch.testing.assert_close(one, other.cpu(), rtol=1e-6, atol=0)
             assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_normalised_images_are_those_of_timms_transforms(streamed):
+    from torchvision.transforms.functional import normalize
+
+    split = make_split(channels=3, streamed=streamed)
+    plain = batches(split, 8, shuffle=True, translate=2)
+    for mean, std in (((0.2, 0.5, 0.7), (0.1, 0.2, 0.3)), ((0.5,), (0.25,))):
+        split.mean, split.std = mean, std
+        found = batches(split, 8, shuffle=True, translate=2)
+        expected = [(normalize(images, mean, std), labels) for images, labels in plain]
+        for (images, labels), (wanted, wanted_labels) in zip(found, expected, strict=True):
+            torch.testing.assert_close(images, wanted)
+            assert torch.equal(labels, wanted_labels)

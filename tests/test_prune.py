@@ -363,6 +363,8 @@ def test_norms_are_the_definition(name):
     model = small(name)
     weights = {key: value.detach() for key, value in model.named_parameters()}
     shared = name == "capsnet_ws"
+    for conv in ("conv1", "primary_caps.conv"):
+        weights[f"{conv}.weight"] = weights[f"{conv}.weight"] * model.get_submodule(conv).scale
     filters = weights["primary_caps.conv.weight"].view(4, 4, 6, 9, 9)
     biases, votes = weights["primary_caps.conv.bias"].view(4, 4), weights["class_caps.weight"]
     for c in range(6):
@@ -494,9 +496,9 @@ def test_costs(name):
     keep = {"conv1": 4, "capsules": (0, 1, 2, 9, 10, 18), "decoder": (3, 4)}
     smaller, report = prune(model, keep, "magnitude")
     for network, found in ((model, report.before), (smaller, report.after)):
-        weights = [w for key, w in network.state_dict().items() if not key.startswith("decoder.")]
+        weights = [w for key, w in network.named_parameters() if not key.startswith("decoder.")]
         assert found.parameters == sum(map(torch.numel, weights))
-        assert found.parameters_with_decoder == sum(map(torch.numel, network.state_dict().values()))
+        assert found.parameters_with_decoder == sum(map(torch.numel, network.parameters()))
         assert (found.float32_bytes, found.float16_bytes) == (4 * found.parameters, 2 * found.parameters)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network.forward_features(images(1, torch.float32))  # convolutions alone

@@ -136,3 +136,25 @@ def test_measures_repeat_whatever_the_batch_size():
 def test_no_images():
     with pytest.raises(ValueError, match="no images"):
         measure_robustness(Corner(), [])
+
+
+def test_normalised_images_are_changed_as_their_pixels_are():
+    torch.manual_seed(0)
+    model = capszoo.create_model("capsnet_tiny", conv_dim=8).eval()
+    pixels, labels = images(12, 1, 28, 28), torch.arange(12) % 10
+    expected = measure_robustness(model, [(pixels, labels)])
+
+    class Normalised(torch.nn.Module):
+        """The same network on images that are normalised: it undoes that itself."""
+
+        pretrained_cfg = {"mean": (0.4,), "std": (0.2,)}
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x * 0.2 + 0.4)
+
+    found = measure_robustness(Normalised().eval(), [((pixels - 0.4) / 0.2, labels)])
+    assert found == pytest.approx(expected)

@@ -104,3 +104,35 @@ def test_seconds_are_those_of_the_clock(digits):
     assert trainer.fit()
     # One look before the first of the 6 steps, one after each, one at the end.
     assert trainer.position.total_seconds == 7
+
+
+def test_images_are_normalised_by_their_own_statistics(digits):
+    args = options_from(SMALL)
+    trainer = make_trainer(args, digits, torch.device("cpu"))
+    mean, std = digits.statistics()
+    assert (args.mean, args.std) == (list(mean), list(std)) and 0.1 < mean[0] < 0.2 < std[0] < 0.4
+    assert (digits.val.mean, digits.test.std) == (mean, std)
+    assert trainer.task.model.pretrained_cfg["mean"] == mean and trainer.metadata["std"] == list(std)
+    args = options_from({**SMALL, "mean": [0.0], "std": [1.0]})
+    make_trainer(args, digits, torch.device("cpu"))
+    assert (digits.train.mean, digits.train.std) == ((0.0,), (1.0,))
+
+
+def test_shipped_weights_keep_the_normalisation_that_they_were_trained_with(digits):
+    args = options_from({"model": "capsnet_tiny.mnist", "pretrained": True, "amp": "none"})
+    make_trainer(args, digits, torch.device("cpu"))
+    assert (args.mean, args.std) == ([0.0], [1.0])
+
+
+def test_the_papers_start(digits):
+    args = options_from({"start": "paper", "amp": "none"})
+    trainer = make_trainer(args, digits, torch.device("cpu"))
+    model = trainer.task.model
+    assert args.reconstruction_weight == trainer.task.reconstruction_weight == 0.001
+    assert float(model.conv1.scale) == 1 and float(model.primary_caps.conv.scale) == 1 / 8  # 1 / num_types
+    biases = (model.conv1.bias, model.primary_caps.conv.bias, model.class_caps.bias)
+    assert not any(bias.any() for bias in biases)
+    assert float(model.class_caps.weight.std()) == pytest.approx(1.0, rel=0.05)
+    assert float(model.primary_caps.conv.weight.std()) == pytest.approx((3 * 5184) ** -0.5, rel=0.05)
+    default = make_trainer(options_from({"amp": "none"}), digits, torch.device("cpu"))
+    assert default.task.reconstruction_weight == 0.0005
