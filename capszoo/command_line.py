@@ -308,9 +308,9 @@ def add_policy_options(parser: argparse.ArgumentParser, policies: Sequence[str])
 
 def policy_from(args: argparse.Namespace, num_images: int) -> Policy:
     """Make the policy of --policy and its options; fill in those whose defaults depend on it or on the data set."""
-    if args.batch_size is None:
-        args.batch_size = 128 if num_images >= 10_000 else 16
-    # At batch 1 Adam at the paper's rates sends these networks to chance, see warmup_steps in capszoo.policies.
+    if args.batch_size is None:  # of few images there are few steps
+        args.batch_size = 128 if num_images >= 10_000 else 16 if num_images >= 1000 else 8
+    # The first steps of Adam at batch 1 follow single images, see warmup_steps in capszoo.policies.
     if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
         args.warmup_steps = 1000
     names = {name for policy in list_policies() for name in policy_options(policy)}

@@ -70,8 +70,8 @@ def build_parser() -> OptionParser:
     group(
         "--batch-size",
         type=int,
-        help="images a step, for policies with a fixed batch size; default 128, or 16 "
-        "for fewer than 10,000 training images",
+        help="images a step, for policies with a fixed batch size; default 128, 16 for fewer than 10,000 training "
+        "images, 8 for fewer than 1,000",
     )
     group("--lr", type=float, help="base learning rate; default 0.001, for warm_ada_batch 0.0001")
     group("--opt", default="adam", help="optimizer, by timm's names")

@@ -130,7 +130,7 @@ def build_parser() -> OptionParser:
         "--batch-size",
         type=int,
         help="images a step, for policies with a fixed batch size; default 128, or 16 "
-        "for fewer than 10,000 training images",
+        "for fewer than 10,000 training images, 8 for fewer than 1,000",
     )
     group("--lr", type=float, default=1e-4, help="base learning rate, a tenth of that of training from scratch")
     group("--opt", default="adam", help="optimizer, by timm's names")

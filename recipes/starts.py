@@ -72,7 +72,7 @@ KEYS = COLUMNS[: COLUMNS.index("top1")]
 
 
 def bright_shapes(count: int, kinds: int = 4, size: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw discs, squares, triangles and crosses of any colour on a bright ground, with a little noise.
+    """Draw discs, squares, triangles and crosses on a bright ground of any colour, darker, with a little noise.
 
     Args:
         count: How many; kinds take turns.
@@ -89,8 +89,8 @@ def bright_shapes(count: int, kinds: int = 4, size: int = 32, seed: int = 0) -> 
         return torch.empty(*shape).uniform_(low, high, generator=generator)
 
     y, x = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
-    radius = uniform(0.18, 0.32, count, 1, 1)
-    y, x = (axis - uniform(0.35, 0.65, count, 1, 1) for axis in (y, x))
+    radius = uniform(0.2, 0.34, count, 1, 1)
+    y, x = (axis - uniform(0.38, 0.62, count, 1, 1) for axis in (y, x))
     labels = torch.arange(count) % kinds
     masks = torch.stack(
         [
@@ -101,12 +101,7 @@ def bright_shapes(count: int, kinds: int = 4, size: int = 32, seed: int = 0) -> 
         ]
     )[labels, torch.arange(count)]
     ground = uniform(0.6, 1, count, 3, 1, 1)
-    # A colour that differs from the ground by 0.3 at least in one channel.
-    colour = uniform(0, 1, count, 3, 1, 1)
-    colour[:, :1] = torch.where(
-        (colour - ground).abs().amax(1, keepdim=True) < 0.3, ground[:, :1] - 0.45, colour[:, :1]
-    )
-    images = torch.where(masks[:, None], colour, ground)
+    images = torch.where(masks[:, None], ground - uniform(0.2, 0.6, count, 3, 1, 1), ground)
     images = images + 0.03 * torch.randn(images.shape, generator=generator)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
