@@ -72,7 +72,7 @@ KEYS = COLUMNS[: COLUMNS.index("top1")]
 
 
 def bright_shapes(count: int, kinds: int = 4, size: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw discs, squares, triangles and crosses on a bright ground of any colour, darker, with a little noise.
+    """Draw discs, crosses, squares and triangles on a bright ground of any colour, darker, with a little noise.
 
     Args:
         count: How many; kinds take turns.
@@ -95,9 +95,9 @@ def bright_shapes(count: int, kinds: int = 4, size: int = 32, seed: int = 0) -> 
     masks = torch.stack(
         [
             x**2 + y**2 < radius**2,
+            torch.minimum(x.abs(), y.abs()).lt(0.3 * radius) & torch.maximum(x.abs(), y.abs()).lt(radius),
             torch.maximum(x.abs(), y.abs()) < 0.85 * radius,
             (y < 0.7 * radius) & (y > 2 * x.abs() - radius),
-            torch.minimum(x.abs(), y.abs()).lt(0.3 * radius) & torch.maximum(x.abs(), y.abs()).lt(radius),
         ]
     )[labels, torch.arange(count)]
     ground = uniform(0.6, 1, count, 3, 1, 1)
@@ -112,7 +112,7 @@ def open_set(name: str, data_dir: str) -> DataSplits:
         train, val = (
             Split(labels, images) for images, labels in (bright_shapes(360, seed=0), bright_shapes(400, seed=1))
         )
-        return DataSplits(name, train, val, val, ["disc", "square", "triangle", "cross"], 4, 3, (32, 32))
+        return DataSplits(name, train, val, val, ["disc", "cross", "square", "triangle"], 4, 3, (32, 32))
     data = load_data("mnist" if name == "inverted_mnist" else _folder(name, data_dir), data_dir)
     if name == "inverted_mnist":
         for split in (data.train, data.val, data.test):
