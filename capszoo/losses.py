@@ -1,4 +1,11 @@
-"""Losses of capsule networks."""
+"""Losses of capsule networks.
+
+Each is a function and a module. Scores are ``[B, J]``; a target is class indices ``[B]`` or weights of the classes
+``[B, J]`` in [0, 1]: mixed labels, or 1 for each of the classes present (multi-hot). Shapes and dtypes are always
+checked, values where that waits for no GPU; there an index out of range is a device-side assertion, as in torch.
+"""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -6,103 +13,258 @@ from torch import Tensor, nn
 
 __all__ = ["MarginLoss", "ReconstructionLoss", "SpreadLoss", "margin_loss", "reconstruction_loss", "spread_loss"]
 
+# Mixed labels in half precision may add up to a little more than 1.
+_ROUNDING = 0.01
+
 
 def margin_loss(
-    lengths: Tensor, target: Tensor, m_plus: float = 0.9, m_minus: float = 0.1, lambda_: float = 0.5
+    lengths: Tensor,
+    target: Tensor,
+    m_plus: float = 0.9,
+    m_minus: float = 0.1,
+    lambda_: float = 0.5,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Margin loss (Sabour, Frosst and Hinton 2017, equation 4), summed over classes, mean over the batch.
+    """Margin loss (Sabour, Frosst and Hinton 2017, equation 4), summed over classes.
 
     Per class k: T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2.
 
     Args:
-        lengths: Lengths of the class capsules ``[B, J]``.
-        target: Class indices ``[B]``, int64, or weights of the classes ``[B, J]`` in [0, 1] (mixed labels).
+        lengths: Lengths of the class capsules ``[B, J]``, floating.
+        target: Class indices ``[B]``, int64, int32 or uint8, or weights of the classes ``[B, J]`` in [0, 1], floating
+            or bool: T_k, of mixed labels or of several classes present.
         m_plus: m+, the length above which a present class costs nothing.
         m_minus: m-, the length below which an absent class costs nothing.
         lambda_: Weight of the absent classes.
+        weight: Weights of the classes ``[J]``, by which images count: with class indices each by the weight of its
+            class, as in torch's `cross_entropy`, with weights of the classes by the mean of `weight` over its classes,
+            ``sum of T_k weight_k / sum of T_k``, and by 1 where no class is present.
+        reduction: 'none' for the loss of each image times its weight, 'sum', or 'mean': the sum divided by that of the
+            images' weights (by the batch without `weight`).
 
     Returns:
-        The loss, a scalar, in float32 at least.
+        The loss, a scalar or ``[B]``, in float32 at least.
+
+    Raises:
+        ValueError: If a shape, a dtype or a setting does not fit, or (on a CPU) a value of the target.
     """
+    _check_margins(m_plus, m_minus, lambda_)
+    _check_scores(lengths, target, weight, reduction)
     lengths = _at_least_float32(lengths)
-    present = _one_hot(target, lengths)
+    present = _present(target, lengths)
     too_short = F.relu(m_plus - lengths).square()
     too_long = F.relu(lengths - m_minus).square()
-    return (present * too_short + lambda_ * (1 - present) * too_long).sum(dim=1).mean()
+    losses = (present * too_short + lambda_ * (1 - present) * too_long).sum(dim=1)
+    return _reduce(losses, reduction, _image_weights(present, weight))
 
 
-def spread_loss(lengths: Tensor, target: Tensor, margin: float = 0.9) -> Tensor:
+def spread_loss(
+    lengths: Tensor, target: Tensor, margin: float = 0.9, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """Spread loss (Hinton, Sabour and Frosst 2018, equation 3): sum over i != t of max(0, m - (a_t - a_i))^2.
 
+    With weights of the classes T every class that is present is set against every one that is absent: the sum over all
+    pairs i != t of T_t (1 - T_i) max(0, m - (a_t - a_i))^2, which for a single class is the same. It takes memory for
+    ``[B, J, J]``.
+
     Args:
-        lengths: Activations of the class capsules ``[B, J]``.
-        target: Class indices ``[B]``, int64.
+        lengths: Activations of the class capsules ``[B, J]``, floating.
+        target: Class indices ``[B]`` or weights of the classes ``[B, J]``, as :func:`margin_loss` takes them.
         margin: m; its schedule (0.2 growing to 0.9 in the paper) is the caller's.
+        weight: Weights of the classes ``[J]``, as in :func:`margin_loss`.
+        reduction: 'none', 'sum' or 'mean', as in :func:`margin_loss`.
 
     Returns:
-        The loss, a scalar, mean over the batch.
+        The loss, a scalar or ``[B]``, in float32 at least.
+
+    Raises:
+        ValueError: As :func:`margin_loss`.
     """
+    _check_margin(margin)
+    _check_scores(lengths, target, weight, reduction)
     lengths = _at_least_float32(lengths)
-    wanted = lengths.gather(1, target[:, None])
-    gaps = F.relu(margin - (wanted - lengths)).square()
-    return gaps.scatter(1, target[:, None], 0.0).sum(dim=1).mean()  # the target itself is not part of the sum
+    present = _present(target, lengths)
+    if target.dim() == 1:
+        wanted = (lengths * present).sum(dim=1, keepdim=True)
+        losses = ((1 - present) * F.relu(margin - (wanted - lengths)).square()).sum(dim=1)
+    else:
+        gaps = F.relu(margin - (lengths[:, :, None] - lengths[:, None, :])).square()
+        pairs = present[:, :, None] * (1 - present)[:, None, :]
+        others = 1 - torch.eye(lengths.shape[1], dtype=lengths.dtype, device=lengths.device)
+        losses = (pairs * others * gaps).sum(dim=(1, 2))
+    return _reduce(losses, reduction, _image_weights(present, weight))
 
 
-def reconstruction_loss(images: Tensor, target: Tensor) -> Tensor:
-    """Sum of squared pixel differences, mean over the batch (Sabour, Frosst and Hinton 2017, section 4.1).
+def reconstruction_loss(images: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Sum of squared pixel differences of each image (Sabour, Frosst and Hinton 2017, section 4.1).
 
     Args:
-        images: Reconstructed images ``[B, C, H, W]``.
-        target: Images to reconstruct, same shape.
+        images: Reconstructed images ``[B, C, H, W]``, floating; any shape from ``[B, ...]`` will do.
+        target: Images to reconstruct, of the same shape, floating.
+        reduction: 'none' for each image's loss, 'sum', or 'mean' over the batch.
 
     Returns:
-        The loss, a scalar; the paper weighs it by 0.0005.
+        The loss, a scalar or ``[B]``, in float32 at least; the paper weighs it by 0.0005.
+
+    Raises:
+        ValueError: If shapes differ, images are not floating, or the reduction is unknown.
     """
-    return (_at_least_float32(images) - target).square().flatten(1).sum(dim=1).mean()
+    _check_reduction(reduction)
+    if images.dim() < 2 or list(images.shape) != list(target.shape):
+        raise ValueError(
+            f"images have shape {list(images.shape)}, target {list(target.shape)}: give both as [B, C, H, W]"
+        )
+    if not (images.is_floating_point() and target.is_floating_point()):
+        raise ValueError(
+            f"images are {images.dtype}, target {target.dtype}: give floating pixels in [0, 1], such as images / 255"
+        )
+    losses = (_at_least_float32(images) - target).square().flatten(1).sum(dim=1)
+    return _reduce(losses, reduction, None)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
-def _one_hot(target: Tensor, like: Tensor) -> Tensor:
-    if target.ndim == 2:
-        return target.to(like.dtype)
-    return F.one_hot(target, like.shape[1]).to(like.dtype)
+def _present(target: Tensor, scores: Tensor) -> Tensor:
+    """Weights of the classes ``[B, J]`` in the type of the scores."""
+    if target.dim() == 2:
+        return target.to(scores.dtype)
+    # It has a rule for vmap, which `one_hot` lacks, and fails for indices out of range, where a comparison would not.
+    return torch.zeros_like(scores).scatter(1, target.long()[:, None], 1.0)
+
+
+def _image_weights(present: Tensor, weight: Tensor | None) -> Tensor | None:
+    if weight is None:
+        return None
+    total = present.sum(dim=1)
+    weights = (present * weight.to(present.dtype)).sum(dim=1)
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 1.0)
+
+
+def _reduce(losses: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weights is None else losses.sum() / weights.sum()
+
+
+def _check_margins(m_plus: float, m_minus: float, lambda_: float) -> None:
+    if not 0 <= m_minus < m_plus < math.inf:
+        raise ValueError(f"m_minus={m_minus} and m_plus={m_plus} are not possible: need 0 <= m_minus < m_plus")
+    if not 0 <= lambda_ < math.inf:
+        raise ValueError(f"lambda_={lambda_} is not possible: give 0 or more")
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin={margin} is not possible: give 0 or more")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction != "none" and reduction != "mean" and reduction != "sum":
+        raise ValueError(f"unknown reduction '{reduction}'. Known: none, mean, sum")
+
+
+def _check_scores(scores: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
+    _check_reduction(reduction)
+    if scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(f"lengths have shape {list(scores.shape)} and are {scores.dtype}: give floating [B, J]")
+    indices = target.dtype == torch.int64 or target.dtype == torch.int32 or target.dtype == torch.uint8
+    weights = target.is_floating_point() or target.dtype == torch.bool
+    of_images = target.dim() == 1 and target.shape[0] == scores.shape[0] and indices
+    of_classes = target.dim() == 2 and list(target.shape) == list(scores.shape) and weights
+    if not (of_images or of_classes):
+        raise ValueError(
+            f"target has shape {list(target.shape)} and is {target.dtype}, lengths have shape {list(scores.shape)}: "
+            f"give class indices [B] (int64, int32 or uint8) or weights of the classes [B, J] (bool, or target.float())"
+        )
+    if weight is not None:
+        if weight.dim() != 1 or weight.shape[0] != scores.shape[1] or not weight.is_floating_point():
+            raise ValueError(
+                f"weight has shape {list(weight.shape)} and is {weight.dtype}: give floating [J], J={scores.shape[1]}"
+            )
+    if not torch.jit.is_scripting():
+        _check_values(target, scores.shape[1])
+
+
+def _check_values(target: Tensor, num_classes: int) -> None:
+    """Check the values of a target on a CPU, where there are any: compilers and tracers have none."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if target.device.type != "cpu" or target.dtype == torch.bool or target.numel() == 0:
+        return
+    try:
+        least, most = float(target.min()), float(target.max())
+    except RuntimeError:  # of vmap, or a fake tensor
+        return
+    if target.dim() == 1 and not 0 <= least <= most < num_classes:
+        raise ValueError(
+            f"target has class indices from {least:.0f} to {most:.0f}: give 0 to J - 1 = {num_classes - 1}"
+        )
+    if target.dim() == 2 and not -_ROUNDING <= least <= most <= 1 + _ROUNDING:
+        raise ValueError(f"target has weights of the classes from {least:g} to {most:g}: give numbers in [0, 1]")
 
 
 class MarginLoss(nn.Module):
     """Module form of :func:`margin_loss`."""
 
-    def __init__(self, m_plus: float = 0.9, m_minus: float = 0.1, lambda_: float = 0.5):
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        m_plus: float = 0.9,
+        m_minus: float = 0.1,
+        lambda_: float = 0.5,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+    ):
         super().__init__()
-        if not 0 <= m_minus < m_plus:
-            raise ValueError(f"m_minus={m_minus} and m_plus={m_plus} are not possible: need 0 <= m_minus < m_plus")
-        self.m_plus, self.m_minus, self.lambda_ = m_plus, m_minus, lambda_
+        _check_margins(m_plus, m_minus, lambda_)
+        _check_reduction(reduction)
+        self.m_plus, self.m_minus, self.lambda_, self.reduction = m_plus, m_minus, lambda_, reduction
+        self.register_buffer("weight", weight)
 
     def forward(self, lengths: Tensor, target: Tensor) -> Tensor:
-        return margin_loss(lengths, target, self.m_plus, self.m_minus, self.lambda_)
+        return margin_loss(lengths, target, self.m_plus, self.m_minus, self.lambda_, self.weight, self.reduction)
 
     def extra_repr(self) -> str:
-        return f"m_plus={self.m_plus}, m_minus={self.m_minus}, lambda_={self.lambda_}"
+        return f"m_plus={self.m_plus}, m_minus={self.m_minus}, lambda_={self.lambda_}, reduction={self.reduction!r}"
 
 
 class SpreadLoss(nn.Module):
     """Module form of :func:`spread_loss`; set `margin` while training to follow a schedule."""
 
-    def __init__(self, margin: float = 0.9):
+    weight: Tensor | None
+
+    def __init__(self, margin: float = 0.9, weight: Tensor | None = None, reduction: str = "mean"):
         super().__init__()
-        self.margin = margin
+        _check_margin(margin)
+        _check_reduction(reduction)
+        self.margin, self.reduction = margin, reduction
+        self.register_buffer("weight", weight)
 
     def forward(self, lengths: Tensor, target: Tensor) -> Tensor:
-        return spread_loss(lengths, target, self.margin)
+        return spread_loss(lengths, target, self.margin, self.weight, self.reduction)
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}"
+        return f"margin={self.margin}, reduction={self.reduction!r}"
 
 
 class ReconstructionLoss(nn.Module):
     """Module form of :func:`reconstruction_loss`."""
 
+    def __init__(self, reduction: str = "mean"):
+        super().__init__()
+        _check_reduction(reduction)
+        self.reduction = reduction
+
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        return reconstruction_loss(images, target)
+        return reconstruction_loss(images, target, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"

@@ -9,6 +9,20 @@ from .scaled_conv import ScaledConv2d
 __all__ = ["PrimaryCaps"]
 
 
+class SquashMap(nn.Module):
+    """Squash each capsule of a map ``[B, T*K, H, W]``, see :func:`capszoo.kernels.squash`."""
+
+    def __init__(self, num_types: int, caps_dim: int, approximate: bool = False):
+        super().__init__()
+        self.num_types, self.caps_dim, self.approximate = num_types, caps_dim, approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In channels_last memory the permutation is free and K is the innermost dimension already.
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_types, self.caps_dim))
+        x = squash(x, self.approximate)
+        return x.flatten(-2).permute(0, 3, 1, 2)
+
+
 class PrimaryCaps(nn.Module):
     """Convolution to ``num_types`` capsule types of dimension ``caps_dim`` at every position, squashed.
 
@@ -49,10 +63,11 @@ class PrimaryCaps(nn.Module):
         super().__init__()
         self.num_types = num_types
         self.caps_dim = caps_dim
-        self.approximate_squash = approximate_squash
         self.conv = ScaledConv2d(
             in_chans, num_types * caps_dim, kernel_size, stride, scale, init_gain, device=device, dtype=dtype
         )
+        # A module, so that a network cut before it can put nn.Identity in its place.
+        self.squash: nn.Module = SquashMap(num_types, caps_dim, approximate_squash)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_chans, H', W']`` to squashed capsules ``[B, T*K, H, W]``."""
@@ -60,10 +75,7 @@ class PrimaryCaps(nn.Module):
 
     def squash_map(self, x: Tensor) -> Tensor:
         """Squash each capsule of a map ``[B, T*K, H, W]``."""
-        # In channels_last memory the permutation is free and K is the innermost dimension already.
-        x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_types, self.caps_dim))
-        x = squash(x, self.approximate_squash)
-        return x.flatten(-2).permute(0, 3, 1, 2)
+        return self.squash(x)
 
     def to_capsules(self, x: Tensor) -> Tensor:
         """Reorder a map ``[B, T*K, H, W]`` into capsules ``[B, I, K]``, I = T*H*W, type-major."""

@@ -344,7 +344,8 @@ class CapsNet(nn.Module):
 
         Args:
             x: Images ``[B, C, H, W]``.
-            indices: Levels to return, counted as in `feature_info`: the last n if int, all if None.
+            indices: Levels to return, counted as in `feature_info`: the last n if int, all if None; of a network cut
+                by `prune_intermediate_layers`, of those that are left.
             norm: Not used, for timm's interface.
             stop_early: Stop after the last level asked for; needs `intermediates_only`.
             output_fmt: Must be 'NCHW'.
@@ -355,32 +356,51 @@ class CapsNet(nn.Module):
         """
         assert output_fmt == "NCHW", "Output format must be NCHW."
         assert intermediates_only or not stop_early, "Must use intermediates_only for early stopping."
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        num_levels = self._num_levels()
+        take_indices, max_index = feature_take_indices(num_levels, indices)
         intermediates = []
         x = self.act1(self.conv1(x))
         if 0 in take_indices:
             intermediates.append(x)
-        pruned = isinstance(self.primary_caps, nn.Identity)
-        if not pruned and not (stop_early and max_index == 0):
+        if num_levels > 1 and not (stop_early and max_index == 0):
             checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
             x = checkpoint(self.primary_caps.conv, x) if checkpointed else self.primary_caps.conv(x)
             if 1 in take_indices:
                 intermediates.append(x)
-            x = self.primary_caps.squash_map(x)
+            if not (stop_early and max_index == 1):
+                x = self.primary_caps.squash_map(x)
             if 2 in take_indices:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
         return x, intermediates
 
+    def _num_levels(self) -> int:
+        """Levels of `feature_info` that `prune_intermediate_layers` has left."""
+        if isinstance(self.primary_caps, nn.Identity):
+            return 1
+        return 2 if isinstance(self.primary_caps.squash, nn.Identity) else 3
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the layers that the given intermediates do not need, and return the indices of those left."""
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        """Remove the layers that the given intermediates do not need.
+
+        Args:
+            indices: Levels to keep, counted as in `feature_info`: the last n if int.
+            prune_norm: Also take the squash away where only the map before it is kept, as timm's models do with their
+                last norm: `forward_features` then ends at that map.
+            prune_head: Remove class capsules and decoder, too.
+
+        Returns:
+            The levels, counted from the first.
+        """
+        take_indices, max_index = feature_take_indices(self._num_levels(), indices)
         if max_index == 0:
             self.primary_caps = nn.Identity()
             self.num_features = self.feature_info[0]["num_chs"]
+        elif max_index == 1 and prune_norm:
+            self.primary_caps.squash = nn.Identity()
         if prune_head or max_index == 0:
             self.reset_classifier(0, "")
         return take_indices

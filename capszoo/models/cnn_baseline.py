@@ -86,14 +86,16 @@ class CNNBaseline(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(conv_dim, conv_dim, kernel_size, stride=2, **dd)
-        self.act2 = nn.ReLU(inplace=True)
+        self.act2 = nn.ReLU()  # not in place: the map before it is a level of its own
         grid = tuple((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
         self.grid_size = grid
         self.num_features = conv_dim
         self.head_hidden_size = conv_dim * grid[0] * grid[1]
-        # Image size over map size, as in capsnet: without padding maps shrink by more than the strides.
+        # The levels of capsnet, the second activation in the place of the squash. Image size over map size, as there:
+        # without padding maps shrink by more than the strides.
         self.feature_info = [
             dict(num_chs=conv_dim, reduction=height // (height - kernel_size + 1), module="act1"),
+            dict(num_chs=conv_dim, reduction=height // grid[0], module="conv2"),
             dict(num_chs=conv_dim, reduction=height // grid[0], module="act2"),
         ]
         # What trains and measures capsule networks asks for it.
@@ -168,7 +170,8 @@ class CNNBaseline(nn.Module):
 
         Args:
             x: Images ``[B, C, H, W]``.
-            indices: Levels to return, counted as in `feature_info`: the last n if int, all if None.
+            indices: Levels to return, counted as in `feature_info`: the last n if int, all if None; of a network cut
+                by `prune_intermediate_layers`, of those that are left.
             norm: Not used, for timm's interface.
             stop_early: Stop after the last level asked for; needs `intermediates_only`.
             output_fmt: Must be 'NCHW'.
@@ -179,28 +182,50 @@ class CNNBaseline(nn.Module):
         """
         assert output_fmt == "NCHW", "Output format must be NCHW."
         assert intermediates_only or not stop_early, "Must use intermediates_only for early stopping."
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        num_levels = self._num_levels()
+        take_indices, max_index = feature_take_indices(num_levels, indices)
         intermediates = []
         x = self.act1(self.conv1(x))
         if 0 in take_indices:
             intermediates.append(x)
-        pruned = isinstance(self.conv2, nn.Identity)
-        if not pruned and not (stop_early and max_index == 0):
+        if num_levels > 1 and not (stop_early and max_index == 0):
             checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-            x = checkpoint(self._second, x) if checkpointed else self._second(x)
+            x = checkpoint(self.conv2, x) if checkpointed else self.conv2(x)
             if 1 in take_indices:
+                intermediates.append(x)
+            if not (stop_early and max_index == 1):
+                x = self.act2(x)
+            if 2 in take_indices:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
         return x, intermediates
 
+    def _num_levels(self) -> int:
+        """Levels of `feature_info` that `prune_intermediate_layers` has left."""
+        if isinstance(self.conv2, nn.Identity):
+            return 1
+        return 2 if isinstance(self.act2, nn.Identity) else 3
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the layers that the given intermediates do not need, and return the indices of those left."""
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        """Remove the layers that the given intermediates do not need.
+
+        Args:
+            indices: Levels to keep, counted as in `feature_info`: the last n if int.
+            prune_norm: Also take the second activation away where only the map before it is kept, as timm's models do
+                with their last norm: `forward_features` then ends at that map.
+            prune_head: Remove the classifier, too.
+
+        Returns:
+            The levels, counted from the first.
+        """
+        take_indices, max_index = feature_take_indices(self._num_levels(), indices)
         if max_index == 0:
             self.conv2, self.act2 = nn.Identity(), nn.Identity()
+        elif max_index == 1 and prune_norm:
+            self.act2 = nn.Identity()
         if prune_head or max_index == 0:
             self.reset_classifier(0, "")
         return take_indices
@@ -281,7 +306,7 @@ def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs: Any) 
     if pretrained:
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["pretrained_cfg_overlay"] = overlay
-    out_indices = kwargs.pop("out_indices", (0, 1))
+    out_indices = kwargs.pop("out_indices", (0, 1, 2))
     return build_model_with_cfg(
         CNNBaseline,
         variant,

@@ -94,25 +94,31 @@ def test_no_classes(global_pool):
 
 
 @pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
-@pytest.mark.parametrize("indices, levels", [((0, 1), [0, 1]), ((1,), [1]), ((-1,), [1]), ((0,), [0])])
+@pytest.mark.parametrize(
+    "indices, levels", [((0, 1, 2), [0, 1, 2]), ((1,), [1]), ((-1,), [2]), ((0, 2), [0, 2]), ((0,), [0])]
+)
 def test_features_only(feature_cls, indices, levels):
     model = small()
-    expected = [model.act1(model.conv1(images())), model.forward_features(images())]
+    first = model.act1(model.conv1(images()))
+    expected = [first, model.conv2(first), model.forward_features(images())]
+    assert (expected[1] < 0).any() and torch.equal(expected[1].relu(), expected[2])
     extractor = small(features_only=True, feature_cls=feature_cls, out_indices=indices)
     features = extractor(images())
     assert extractor.feature_info.channels() == [8] * len(levels)
     assert extractor.feature_info.reduction() == [20 // f.shape[2] for f in features]
     assert all(torch.equal(f, expected[i]) for f, i in zip(features, levels, strict=True))
-    assert [f.shape[2:] for f in small(features_only=True)(images(size=(24, 40)))] == [(16, 32), (4, 12)]
+    assert [f.shape[2:] for f in small(features_only=True)(images(size=(24, 40)))] == [(16, 32), (4, 12), (4, 12)]
 
 
 def test_forward_intermediates():
     model, x = small(), images()
     final, intermediates = model.forward_intermediates(x)
-    assert torch.equal(final, model.forward_features(x)) and torch.equal(intermediates[1], final)
+    assert torch.equal(final, model.forward_features(x)) and torch.equal(intermediates[2], final)
     assert torch.equal(intermediates[0], model.act1(model.conv1(x)))
-    (first,) = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
-    assert torch.equal(first, intermediates[0])
+    assert torch.equal(intermediates[1], model.conv2(intermediates[0])) and (intermediates[1] < 0).any()
+    for level in range(3):
+        (found,) = model.forward_intermediates(x, indices=[level], stop_early=True, intermediates_only=True)
+        assert torch.equal(found, intermediates[level])
     with pytest.raises(AssertionError, match="NCHW"):
         model.forward_intermediates(x, output_fmt="NHWC")
     with pytest.raises(AssertionError, match="intermediates_only"):
@@ -121,7 +127,7 @@ def test_forward_intermediates():
 
 def test_prune_intermediate_layers():
     expected = small(features_only=True)(images())
-    for indices, kept in ([1], [1]), (1, [1]), ([0], [0]):
+    for indices, kept in ([1], [1]), (1, [2]), ([0], [0]):
         model = small()
         assert model.prune_intermediate_layers(indices) == kept and model.num_classes == 0
         assert ("conv2.weight" in model.state_dict()) == (kept != [0])
@@ -131,7 +137,23 @@ def test_prune_intermediate_layers():
         assert model(images()).shape[1] == model.num_features
     model = small()
     model.prune_intermediate_layers([1], prune_head=False)
-    assert model(images()).shape == (2, 10)
+    assert torch.equal(model(images()), small()(images()))
+
+
+def test_prune_norm_takes_the_second_activation_away():
+    x, expected = images(), small(features_only=True)(images())
+    for level, left in (0, 1), (1, 2), (2, 3):
+        model = small()
+        model.prune_intermediate_layers([level], prune_norm=True)
+        assert torch.equal(model.forward_features(x), expected[level])
+        final, intermediates = model.forward_intermediates(x)
+        assert len(intermediates) == left and torch.equal(final, expected[level])
+        assert all(map(torch.equal, intermediates, expected))
+        with pytest.raises(AssertionError, match="out of range"):
+            model.forward_intermediates(x, indices=[left])
+        whole = small(num_classes=0)
+        whole.load_state_dict(model.state_dict(), strict=level > 0)
+        assert torch.equal(whole.conv1.weight, model.conv1.weight)
 
 
 def test_grad_checkpointing():
@@ -148,7 +170,7 @@ def test_grad_checkpointing():
     stored_now, found = saved_values_and_gradients(model)
     assert stored_now < stored and all(map(torch.equal, found, expected))
     _, intermediates = model.forward_intermediates(images())
-    assert torch.equal(intermediates[1], model.forward_features(images()))
+    assert torch.equal(intermediates[2], model.forward_features(images()))
 
 
 def test_groups_and_optimizer():

@@ -180,7 +180,41 @@ def test_prune_intermediate_layers(name):
         assert model(x).shape[1] == model.num_features
     model = small(name)
     model.prune_intermediate_layers([2], prune_head=False)
-    assert model(x).shape == (2, 10)
+    assert torch.equal(model(x), small(name)(x))
+
+
+@every_model
+def test_prune_norm_takes_the_squash_away(name):
+    """With prune_norm features end at the last level that is kept, as timm's models do, and there is no level after."""
+    x, expected = images(), small(name, features_only=True)(images())
+    for level, left in (0, 1), (1, 2), (2, 3):
+        model = small(name)
+        model.prune_intermediate_layers([level], prune_norm=True)
+        assert torch.equal(model.forward_features(x), expected[level])
+        final, intermediates = model.forward_intermediates(x)
+        assert len(intermediates) == left and torch.equal(final, expected[level])
+        assert all(map(torch.equal, intermediates, expected))
+        with pytest.raises(AssertionError, match="out of range"):
+            model.forward_intermediates(x, indices=[left])
+        whole = small(name, num_classes=0)
+        whole.load_state_dict(model.state_dict(), strict=level > 0)
+        assert torch.equal(whole.conv1.weight, model.conv1.weight)
+    squashed = small(name)
+    squashed.prune_intermediate_layers([1])
+    assert torch.equal(squashed.forward_features(x), expected[2])
+
+
+@every_model
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_stop_early(name, level):
+    """What comes after the last level asked for is not computed."""
+    model, x = small(name), images()
+    expected = small(name, features_only=True)(x)
+    called = []
+    for module in (model.act1, model.primary_caps.conv, model.primary_caps.squash):
+        module.register_forward_hook(lambda module, args, output: called.append(module))
+    (found,) = model.forward_intermediates(x, indices=[level], stop_early=True, intermediates_only=True)
+    assert torch.equal(found, expected[level]) and len(called) == level + 1
 
 
 @every_model
