@@ -550,7 +550,7 @@ class Trainer:
             images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
         size = self.micro_batch or len(labels)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
-        self.loss = torch.zeros((), device=self.device)
+        self.loss.zero_()  # in place, here and below: replays of a captured step write where it did, and run no Python
         for number, (images, labels) in enumerate(parts):
             # Gradients travel between ranks once, with the last part.
             with self.task.no_sync() if number + 1 < len(parts) else nullcontext():
@@ -596,7 +596,7 @@ class Trainer:
         """Add a part's numbers up, on the device: a step never waits for them."""
         images = min(count, len(labels))
         loss = result["loss"].detach()
-        self.loss = self.loss + loss * (images / max(count, 1))
+        self.loss += loss * (images / max(count, 1))
         right = (result["output"].argmax(dim=1) == labels).sum()
         means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
         self.sums[:3] += means * images
@@ -834,7 +834,8 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
     """Record the kernels of a step without running them; what is returned runs them."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Other threads, such as those that pin memory of the loader, may go on as they like.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         raise _CaptureError(str(error).splitlines()[0]) from error

@@ -352,3 +352,56 @@ def test_images_normalised_otherwise_than_the_model_takes_them_are_refused(digit
     train = type(digits.train)(images=digits.train.images[:20], labels=digits.train.labels[:20], mean=(0.5,))
     with pytest.raises(TrainingError, match=r"normalised by mean=\(0.5,\), the model takes those of mean=\(0.0,\)"):
         make_trainer((train, None))
+
+
+def emulate_graphs(monkeypatch, trainer):
+    """CUDA graphs on a CPU: a replay changes the tensors of the captured step, and runs none of its Python."""
+
+    def capture(step):
+        captured = {}
+
+        def replay():
+            before = {name: value for name, value in vars(trainer).items() if isinstance(value, torch.Tensor)}
+            step()
+            for name, value in before.items():
+                found = getattr(trainer, name)
+                if found is not value and captured.setdefault(name, found) is not found:
+                    captured[name].copy_(found)
+                    setattr(trainer, name, value)
+
+        return replay
+
+    monkeypatch.setattr(engine, "_capture", capture)
+    monkeypatch.setattr(engine, "_on_side_stream", lambda step: step())
+    trainer.cuda_graphs = True
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 5}], ids=["whole batches", "micro-batches"])
+def test_loss_of_a_captured_step_is_its_own_in_every_epoch(few, tmp_path, monkeypatch, options):
+    def make(**more):
+        trainer = make_trainer(few, tmp_path, epochs=4, **options, **more)
+        trainer.optimizer = torch.optim.SGD(trainer.task.model.parameters(), lr=0.1)  # takes its rate from a tensor
+        parts = []
+        trainer.task.register_forward_hook(
+            lambda module, inputs, result: parts.append((float(result["loss"].detach()), len(inputs[1])))
+        )
+        return trainer, parts
+
+    trainer, parts = make()
+    seen = []
+
+    def look(trainer):
+        count = sum(number for _, number in parts)
+        seen.append((trainer.position.epoch, float(trainer.loss), sum(x * n for x, n in parts) / count))
+        parts.clear()
+
+    emulate_graphs(monkeypatch, trainer)
+    trainer.on_step, trainer.should_stop = look, lambda: len(seen) == 10
+    assert not trainer.fit()
+    resumed, parts = make(on_step=look)
+    emulate_graphs(monkeypatch, resumed)
+    assert resumed.resume() and resumed.fit()
+    assert [epoch for epoch, *_ in seen] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    for epoch, shown, own in seen:
+        assert shown == pytest.approx(own, rel=1e-5), epoch
+    assert len({shown for _, shown, _ in seen}) == 16
