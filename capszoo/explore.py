@@ -244,7 +244,7 @@ class Space:
             "num_routing": 3, "squash": "exact", "amp": self.amps[0],
         }  # fmt: skip
         large = {**unreduced, "batch_size": self.base_batch_size, "lr": 1e-3}
-        small = {**unreduced, "lr_small_batch": 1e-4, "warm_share": 0.05, "warm_batch": 1, "first_batch": 16}
+        small = {**unreduced, "lr_small_batch": 1e-3, "warm_share": 0.05, "warm_batch": 1, "first_batch": 16}
         first = [
             {"policy": "fixed", **large},
             {"policy": "exp_decay", **large, "decay": 0.5},
@@ -268,7 +268,7 @@ class Space:
         policy = vary(options, "policy", lambda: trial.suggest_categorical("policy", POLICIES))
         epochs = vary(options, "epochs", lambda: trial.suggest_int("epochs", 1, self.epochs, log=True))
         if policy in ("ada_batch", "warm_ada_batch"):
-            vary(options, "lr", lambda: _short(trial.suggest_float("lr_small_batch", 3e-5, 1e-3, log=True)))
+            vary(options, "lr", lambda: _short(trial.suggest_float("lr_small_batch", 1e-4, 3e-3, log=True)))
             share = trial.suggest_float("warm_share", 0.02, 0.4)
             warm = vary(options, "warm_epochs", lambda: min(max(1, round(share * epochs)), epochs - 1))
             vary(options, "warm_batch", lambda: trial.suggest_categorical("warm_batch", [1, 2, 4, 8]))

@@ -88,8 +88,7 @@ class Policy:
         epochs: Epochs of the whole run.
         num_images: Training images seen in an epoch.
         warmup_steps: Steps over which the rate first rises linearly to the formula's. Not in the paper: Adam's first
-            steps are as long as its rate whatever the gradient, and at batch 1 they can saturate all primary capsules,
-            from which a network does not recover.
+            steps are as long as its rate whatever the gradient, and at batch 1 they follow single images.
     """
 
     name: ClassVar[str]

@@ -73,7 +73,7 @@ def build_parser() -> OptionParser:
         help="images a step, for policies with a fixed batch size; default 128, 16 for fewer than 10,000 training "
         "images, 8 for fewer than 1,000",
     )
-    group("--lr", type=float, help="base learning rate; default 0.001, for warm_ada_batch 0.0001")
+    group("--lr", type=float, default=0.001, help="base learning rate")
     group("--opt", default="adam", help="optimizer, by timm's names")
     group("--micro-batch", type=int, help="most images of one forward pass; gradients of a batch's parts are added up")
     group("--weight-decay", type=float, default=0.0, help="weight decay")
@@ -179,9 +179,7 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
 
 
 def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
-    """Make the policy, with a learning rate that suits it where none is given."""
-    if args.lr is None:
-        args.lr = 1e-4 if args.policy == "warm_ada_batch" else 1e-3
+    """Make the policy."""
     return policy_from(args, num_images)
 
 
@@ -196,7 +194,7 @@ def make_trainer(
     """Make model, policy, optimizer and task, and the trainer that holds them.
 
     Seeds torch's generator, so that equal options give equal initial weights. Fills in the options whose defaults
-    depend on others (batch size, learning rate, warm-up).
+    depend on others (batch size, normalisation, warm-up, weight of the reconstruction loss).
 
     Args:
         args: The options.

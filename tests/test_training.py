@@ -71,7 +71,7 @@ def test_rate_and_batch_size_default_by_policy_and_data():
         ("fixed", 1000, (1e-3, 16, None)),
         ("fixed", 10_000, (1e-3, 128, None)),
         ("fixed", 999, (1e-3, 8, None)),
-        ("warm_ada_batch", 10, (1e-4, 8, 1000)),
+        ("warm_ada_batch", 10, (1e-3, 8, 1000)),
     ):
         args = options_from({"policy": policy})
         make_policy(args, num_images)
