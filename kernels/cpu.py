@@ -91,6 +91,9 @@ def dynamic_routing(
         approximate: The squash variant.
     """
     num_samples, num_classes, width = x.shape[0], weight.shape[2], weight.shape[3]
+    if not has_votes(x, weight):
+        sums = bias.repeat(num_iters, num_samples, 1, 1)
+        return squash(sums[-1], approximate), sums
     sums = x.new_empty(num_iters, num_samples, num_classes, width)
     out = x.new_empty(num_samples, num_classes, width)
     for start in range(0, num_samples, TILE_SAMPLES):
@@ -107,11 +110,18 @@ def dynamic_routing_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_zeros(weight.shape[2:])
+    if not has_votes(x, weight):
+        return dx.zero_(), dweight, squash_backward(grad, sums[-1], approximate).sum(0)
     for start in range(0, x.shape[0], TILE_SAMPLES):
         batch = slice(start, start + TILE_SAMPLES)
         backward = _backward_by_votes if _few(x[batch], weight) else _backward
         backward(grad[batch], x[batch], weight, sums[:, batch], approximate, dx[batch], dweight, dbias)
     return dx, dweight, dbias
+
+
+def has_votes(x: Tensor, weight: Tensor) -> bool:
+    """Whether anything is routed. If one of B, I, K, T, J and D is 0, nothing is: each sum of votes is the bias."""
+    return x.numel() > 0 and weight.numel() > 0
 
 
 def _few(x: Tensor, weight: Tensor) -> bool:

@@ -471,7 +471,7 @@ def dynamic_routing(
     """Class capsules v^R `[B, J, D]` in the dtype of x, and the sums before squash, s^1..s^R `[R, B, J, D]` in float32.
 
     Args:
-        x: `[B, I, K]`, of any strides, like all tensors here. Each may be float32, bfloat16 or float16.
+        x: `[B, I, K]`, of any strides, like all tensors here. Each may be float32, bfloat16 or float16. No size is 0.
         weight: `[T, K, J, D]`, T divides I.
         bias: `[J, D]`.
         num_iters: R.
@@ -482,8 +482,6 @@ def dynamic_routing(
     B, J, D = x.shape[0], weight.shape[2], weight.shape[3]
     v = x.new_empty(B, J, D)
     sums = x.new_empty(num_iters, B, J, D, dtype=torch.float32)
-    if v.numel() == 0:
-        return v, sums
     grid, rows = _rows(B * J, D)
     sizes = _sizes(x, weight, tf32)
     with torch.cuda.device_of(x):
@@ -507,8 +505,6 @@ def dynamic_routing_backward(
     `dynamic_routing` took and returned."""
     grad, x, weight, sums = grad.contiguous(), x.contiguous(), weight.contiguous(), sums.contiguous()
     R, B, J, D = sums.shape
-    if sums.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight), sums.new_zeros(J, D)
     grid, rows = _rows(B * J, D)
     sizes = _sizes(x, weight, tf32)
     with torch.cuda.device_of(x):

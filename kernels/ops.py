@@ -4,15 +4,22 @@ Each operator is opaque to torch.compile and torch.export: they record one call 
 kernel registered first serves every device by PyTorch operators alone; a device with a kernel of its own adds it with
 `dynamic_routing_op.register_kernel("cuda")`, and no caller changes. On CUDA that is Triton, except in float64, and
 where Triton or the GPU is missing or too old, which one warning tells.
+
+First derivatives in reverse mode are operators too. All others are those of the reference: second and higher ones by
+autograd, whatever the transforms of torch.func ask for, and forward mode. They store the votes, as the reference does.
 """
 
 import functools
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import cpu
+from . import cpu, reference
 
 try:
     # Imported here and not at first use: importing a submodule puts it into the package under its name, where the
@@ -36,7 +43,8 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _no_autocast(x: Tensor) -> torch.autocast:
     """An operator chooses its precision itself; the matrix products in it are not for autocast to lower."""
-    return torch.autocast(x.device.type, enabled=False)
+    device_type = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # the meta device has none
+    return torch.autocast(device_type, enabled=False)
 
 
 @functools.cache
@@ -70,19 +78,42 @@ def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return problem is None
 
 
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _kernel(function: Callable) -> Callable:
+    """Make a kernel refuse tangents, which it would drop in silence."""
+
+    @functools.wraps(function)
+    def checked(*args):
+        if _has_tangent(*(arg for arg in args if isinstance(arg, Tensor))):
+            raise NotImplementedError(
+                "a capszoo operator was called with forward-mode tangents, which it cannot pass on: call it as "
+                "capszoo.kernels.squash or dynamic_routing, or script and export with capszoo.set_fused_routing(False)"
+            )
+        return function(*args)
+
+    return checked
+
+
 # An operator may not return memory of its inputs. None does below: `to` passes on a tensor that has the dtype already,
 # but only computed ones are returned.
 
 
+@_kernel
 def _squash(x: Tensor, approximate: bool) -> Tensor:
     return cpu.squash(x.to(_compute_dtype(x, x)), approximate).to(x.dtype).contiguous()
 
 
+@_kernel
 def _squash_backward(grad: Tensor, x: Tensor, approximate: bool) -> Tensor:
     dtype = _compute_dtype(x, x)
     return cpu.squash_backward(grad.to(dtype), x.to(dtype), approximate).to(x.dtype).contiguous()
 
 
+@_kernel
 def _routing(
     x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool, tf32: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +127,7 @@ def _routing(
     return v.to(x.dtype), sums
 
 
+@_kernel
 def _routing_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +148,7 @@ dynamic_routing_backward_op = torch.library.custom_op(
 
 
 @squash_op.register_kernel("cuda")
+@_kernel
 def _squash_cuda(x, approximate):
     if not _runs_triton(x.device, _compute_dtype(x, x)):
         return _squash(x, approximate)
@@ -123,6 +156,7 @@ def _squash_cuda(x, approximate):
 
 
 @squash_backward_op.register_kernel("cuda")
+@_kernel
 def _squash_backward_cuda(grad, x, approximate):
     if not _runs_triton(x.device, _compute_dtype(x, x)):
         return _squash_backward(grad, x, approximate)
@@ -130,15 +164,17 @@ def _squash_backward_cuda(grad, x, approximate):
 
 
 @dynamic_routing_op.register_kernel("cuda")
+@_kernel
 def _routing_cuda(x, weight, bias, num_iters, approximate_squash, tf32=False):
-    if not _runs_triton(x.device, _compute_dtype(x, weight)):
+    if not cpu.has_votes(x, weight) or not _runs_triton(x.device, _compute_dtype(x, weight)):
         return _routing(x, weight, bias, num_iters, approximate_squash)
     return triton_routing.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)
 
 
 @dynamic_routing_backward_op.register_kernel("cuda")
+@_kernel
 def _routing_backward_cuda(grad, x, weight, bias, sums, approximate_squash, tf32):
-    if not _runs_triton(x.device, sums.dtype):
+    if not cpu.has_votes(x, weight) or not _runs_triton(x.device, sums.dtype):
         return _routing_backward(grad, x, weight, bias, sums, approximate_squash, tf32)
     dx, dweight, dbias = triton_routing.dynamic_routing_backward(grad, x, weight, sums, approximate_squash, tf32)
     return dx, dweight, dbias.to(bias.dtype)
@@ -165,6 +201,33 @@ def _(grad, x, weight, bias, sums, approximate_squash, tf32):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
 
 
+# Derivatives by the reference
+
+
+def _squash_reference(x: Tensor, approximate: bool) -> Tensor:
+    with _no_autocast(x):
+        return reference.squash(x, approximate)
+
+
+def _routing_reference(x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool) -> Tensor:
+    with _no_autocast(x):
+        return reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+def _second_gradients(function: Callable, cotangents: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor) -> tuple:
+    """Gradients, by `grad` and `inputs`, of the product of `cotangents` and the gradients of `function` by its inputs.
+
+    They can be differentiated further if the caller's mode says so (create_graph).
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), _no_autocast(grad):
+        # Views, since `grad` may itself depend on the inputs, and a path through it would be counted twice. They keep
+        # the graph of the inputs, without which higher derivatives would be zero.
+        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *inputs)]
+        gradients = torch.autograd.grad(function(*views[1:]), views[1:], views[0], create_graph=True)
+        return torch.autograd.grad(gradients, views, cotangents, create_graph=create_graph, materialize_grads=True)
+
+
 def _save_squash(ctx, inputs, output):
     x, ctx.approximate = inputs
     ctx.save_for_backward(x)
@@ -173,6 +236,16 @@ def _save_squash(ctx, inputs, output):
 def _squash_gradients(ctx, grad):
     (x,) = ctx.saved_tensors
     return squash_backward_op(grad, x, ctx.approximate), None
+
+
+def _save_squash_backward(ctx, inputs, output):
+    grad, x, ctx.approximate = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _squash_second_gradients(ctx, *cotangents):
+    function = partial(_squash_reference, approximate=ctx.approximate)
+    return *_second_gradients(function, cotangents, *ctx.saved_tensors), None
 
 
 def _save_routing(ctx, inputs, output):
@@ -187,8 +260,49 @@ def _routing_gradients(ctx, grad, _):
     return *grads, None, None, None
 
 
+def _save_routing_backward(ctx, inputs, output):
+    *tensors, sums, approximate, _ = inputs
+    ctx.options = {"num_iters": sums.shape[0], "approximate_squash": approximate}
+    ctx.save_for_backward(*tensors)  # not the sums: they are functions of the others, and differentiated as such
+
+
+def _routing_second_gradients(ctx, *cotangents):
+    function = partial(_routing_reference, **ctx.options)
+    return *_second_gradients(function, cotangents, *ctx.saved_tensors), None, None, None
+
+
 squash_op.register_autograd(_squash_gradients, setup_context=_save_squash)
+squash_backward_op.register_autograd(_squash_second_gradients, setup_context=_save_squash_backward)
 dynamic_routing_op.register_autograd(_routing_gradients, setup_context=_save_routing)
+dynamic_routing_backward_op.register_autograd(_routing_second_gradients, setup_context=_save_routing_backward)
+
+
+def _squash_backward_transformed(grad, x, approximate):
+    _, pull_back = torch.func.vjp(partial(_squash_reference, approximate=approximate), x)
+    return pull_back(grad)[0]
+
+
+def _routing_transformed(x, weight, bias, num_iters, approximate_squash, tf32=False):
+    v = _routing_reference(x, weight, bias, num_iters, approximate_squash)
+    # Nothing reads these sums: what goes back through a transform is the reference as well.
+    return v, v.new_full((num_iters, *v.shape), float("nan"), dtype=_compute_dtype(x, weight))
+
+
+def _routing_backward_transformed(grad, x, weight, bias, sums, approximate_squash, tf32):
+    options = {"num_iters": sums.shape[0], "approximate_squash": approximate_squash}
+    _, pull_back = torch.func.vjp(partial(_routing_reference, **options), x, weight, bias)
+    return pull_back(grad)
+
+
+# Where a transform of torch.func is active (grad, vmap, jvp ...), the dispatcher asks at this key first. Were it
+# renamed, grad would raise an error, vmap go sample by sample, and jvp show its tangents to the functions below.
+_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+_library = torch.library.Library("capszoo", "FRAGMENT")
+if hasattr(torch._C.DispatchKey, _TRANSFORMS):
+    _library.impl("squash", _squash_reference, _TRANSFORMS)
+    _library.impl("squash_backward", _squash_backward_transformed, _TRANSFORMS)
+    _library.impl("dynamic_routing", _routing_transformed, _TRANSFORMS)
+    _library.impl("dynamic_routing_backward", _routing_backward_transformed, _TRANSFORMS)
 
 
 def squash(x: Tensor, approximate: bool = False) -> Tensor:
@@ -202,16 +316,21 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
         approximate: Use the approximation.
 
     Returns:
-        Vectors in the shape and dtype of `x`, contiguous. A zero vector gives zero; its gradient is zero as well
-        (half the incoming gradient with `approximate`), never NaN.
+        Vectors in the shape and dtype of `x`, contiguous. Any size may be 0. A zero vector gives zero, and so are all
+        derivatives there, never NaN (but for the first with `approximate`, which is 1/2); see `reference.squash`.
 
     Raises:
         ValueError: If `x` is not floating, or has no dimension.
     """
+    if has_torch_function_unary(x):  # torch.fx records the call
+        return handle_torch_function(squash, (x,), x, approximate)
     if not x.is_floating_point():
         raise ValueError(f"squash needs floating-point vectors, but x is {x.dtype}: convert it with x.float()")
     if x.dim() < 1:
         raise ValueError("squash works along the last dimension, but x is a scalar: give it shape [..., D]")
+    if not torch.jit.is_scripting():
+        if _has_tangent(x):
+            return _squash_reference(x, approximate)
     return torch.ops.capszoo.squash(x, approximate)
 
 
@@ -224,10 +343,12 @@ def dynamic_routing(
     (arXiv 1905.10142). Capsule i votes u_ij = x_i W_ij for class j. From logits of zero, each iteration takes
     couplings c = softmax over j of the logits, v_j = squash(bias_j + sum over i of c_ij u_ij), and adds the agreement
     u_ij . v_j to the logits. Gradients flow through every iteration. Neither votes nor logits are stored: both
-    passes recompute what they need, and keep 4 * R * B * J * D bytes besides the inputs.
+    passes recompute what they need, and keep 4 * R * B * J * D bytes besides the inputs. Higher derivatives, forward
+    mode and the transforms of torch.func go through `reference.dynamic_routing`, which stores them.
 
     Args:
-        x: Input capsules, `[B, I, K]`, of any strides; B may be 0.
+        x: Input capsules, `[B, I, K]`, of any strides. Any size may be 0, here and below: without capsules (I) or
+            numbers in them (K) each class capsule is its squashed bias.
         weight: Vote matrices, `[T, K, J, D]`. T = I gives each capsule its own; otherwise T divides I, and the I/T
             consecutive capsules of a type share a matrix.
         bias: Added to each sum of votes, `[J, D]`.
@@ -243,6 +364,9 @@ def dynamic_routing(
     Raises:
         ValueError: If a shape, a dtype, a device or `num_iters` does not fit; the message names it and the remedy.
     """
+    if has_torch_function_variadic(x, weight, bias):
+        tensors = (x, weight, bias)
+        return handle_torch_function(dynamic_routing, tensors, *tensors, num_iters, approximate_squash)
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, I, K], but it has {x.dim()} dimensions: flatten its capsules")
     if weight.dim() != 4:
@@ -252,7 +376,7 @@ def dynamic_routing(
             f"x has capsules of K={x.shape[2]} numbers, weight takes K={weight.shape[1]}: "
             "make x.shape[2] and weight.shape[1] equal"
         )
-    if weight.shape[0] < 1 or x.shape[1] % weight.shape[0] != 0:
+    if x.shape[1] != 0 and (weight.shape[0] == 0 or x.shape[1] % weight.shape[0] != 0):
         raise ValueError(
             f"weight has T={weight.shape[0]} types, which does not divide the I={x.shape[1]} capsules of x: "
             "use one matrix per capsule, or as many capsules for each type"
@@ -274,5 +398,7 @@ def dynamic_routing(
     # Autocast asks for speed at 8 or 11 bits. It is over when the backward pass runs, so it is told to the operator.
     tf32 = False
     if not torch.jit.is_scripting():
+        if _has_tangent(x, weight, bias):
+            return _routing_reference(x, weight, bias, num_iters, approximate_squash)
         tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
     return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)[0]

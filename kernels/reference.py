@@ -9,6 +9,7 @@ Half precision is computed in float32, float64 in float64.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,20 +25,25 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
         approximate: Use x / 2 where |x| <= 2, else x / |x|.
 
     Returns:
-        Vectors no longer than 1, shaped as `x`. A zero vector gives zero, and its gradient is finite: zero, or
-        half the incoming one in the approximation.
+        Vectors no longer than 1, shaped as `x`. At a zero vector the result is zero and so are all derivatives (but for
+        the first of the approximation, 1/2): from the second on they have no limit there, since they depend on the
+        direction, and the mean of the second over opposite directions is zero.
     """
     poses = x.to(_compute_dtype(x, x))
-    # Squares overflow in float32 from lengths of 2e19 on: those of numbers up to 1 are taken.
-    largest = poses.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1)
-    scaled, one = poses / largest, largest.reciprocal().square()  # 1 in the scale of `square`
-    square = scaled.square().sum(dim=-1, keepdim=True)
-    # A square root has no gradient at 0, and 0 * inf is NaN: zero vectors take the root of 1 and meet a factor 0.
-    unit = scaled / torch.where(square > 0, square, 1.0).sqrt()
+    # Squares overflow in float32 from lengths of 2e19 on and vanish below 1e-23: those of numbers from -1 to 1 are
+    # summed. What they are divided by cancels out, and is a constant to autograd. The pad gives D = 0 a largest number.
+    largest = F.pad(poses.detach().abs(), (0, 1)).amax(dim=-1, keepdim=True)
+    small, large = largest.clamp(max=1), largest.clamp(min=1)
+    # Also as zero vectors count those whose third derivative would overflow.
+    nonzero = largest.pow(-3) < float("inf")
+    scaled = poses / torch.where(nonzero, largest, 1.0)
+    # A square root has no derivative at 0: zero vectors take the root of 1, and meet the factor 0 of `length`.
+    norm = torch.where(nonzero, scaled.square().sum(dim=-1, keepdim=True), 1.0).sqrt()
+    length = small * norm  # |x| / large
     if approximate:
-        v = torch.where(square <= 4 * one, poses / 2, unit)
+        v = torch.where(length <= 2 / large, poses / 2, scaled / norm)
     else:
-        v = square / (one + square) * unit
+        v = length / (large.reciprocal().square() + length.square()) * (poses / large)
     return v.to(x.dtype)
 
 
@@ -55,11 +61,12 @@ def dynamic_routing(
         approximate_squash: See `squash`.
 
     Returns:
-        Class capsules, `[B, J, D]`, in the dtype of `x`.
+        Class capsules, `[B, J, D]`, in the dtype of `x`. Any size may be 0; without votes they are the squashed bias.
     """
     dtype = _compute_dtype(x, weight)
     num_types = weight.shape[0]
-    per_type = x.shape[1] // num_types
+    no_types = isinstance(num_types, int) and num_types == 0  # a traced graph asks nothing about its sizes
+    per_type = 0 if no_types else x.shape[1] // num_types
     poses = x.to(dtype).unflatten(1, [num_types, per_type])
     votes = torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2).to(dtype)
 

@@ -117,13 +117,6 @@ def test_squash_and_its_gradient(approximate, dim):
     torch.testing.assert_close(cpu.squash_backward(grad, s, approximate, dim=dim), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_empty_batch():
-    v, dx, dweight, dbias = route(*make_inputs(0, 3, 2, 4, 5, 6), 3, False)
-    assert v.shape == (0, 5, 6) and dx.shape == (0, 6, 4)
-    assert dweight.shape == (3, 4, 5, 6) and not dweight.any()
-    assert dbias.shape == (5, 6) and not dbias.any()
-
-
 def test_same_bits_from_run_to_run():
     inputs = [t.float() for t in make_inputs(33, 70, 2, 8, 10, 16)]
     first, second = route(*inputs, 3, False), route(*inputs, 3, False)

@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from capszoo.kernels import dynamic_routing, ops, reference, squash
 
@@ -24,7 +27,7 @@ def error(actual, expected):
 def with_gradients(function, inputs, **options):
     """The output and the gradients of its product with fixed numbers."""
     v = function(*inputs, **options)
-    numbers = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    numbers = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(v.device)
     return v, *torch.autograd.grad((v.double() * numbers).sum(), inputs)
 
 
@@ -97,12 +100,49 @@ def test_non_contiguous_inputs():
     torch.testing.assert_close(dynamic_routing(x, weight, row), dynamic_routing(x, weight, row.contiguous()))
 
 
-def test_empty_batch():
-    x, weight, bias = make_inputs(B=0)
-    v, dx, dweight, dbias = with_gradients(dynamic_routing, (x, weight, bias))
-    assert v.shape == (0, 5, 7) and dx.shape == x.shape
-    assert not dweight.any() and not dbias.any()
-    assert squash(x).shape == x.shape
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(*(st.integers(0, 3) for _ in range(6))),
+    num_iters=st.integers(1, 3),
+    approximate=st.booleans(),
+)
+@example((0, 2, 2, 3, 2, 3), 3, False)  # no sample
+@example((2, 0, 2, 3, 2, 3), 3, False)  # no type
+@example((2, 2, 0, 3, 2, 3), 3, True)  # no capsule of a type
+@example((2, 2, 2, 0, 2, 3), 1, False)  # capsules of no numbers
+@example((2, 2, 2, 3, 0, 3), 3, False)  # no class
+@example((2, 2, 2, 3, 2, 0), 3, False)  # class capsules of no numbers
+def test_sizes_of_zero(sizes, num_iters, approximate):
+    """One meaning for all: what is summed over nothing is the bias. Outputs, gradients and second derivatives."""
+    inputs = make_inputs(*sizes, dtype=torch.float64)
+    options = {"num_iters": num_iters, "approximate_squash": approximate}
+    results, expected = (with_gradients(f, inputs, **options) for f in (dynamic_routing, reference.dynamic_routing))
+    for result, exact in zip(results, expected, strict=True):
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, exact)
+    B, T, P, K, J, D = sizes
+    if 0 in (T, P, K):
+        torch.testing.assert_close(results[0], squash(inputs[2], approximate).expand(B, J, D))
+    for found, input in zip(with_gradients(dynamic_routing, [t.to("meta") for t in inputs]), results, strict=True):
+        assert found.is_meta and found.shape == input.shape and found.dtype == input.dtype
+
+    x = inputs[0]
+    results, expected = (with_gradients(partial(f, approximate=approximate), [x]) for f in (squash, reference.squash))
+    torch.testing.assert_close(results, expected)
+    for function in partial(dynamic_routing, **options), lambda x, *_: squash(x, approximate):
+        gradients = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True, materialize_grads=True)
+        total = sum(gradient.square().sum() for gradient in gradients)
+        second = torch.autograd.grad(total, inputs, materialize_grads=True) if total.requires_grad else inputs
+        assert all(s.isfinite().all() and s.shape == t.shape for s, t in zip(second, inputs, strict=True))
+
+
+def test_sizes_of_zero_never_reach_triton(monkeypatch):
+    monkeypatch.setattr(ops, "_runs_triton", lambda device, dtype: pytest.fail("asks for Triton"))
+    for zero in range(6):
+        x, weight, bias = (t.detach() for t in make_inputs(*(0 if i == zero else 2 for i in range(6))))
+        v, sums = ops._routing_cuda(x, weight, bias, 2, False)
+        grads = ops._routing_backward_cuda(v, x, weight, bias, sums, False, False)
+        assert [t.shape for t in grads] == [x.shape, weight.shape, bias.shape]
 
 
 def test_an_input_that_needs_no_gradient():
@@ -158,7 +198,6 @@ def test_shapes_on_the_meta_device():
     assert v.is_meta and v.shape == (3, 5, 7) and v.dtype == x.dtype
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap():
     inputs = [torch.stack([t, 2 * t]).detach() for t in make_inputs()]
     v = torch.vmap(dynamic_routing)(*inputs)

@@ -68,13 +68,56 @@ def test_gradient_at_a_zero_vector(approximate, slope):
     assert torch.equal(gradient, torch.full((3, 4), slope))
 
 
+def derivatives_of_squash(x, approximate, orders):
+    """Derivatives along a fixed direction."""
+    x = x.clone().requires_grad_()
+    results, direction = [reference.squash(x, approximate)], torch.linspace(0.4, 1.2, x.shape[-1], dtype=x.dtype)
+    for _ in range(orders):
+        results += torch.autograd.grad((results[-1] * direction).sum(), x, create_graph=True)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("approximate, slope", [(False, 0.0), (True, 0.5)])
+def test_higher_derivatives_at_a_zero_vector(approximate, slope, dtype):
+    v, first, *higher = derivatives_of_squash(torch.zeros(3, 4, dtype=dtype), approximate, orders=5)
+    assert not v.any() and all((result == 0).all() for result in higher)
+    torch.testing.assert_close(first, slope * torch.linspace(0.4, 1.2, 4, dtype=dtype).expand(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("approximate", [False, True])
+def test_zero_is_the_mean_of_second_derivatives_around_a_zero_vector(approximate, dtype):
+    x = 1e-6 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    _, _, second = derivatives_of_squash(x, approximate, orders=2)
+    _, _, opposite = derivatives_of_squash(-x, approximate, orders=2)
+    assert approximate or second.abs().max() > 0.1
+    torch.testing.assert_close(second + opposite, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+@pytest.mark.parametrize("length", [1e-42, 1e-30, 1e-20, 1e-12, 1e-6, 0.5, 1.99, 2.01, 1e6, 1e18, 1e30, 1e38])
+def test_derivatives_at_any_length(length, approximate):
+    x = length * torch.tensor([[0.6, 0.0, -0.8]], dtype=torch.float64)
+    found = derivatives_of_squash(x.float(), approximate, orders=3)
+    expected = derivatives_of_squash(x.float().double(), approximate, orders=3)
+    orders = 4 if 1e-12 <= length < 1e18 else 2 if length > 1 else 0  # others underflow, or are those of a zero vector
+    for order, (actual, exact) in enumerate(zip(found, expected, strict=True)):
+        assert actual.isfinite().all(), order
+        if order < orders:
+            assert (actual.double() - exact).norm() <= 1e-5 * exact.norm() + 1e-37
+
+
 @pytest.mark.parametrize("approximate", [False, True])
 def test_zero_inputs_give_no_nan(approximate):
     inputs = [torch.zeros_like(t).requires_grad_() for t in make_inputs(B=2, T=6, P=1, K=3, J=4, D=5)]
     v = reference.dynamic_routing(*inputs, 3, approximate)
-    gradients = torch.autograd.grad(v.sum(), inputs)
     assert not v.any()
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    result = v.sum()
+    for _ in range(3):
+        gradients = torch.autograd.grad(result, inputs, create_graph=True)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        result = sum((gradient * (i + 1)).sum() for i, gradient in enumerate(gradients))
 
 
 @pytest.mark.parametrize("approximate", [False, True])

@@ -141,13 +141,6 @@ def test_mixed_dtypes():
 
 
 @interpreted
-def test_empty_batch():
-    v, dx, dweight, dbias = route(*(t.float() for t in make_inputs(0, 4, 2, 3, 5, 6)), 3, False)
-    assert v.shape == (0, 5, 6) and dx.shape == (0, 8, 3)
-    assert dweight.shape == (4, 3, 5, 6) and not dweight.any() and not dbias.any()
-
-
-@interpreted
 def test_what_is_registered_for_cuda(monkeypatch):
     from capszoo.kernels import ops, reference
 

@@ -1,0 +1,279 @@
+"""Derivatives of every order and mode through the operators, against the reference differentiated in reverse alone.
+
+That the reference has the right derivatives is for test_reference.py to say.
+"""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.autograd import functional as F
+
+from capszoo import kernels, layers
+from capszoo.kernels import reference
+
+X, WEIGHT, BIAS = (2, 4, 3), (2, 3, 2, 3), (2, 3)
+
+
+def operator_squash(x, approximate=False):
+    return torch.ops.capszoo.squash(x, approximate)
+
+
+def operator_routing(x, weight, bias, num_iters=3, approximate=False):
+    return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate)[0]
+
+
+SQUASHES = {"kernels": kernels.squash, "layers": layers.squash, "operator": operator_squash}
+ROUTINGS = {"kernels": kernels.dynamic_routing, "layers": layers.dynamic_routing, "operator": operator_routing}
+every_way_to_call = pytest.mark.parametrize("called", SQUASHES)
+both_variants = pytest.mark.parametrize("approximate", [False, True])
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+WEIGHTS, BIASES, DIRECTION = draw(*WEIGHT, seed=1), draw(*BIAS, seed=2), draw(*X, seed=3)
+
+
+def capsules(squash, routing, approximate=False):
+    """Class capsules of x by two operators in a row, so that what one gives back the other differentiates."""
+    return lambda x: routing(squash(2 * x, approximate), WEIGHTS, BIASES, 3, approximate)
+
+
+def scalar(function):
+    return lambda x: function(x).sin().sum()
+
+
+def penalty(f, x):
+    """The gradient of a gradient penalty."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(scalar(f)(x), x, create_graph=True)
+    return torch.autograd.grad((gradient.norm() - 1).square(), x)[0]
+
+
+def third(f, x):
+    x = x.clone().requires_grad_()
+    result = scalar(f)(x)
+    for _ in range(3):
+        (result,) = torch.autograd.grad((result * result).sum(), x, create_graph=True)
+    return result
+
+
+def jvp_by_dual_numbers(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, DIRECTION))).tangent
+
+
+def hvp_forward_over_reverse(f, x):
+    return torch.func.jvp(torch.func.grad(scalar(f)), (x,), (DIRECTION,))[1]
+
+
+def hvp_forward_over_reverse_by_dual_numbers(f, x):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), DIRECTION)
+        return forward_ad.unpack_dual(torch.autograd.grad(scalar(f)(dual), dual)[0]).tangent
+
+
+def hvp_reverse_over_forward(f, x):
+    return torch.func.grad(lambda x: torch.func.jvp(scalar(f), (x,), (DIRECTION,))[1])(x)
+
+
+def gradient(f, x):
+    return F.vjp(scalar(f), x)[1]
+
+
+def jvp(f, x):
+    return F.jvp(f, x, DIRECTION)[1]
+
+
+def hvp(f, x):
+    return F.hvp(scalar(f), x, DIRECTION)[1]
+
+
+def hessian(f, x):
+    return F.hessian(scalar(f), x)
+
+
+# What to compute, and how the reference gives the same by double backward passes alone.
+DERIVATIVES = {
+    "grad": (lambda f, x: torch.func.grad(scalar(f))(x), gradient),
+    "vjp": (lambda f, x: torch.func.vjp(scalar(f), x)[1](torch.ones((), dtype=x.dtype))[0], gradient),
+    "jvp": (lambda f, x: torch.func.jvp(f, (x,), (DIRECTION,))[1], jvp),
+    "linearize": (lambda f, x: torch.func.linearize(f, x)[1](DIRECTION), jvp),
+    "dual numbers": (jvp_by_dual_numbers, jvp),
+    "jacfwd": (lambda f, x: torch.func.jacfwd(f)(x), F.jacobian),
+    "jacrev": (lambda f, x: torch.func.jacrev(f)(x), F.jacobian),
+    "jacobian in one pass": (partial(F.jacobian, vectorize=True), F.jacobian),
+    "jacobian by dual numbers": (partial(F.jacobian, vectorize=True, strategy="forward-mode"), F.jacobian),
+    "reverse over reverse": (hvp, hvp),
+    "forward over reverse": (hvp_forward_over_reverse, hvp),
+    "forward over reverse by dual numbers": (hvp_forward_over_reverse_by_dual_numbers, hvp),
+    "reverse over forward": (hvp_reverse_over_forward, hvp),
+    "torch.func.hessian": (lambda f, x: torch.func.hessian(scalar(f))(x), hessian),
+    "hessian": (hessian, hessian),
+    "gradient penalty": (penalty, penalty),
+    "third order": (third, third),
+    "vmap": (lambda f, x: torch.vmap(f)(torch.stack([x, -x])), lambda f, x: torch.stack([f(x), f(-x)])),
+    "vmap of grad": (
+        lambda f, x: torch.vmap(torch.func.grad(lambda x: scalar(f)(x[None])))(x),
+        gradient,
+    ),
+}
+
+
+@every_way_to_call
+@both_variants
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives(name, approximate, called):
+    if called == "operator" and ("dual" in name or name == "linearize"):
+        pytest.skip("test_operators_refuse_tangents")
+    derivative, of_the_reference = DERIVATIVES[name]
+    found = derivative(capsules(SQUASHES[called], ROUTINGS[called], approximate), draw(*X))
+    expected = of_the_reference(capsules(reference.squash, reference.dynamic_routing, approximate), draw(*X))
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@both_variants
+def test_by_all_inputs(approximate):
+    """Also those of which one alone needs a gradient, and the gradient of the output itself."""
+    inputs = [t.requires_grad_() for t in (draw(2, 4, 2), draw(2, 2, 2, 2, seed=1), draw(2, 2, seed=2))]
+    route = partial(kernels.dynamic_routing, num_iters=2, approximate_squash=approximate)
+    assert torch.autograd.gradgradcheck(route, inputs)
+    assert torch.autograd.gradgradcheck(partial(kernels.squash, approximate=approximate), inputs[0])
+    for i, chosen in enumerate(inputs):
+        others = [t.detach() for t in inputs]
+        assert torch.autograd.gradgradcheck(lambda t, i=i, o=others: route(*o[:i], t, *o[i + 1 :]), chosen)
+
+    x, grad = draw(3, 2), draw(3, 2, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda grad: torch.ops.capszoo.squash_backward(grad, x, approximate), grad)
+
+
+@both_variants
+def test_opcheck_of_the_backward_operators(approximate):
+    tensors = draw(*X), WEIGHTS, BIASES, draw(2, 2, 3)
+    x, weight, bias, grad = (t.detach().to(torch.float32, copy=True).requires_grad_() for t in tensors)
+    _, sums = torch.ops.capszoo.dynamic_routing(x, weight, bias, 2, approximate)
+    arguments = grad, x, weight, bias, sums.detach(), approximate, False
+    torch.library.opcheck(torch.ops.capszoo.dynamic_routing_backward, arguments)
+    other = x.detach().clone().requires_grad_()
+    torch.library.opcheck(torch.ops.capszoo.squash_backward, (other, x, approximate))
+
+
+@both_variants
+def test_backward_operators_under_transforms(approximate):
+    grad, x = draw(2, 2, 3), draw(*X)
+    _, sums = torch.ops.capszoo.dynamic_routing(x, WEIGHTS, BIASES, 2, approximate)
+
+    def back(grad):
+        return torch.ops.capszoo.dynamic_routing_backward(grad, x, WEIGHTS, BIASES, sums, approximate, False)
+
+    for found, expected in zip(torch.vmap(back)(torch.stack([grad, -grad])), back(grad), strict=True):
+        torch.testing.assert_close(found, torch.stack([expected, -expected]), rtol=1e-9, atol=1e-12)
+    for found, expected in zip(torch.func.jvp(back, (grad,), (2 * grad,))[1], back(grad), strict=True):
+        torch.testing.assert_close(found, 2 * expected, rtol=1e-9, atol=1e-12)  # linear in grad
+
+
+def test_mixed_dtypes_and_autocast():
+    """Second derivatives have the dtypes of their inputs, and autocast does not lower them."""
+    tensors = draw(*X).bfloat16(), WEIGHTS.float(), BIASES.float()
+
+    def second(route, inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        gradients = torch.autograd.grad(route(*inputs).sin().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.double().square().sum() for g in gradients), inputs)
+
+    results = second(kernels.dynamic_routing, tensors)
+    assert [t.dtype for t in results] == [torch.bfloat16, torch.float32, torch.float32]
+    with torch.autocast("cpu", torch.bfloat16):
+        again = second(kernels.dynamic_routing, tensors)
+        forward = torch.func.jvp(kernels.squash, (WEIGHTS.float(),), (WEIGHTS.float(),))
+    assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
+    expected = second(reference.dynamic_routing, [t.double() for t in tensors])
+    for found, exact in zip(results, expected, strict=True):
+        assert (found.double() - exact).norm() <= 0.02 * exact.norm()
+    assert forward[1].dtype == torch.float32
+
+
+def test_memory_that_lies_elsewhere():
+    """Hooks that move saved tensors (offloading, checkpoints) see those of the second pass too."""
+    moved = []
+    x = draw(*X).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: moved.append(t) or t, lambda t: t):
+        (g,) = torch.autograd.grad(kernels.squash(x).sin().sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(g.square().sum(), x)
+    (g,) = torch.autograd.grad(reference.squash(x).sin().sum(), x, create_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(g.square().sum(), x)[0])
+    assert moved
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap of grad"])
+def test_compiled_transforms(transform):
+    derivative, of_the_reference = DERIVATIVES[transform]
+    function = capsules(kernels.squash, kernels.dynamic_routing)
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(derivative, function), fullgraph=True, backend="aot_eager")
+    expected = of_the_reference(capsules(reference.squash, reference.dynamic_routing), draw(*X))
+    torch.testing.assert_close(compiled(draw(*X)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_and_exported_graphs_call_each_operator_once():
+    class Capsules(torch.nn.Module):
+        def forward(self, x):
+            return capsules(kernels.squash, kernels.dynamic_routing)(x)
+
+    def count(graph):
+        targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        assert sum("capszoo" in target for target in targets) == 2 and len(targets) <= 5, targets
+        return [sum(name in target for target in targets) for name in ("capszoo.squash", "capszoo.dynamic_routing")]
+
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    torch._dynamo.reset()
+    torch.compile(Capsules(), fullgraph=True, backend=backend)(draw(*X))
+    for strict in (False, True):
+        graphs.append(torch.export.export(Capsules(), (draw(*X),), strict=strict).graph)
+    assert [count(graph) for graph in graphs] == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operators_refuse_tangents(requires_grad):
+    """As scripts and exported programs call them, they would drop them in silence."""
+    message = "jvp" if requires_grad else "capszoo.kernels.squash or dynamic_routing, or script and export with"
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(draw(*X).requires_grad_(requires_grad), DIRECTION)
+        with pytest.raises(NotImplementedError, match=message):
+            operator_squash(x)
+        with pytest.raises(NotImplementedError, match=message):
+            operator_routing(x, WEIGHTS, BIASES)
+    x = draw(*X).requires_grad_()
+    v = kernels.squash(x)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="it cannot pass on"):
+        torch.autograd.grad(v, x, forward_ad.make_dual(DIRECTION, DIRECTION))
+
+
+def test_a_torch_without_the_key_of_transforms():
+    """Nothing may be wrong in silence, should torch rename it."""
+    code = """
+import torch
+del torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+from capszoo.kernels import dynamic_routing, reference, squash
+x, t = torch.randn(2, 3, 4)
+for function, exact in ((squash, reference.squash),):
+    assert torch.allclose(torch.func.jvp(function, (x,), (t,))[1], torch.func.jvp(exact, (x,), (t,))[1])
+    assert torch.allclose(torch.vmap(function)(x), exact(x))
+    try:
+        torch.func.grad(lambda x: function(x).sum())(x)
+    except RuntimeError:
+        print("refused")
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["refused"], result.stderr
