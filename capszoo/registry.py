@@ -4,18 +4,21 @@ import difflib
 import inspect
 import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
+import numpy as np
 import timm
 import torch
 from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args
 from timm.models import is_model as timm_is_model
-from torch import nn
+from torch import Tensor, nn
 
 from . import models
 from .checkpoint import CheckpointError, _first_line, check_weights, load_weights, read_metadata
@@ -23,6 +26,7 @@ from .layers import set_fused_routing, use_fused_routing
 
 __all__ = [
     "ModelInfo",
+    "check_arguments",
     "create_model",
     "is_model",
     "list_models",
@@ -51,6 +55,16 @@ _TIMM_KEYWORDS = {
 
 # Of a model that a config.json describes: before its weights are read, nothing else bounds what it asks for.
 _MAX_DESCRIBED = 1 << 28
+
+# What an argument takes, by the types that annotations name.
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    torch.device: "a device",
+    torch.dtype: "a floating-point torch.dtype",
+}
 
 
 def list_models(
@@ -90,7 +104,8 @@ def create_model(
             :class:`capszoo.models.CapsNet`; `features_only` and other keywords of timm.
 
     Raises:
-        ValueError: If the name, its tag or a keyword is unknown, or the weights do not fit.
+        ValueError: If the name, its tag or a keyword is unknown, a value is of the wrong type, or the weights do not
+            fit.
 
     Example:
 
@@ -99,19 +114,16 @@ def create_model(
         lengths = model(torch.rand(8, 1, 28, 28))  # [8, 10]
         ```
     """
-    if ":" in name:
-        _check_source(name, kwargs.get("cache_dir"))
-    else:
-        _check_keywords(name, kwargs)
+    kwargs = check_arguments(name, kwargs)
     if checkpoint_path is not None and kwargs.get("features_only"):
         raise ValueError(
             "features_only=True does not go with checkpoint_path: pass pretrained=True and "
             "pretrained_cfg_overlay=dict(file=PATH) instead"
         )
-    if checkpoint_path is not None:
-        # Without memory for the weights first: `kwargs` may come from the file, and ask for more than it holds.
-        check_weights(timm.create_model(name, **{**kwargs, "device": "meta"}), checkpoint_path)
     try:
+        if checkpoint_path is not None:
+            # Without memory for the weights first: `kwargs` may come from the file, and ask for more than it holds.
+            check_weights(timm.create_model(name, **{**kwargs, "device": "meta"}), checkpoint_path)
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except ValueError:
         raise
@@ -123,6 +135,8 @@ def create_model(
             ) from None
         if pretrained:  # a damaged file shows as any exception
             raise ValueError(f"the weights of {name!r} cannot be loaded ({_first_line(error)}): use others") from error
+        if isinstance(error, (RuntimeError, TypeError, OverflowError)):  # no such device, no memory, sizes beyond it
+            raise ValueError(f"{name!r} cannot be made ({_first_line(error)}): check its arguments") from error
         raise
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path)
@@ -164,10 +178,10 @@ def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dic
         header: The file's header metadata.
 
     Raises:
-        CheckpointError: If there is a keyword that the model does not take, or a value of the wrong kind.
+        CheckpointError: If there is a keyword that the model does not take, or a value of the wrong type.
         ValueError: If no model has this name.
     """
-    known = model_parameters(name)
+    _check_name(name)
     try:
         model_args = json.loads(header.get("model_args", "{}"))
     except (ValueError, RecursionError):
@@ -175,38 +189,29 @@ def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dic
     if not isinstance(model_args, dict):
         raise CheckpointError(f"{str(path)!r} is damaged (its 'model_args' are no JSON object): use another checkpoint")
     model_args = {key: value for key, value in model_args.items() if key not in _TIMM_KEYWORDS | {"device", "dtype"}}
-    for key, value in model_args.items():
-        if key not in known or not _is_kind(value, known[key].default):
-            raise CheckpointError(
-                f"{str(path)!r} was made with {key}={reprlib.repr(value)}, which {name!r} does not take"
-            )
-    return model_args
+    try:
+        return check_arguments(name, model_args)
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} was made with arguments that cannot be used: {error}") from None
 
 
 def _load_model(path: str | Path, name: str, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    kwargs = check_arguments(name, kwargs)
     # The shapes may agree all the same, and every kept capsule would then look at another place of the image.
-    size, wanted = (to_2tuple(values.get("img_size", 28)) for values in (model_args, {**model_args, **kwargs}))
+    size, wanted = (to_2tuple(values.get("img_size") or 28) for values in (model_args, {**model_args, **kwargs}))
     if model_args.get("keep_capsules") and tuple(size) != tuple(wanted):
         raise CheckpointError(
-            f"{str(path)!r} keeps single capsules of images of {size[0]}x{size[1]}: leave out img_size={wanted[0]}"
+            f"{str(path)!r} keeps single capsules of images of {size[0]}x{size[1]}: leave out "
+            f"img_size={kwargs['img_size']}"
         )
     return create_model(name, checkpoint_path=path, **{**model_args, **kwargs})
 
 
-def _is_kind(value: Any, default: Any) -> bool:
-    """Whether a value of JSON is of the kind of a keyword's default; None stands for the default."""
-    if value is None:
-        return True
-    if isinstance(default, (bool, str)):
-        return type(value) is type(default)
-    if isinstance(default, float):
-        return type(value) in (int, float) and math.isfinite(value)
-    # Sizes, and indices of what a pruned network keeps.
-    return all(type(item) is int for item in (value if isinstance(value, list) else [value]))
-
-
-def _check_source(name: str, cache_dir: str | Path | None) -> None:
+def _check_source(name: str, cache_dir: str | Path | None) -> str:
     """Check the config.json of a folder or of the hub, before anything of the size that it says is made.
+
+    Returns:
+        The name of the model that it describes.
 
     Raises:
         ValueError: If it is missing or damaged, or describes no model of this zoo, or a vast one.
@@ -214,16 +219,15 @@ def _check_source(name: str, cache_dir: str | Path | None) -> None:
     try:
         config = resolve_model_input_args(name, cache_dir=cache_dir)
         arch, model_args = config["model_name"], config.get("pretrained_model_args", {})
-        _check_keywords(arch, model_args)
-        known = model_parameters(arch)
-        for key, value in model_args.items():
-            if key in {"device", "dtype"} or (key in known and not _is_kind(value, known[key].default)):
-                raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(value)}")
+        check_arguments(arch, model_args)
+        for key in {"device", "dtype"} & set(model_args):
+            raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(model_args[key])} from a file")
         size = sum(value.numel() for value in timm.create_model(name, device="meta", cache_dir=cache_dir).parameters())
     except Exception as error:  # timm takes the file for granted
         raise ValueError(f"{name!r} describes no model that can be made: {_first_line(error)}") from error
     if size > _MAX_DESCRIBED:
         raise ValueError(f"{name!r} describes a model of {size:,} weights, more than {_MAX_DESCRIBED:,}: check it")
+    return arch
 
 
 def _check_name(name: str) -> None:
@@ -243,31 +247,113 @@ def _check_name(name: str) -> None:
 def model_keywords(name: str) -> set[str]:
     """Keywords of a model's constructor, by which its kind can be told: not all have routing, or a decoder.
 
-    Raises:
-        ValueError: If the name or its tag is unknown.
-    """
-    return set(model_parameters(name))
-
-
-def model_parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a model's constructor by keyword.
+    Args:
+        name: As :func:`create_model` takes it.
 
     Raises:
-        ValueError: If the name or its tag is unknown.
+        ValueError: If the name or its tag is unknown, or its folder describes no model.
     """
+    return set(_model_annotations(_check_source(name, None) if ":" in name else name))
+
+
+def _model_annotations(name: str) -> dict[str, Any]:
+    """Types of the arguments of a model's constructor, by keyword."""
     _check_name(name)
     family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
-    return inspect.signature(family).parameters
+    parameters = inspect.signature(family, eval_str=True).parameters
+    return {key: parameter.annotation for key, parameter in parameters.items()}
 
 
-def _check_keywords(name: str, kwargs: dict[str, Any]) -> None:
-    """Refuse keywords that no constructor takes; deep inside timm they would be a TypeError without a hint."""
-    known = model_keywords(name)
-    for key in kwargs:
-        if key not in known | _TIMM_KEYWORDS:
+def check_arguments(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Check keywords of a model and their values; deep inside timm and torch they would be errors without a hint.
+
+    The one check for calls, command lines, YAML, headers of weights and config.json: each value is held against the
+    annotation of the constructor. None stands for the default, as in timm.
+
+    Args:
+        name: As :func:`create_model` takes it.
+        kwargs: Keywords of its constructor; those of timm for any model are let through.
+
+    Returns:
+        The keywords, numbers and sequences of numpy and torch as Python's own, which JSON and YAML can hold.
+
+    Raises:
+        ValueError: If a keyword is unknown, or a value is of the wrong type.
+    """
+    annotations = _model_annotations(_check_source(name, kwargs.get("cache_dir")) if ":" in name else name)
+    checked = dict(kwargs)
+    for key, value in kwargs.items():
+        if key in annotations:
+            checked[key] = _check_value(key, value, annotations[key])
+        elif key not in _TIMM_KEYWORDS:
+            known = sorted(annotations)
             near = difflib.get_close_matches(key, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown keyword {key!r} for model {name!r}{hint} Known: {', '.join(sorted(known))}")
+            raise ValueError(f"unknown keyword {key!r} for model {name!r}{hint} Known: {', '.join(known)}")
+    return checked
+
+
+def _check_value(key: str, value: Any, annotation: Any) -> Any:
+    """Return an argument as Python's own numbers, lists and text, if it is what the annotation says."""
+    plain = _plain(value)
+    if plain is None or _is_kind(plain, annotation):
+        return plain
+    try:
+        shown = " ".join(reprlib.repr(value).split())  # arrays take lines
+    except ValueError:
+        shown = "(thousands of digits)"
+    meant = _numbers(value) if isinstance(value, str) else []
+    hints = [item for item in (*meant[: len(meant) == 1], meant) if meant and _is_kind(item, annotation)]
+    hint = f", {key}={hints[0]}" if hints else ""
+    raise ValueError(f"{key}={shown} is not possible: give {_describe(annotation)}{hint}")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and sequences, those of numpy and torch too, as Python's own numbers and lists; the rest as it is."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _is_kind(value: Any, annotation: Any) -> bool:
+    """Whether a value, as `_plain` gives it, is of the type that an annotation names."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(_is_kind(value, kind) for kind in inner)
+    if origin is tuple:
+        return type(value) is list and len(value) == len(inner) and all(map(_is_kind, value, inner))
+    if origin is Sequence:
+        return type(value) is list and all(_is_kind(item, inner[0]) for item in value)
+    if annotation is float:
+        return _is_kind(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is torch.device:  # a number is that of a GPU
+        return isinstance(value, torch.device) or _is_kind(value, int)
+    if annotation is torch.dtype:
+        return value is float or (isinstance(value, torch.dtype) and value.is_floating_point)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    """What an annotation says that an argument takes, in words."""
+    origin, inner = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
+    if origin in (Union, UnionType):
+        return " or ".join(map(_describe, inner))
+    if origin in (tuple, Sequence):
+        count = f"{len(inner)} " if origin is tuple else ""
+        return f"a list of {count}{_describe(inner[0]).removeprefix('a ')}s"
+    return _KINDS[annotation]
+
+
+def _numbers(text: str) -> list[int | float]:
+    """The numbers that a text such as '(20, 32)', '20x32' or '1e-3' stands for; none if it is anything else."""
+    try:
+        return [int(word) if word.isdecimal() else float(word) for word in re.split("[ ,x]+", text.strip("[( )]"))]
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True)

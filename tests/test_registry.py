@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from timm.models import save_for_hf
 
 import capszoo
 from capszoo import ModelInfo
 from capszoo.checkpoint import CheckpointError, save_weights
 from capszoo.models import CapsNet
+from capszoo.registry import check_arguments
 
 every_model = pytest.mark.parametrize("name", capszoo.list_models("capsnet*"))
 SMALL = dict(conv_dim=8, img_size=20)
@@ -101,6 +104,116 @@ def test_unknown_keyword(keyword, near):
 @pytest.mark.parametrize("keyword", ["variant", "model_cls", "feature_cfg", "model_name", "self", "kwargs"])
 def test_keywords_that_only_timm_fills_in(keyword):
     assert "unknown keyword" in refused(capszoo.create_model, "capsnet", **{keyword: "x"})
+
+
+# What text of a command line, numbers of the wrong kind and lists of the wrong length are answered.
+WRONG = [
+    ("conv_dim", "abc", "'abc' is not possible: give a whole number"),
+    ("conv_dim", "8", "'8' is not possible: give a whole number, conv_dim=8"),
+    ("conv_dim", 8.0, "8.0 is not possible: give a whole number"),
+    ("conv_dim", True, "True is not possible: give a whole number"),
+    ("conv_dim", {"a": 1}, "{'a': 1} is not possible: give a whole number"),
+    ("img_size", "(20, 32)", "'(20, 32)' is not possible: give a whole number or a list of 2 whole numbers, "
+                             "img_size=[20, 32]"),
+    ("img_size", "20x32", "'20x32' is not possible: give a whole number or a list of 2 whole numbers, "
+                          "img_size=[20, 32]"),
+    ("img_size", [20], "[20] is not possible: give a whole number or a list of 2 whole numbers"),
+    ("img_size", (20, 20, 1), "(20, 20, 1) is not possible: give a whole number or a list of 2 whole numbers"),
+    ("img_size", [20, 32.0], "[20, 32.0] is not possible: give a whole number or a list of 2 whole numbers"),
+    ("decoder_dims", 64, "64 is not possible: give a list of 2 whole numbers"),
+    ("decoder_dims", "64,128", "'64,128' is not possible: give a list of 2 whole numbers, decoder_dims=[64, 128]"),
+    ("keep_types", ["a"], "['a'] is not possible: give a whole number or a list of whole numbers"),
+    ("keep_types", "3", "'3' is not possible: give a whole number or a list of whole numbers, keep_types=3"),
+    ("keep_capsules", 3, "3 is not possible: give a list of whole numbers"),
+    ("share_weights", "maybe", "'maybe' is not possible: give true or false"),
+    ("share_weights", 1, "1 is not possible: give true or false"),
+    ("drop_rate", "high", "'high' is not possible: give a number"),
+    ("drop_rate", "1e-3", "'1e-3' is not possible: give a number, drop_rate=0.001"),
+    ("drop_rate", float("nan"), "nan is not possible: give a number"),
+    ("drop_rate", True, "True is not possible: give a number"),
+    ("routing", 3, "3 is not possible: give text"),
+    ("device", 1.5, "1.5 is not possible: give a device or text"),
+    ("dtype", "float16", "'float16' is not possible: give a floating-point torch.dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG)
+def test_values_of_the_wrong_type(key, value, expected):
+    assert refused(capszoo.create_model, "capsnet_tiny", **{**SMALL, key: value}) == f"{key}={expected}"
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [case for case in WRONG if case[0] not in ("device", "dtype")])
+def test_values_of_the_wrong_type_in_files(key, value, expected, tmp_path):
+    expected = f"{key}={expected}".replace("(20, 20, 1)", "[20, 20, 1]")  # as JSON holds it
+    model = capszoo.create_model("capsnet_tiny", **SMALL)
+    path = tmp_path / "model.safetensors"
+    save_weights(path, model, {"model": "capsnet_tiny", "model_args": {**SMALL, key: value}})
+    assert refused(capszoo.load_model, path) == f"{str(path)!r} was made with arguments that cannot be used: {expected}"
+    save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    (tmp_path / "folder/config.json").write_text(json.dumps({**config, "model_args": {**SMALL, key: value}}))
+    name = f"local-dir:{tmp_path / 'folder'}"
+    assert refused(capszoo.create_model, name) == f"{name!r} describes no model that can be made: {expected}"
+
+
+def test_arguments_beside_a_folders_own(tmp_path):
+    save_for_hf(capszoo.create_model("cnn_baseline_tiny", **SMALL), tmp_path, safe_serialization=True)
+    name = f"local-dir:{tmp_path}"
+    assert capszoo.create_model(name, num_classes=np.int64(3), img_size=(20, 32)).img_size == (20, 32)
+    assert refused(capszoo.create_model, name, img_size="20") == (
+        "img_size='20' is not possible: give a whole number or a list of 2 whole numbers, img_size=20"
+    )
+    assert "did you mean 'num_classes'?" in refused(capszoo.create_model, name, num_clases=3)
+    assert capszoo.registry.model_keywords(name) == capszoo.registry.model_keywords("cnn_baseline")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (dict(conv_dim=np.int64(6)), dict(conv_dim=6)),
+        (dict(conv_dim=torch.tensor(6)), dict(conv_dim=6)),
+        (dict(img_size=(20, 32)), dict(img_size=[20, 32])),
+        (dict(img_size=torch.Size([20, 32])), dict(img_size=[20, 32])),
+        (dict(img_size=np.array([20, 32])), dict(img_size=[20, 32])),
+        (dict(img_size=(np.int32(20), 32)), dict(img_size=[20, 32])),
+        (dict(keep_types=np.int64(2)), dict(keep_types=2)),
+        (dict(keep_types=range(2)), dict(keep_types=[0, 1])),
+        (dict(keep_types=torch.tensor([1, 3])), dict(keep_types=[1, 3])),
+        (dict(keep_capsules=(5, np.int64(0))), dict(keep_capsules=[0, 5])),
+        (dict(decoder_dims=np.array([3, 4])), dict(decoder_dims=[3, 4])),
+        (dict(share_weights=np.bool_(False)), dict(share_weights=False)),
+        (dict(drop_rate=0), dict(drop_rate=0)),
+        (dict(drop_rate=np.float64(0.25)), dict(drop_rate=0.25)),
+        (dict(squash=np.str_("approx")), dict(squash="approx")),
+        (dict(num_classes=None, img_size=None, decoder=None), dict(num_classes=10, img_size=[28, 28], decoder=False)),
+        (dict(device="meta", dtype=torch.float64), {}),
+        (dict(device=torch.device("cpu"), dtype=float), {}),
+    ],
+    ids=str,
+)
+def test_values_of_the_right_type(given, expected):
+    """As numpy and torch hold them too; what the model says of itself fits into a header."""
+    model = capszoo.create_model("capsnet_tiny", **{**SMALL, **given})
+    arguments = json.loads(json.dumps(model.arguments()))
+    assert {key: arguments[key] for key in expected} == expected
+    assert model.conv1.weight.dtype == (torch.float64 if "dtype" in given else torch.float32)
+    assert model.conv1.weight.device == torch.device(given.get("device", "cpu"))
+
+
+@pytest.mark.parametrize("name", ["capsnet", "cnn_baseline"])
+def test_every_argument_has_a_type_that_is_checked(name):
+    for key in capszoo.registry.model_keywords(name):
+        assert refused(check_arguments, name, {key: object}).startswith(f"{key}=<class 'object'> is not possible: give")
+
+
+def test_numbers_beyond_any_model():
+    huge = 1 << 20_000  # Python writes out no number of so many digits
+    assert refused(check_arguments, "capsnet", {"routing": huge}) == (
+        "routing=(thousands of digits) is not possible: give text"
+    )
+    for value in (10**12, 10**30):
+        message = refused(capszoo.create_model, "capsnet_tiny", num_classes=value)
+        assert message.startswith("'capsnet_tiny' cannot be made (") and message.endswith("check its arguments")
 
 
 def test_model_keywords():
@@ -246,5 +359,13 @@ def test_single_capsules_belong_to_their_image_size(tmp_path):
     model = capszoo.create_model("capsnet", **options)
     save_weights(tmp_path / "model.safetensors", model, {"model": "capsnet", "model_args": options})
     assert capszoo.load_model(tmp_path / "model.safetensors", img_size=28).num_classes == 10
-    with pytest.raises(ValueError, match="keeps single capsules of images of 28x28: leave out img_size=32"):
-        capszoo.load_model(tmp_path / "model.safetensors", img_size=32)
+    for size, shown in ((32, "32"), ((20, 32), r"\[20, 32\]")):
+        with pytest.raises(ValueError, match=f"keeps single capsules of images of 28x28: leave out img_size={shown}"):
+            capszoo.load_model(tmp_path / "model.safetensors", img_size=size)
+    assert "img_size='20x32' is not possible" in refused(
+        capszoo.load_model, tmp_path / "model.safetensors", img_size="20x32"
+    )
+    save_weights(
+        tmp_path / "null.safetensors", model, {"model": "capsnet", "model_args": {**options, "img_size": None}}
+    )
+    assert capszoo.load_model(tmp_path / "null.safetensors", img_size=(28, 28)).img_size == (28, 28)
