@@ -248,28 +248,6 @@ def test_resolve_amp():
             resolve_amp(wrong, cpu)
 
 
-@pytest.fixture
-def pretended_graphs(monkeypatch):
-    """Captures that record what they would have run, on a machine without CUDA."""
-    captures = []
-
-    def capture(step):
-        captures.append(step)
-        return step
-
-    monkeypatch.setattr(engine, "_on_side_stream", lambda step: step())
-    monkeypatch.setattr(engine, "_capture", capture)
-    # Of the optimizers that can be captured, those of torch refuse CPU tensors.
-    monkeypatch.setattr(Trainer, "_set_lr", _set_lr_alone)
-    return captures
-
-
-def _set_lr_alone(trainer):
-    trainer._rate.fill_(trainer.lr)
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = trainer._rate
-
-
 def test_captured_steps_take_every_batch_and_rate(few, pretended_graphs):
     plain, captured = make_trainer(few, drop_rate=0.0), make_trainer(few, drop_rate=0.0)
     plain.fit()
