@@ -182,8 +182,8 @@ def build_parser() -> OptionParser:
         help=f"steps of each row; default {', '.join(f'{n} at batch {b}' for b, n in STEPS.items())}",
     )
     add("--policies", nargs="*", metavar="POLICY", help="policies with their own options, in place of fixed rates")
-    add("--images", type=int, default=2000, help="with --policies: training images")
-    add("--epochs", type=int, default=10, help="with --policies: epochs")
+    add("--images", type=int, default=1000, help="with --policies: training images")
+    add("--epochs", type=int, default=6, help="with --policies: epochs")
     add("--seeds", type=int, default=1, help="seeds 0, 1 and so on of each row")
     add("--amp", default="none", choices=["none", "bf16"], help="precision of the computation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
