@@ -113,9 +113,12 @@ def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
     """
     state_dict = dict(state_dict)
     for name, module in model.named_modules():
-        key = f"{name}.weight"
-        if isinstance(module, ScaledConv2d) and f"{name}.scale" not in state_dict and key in state_dict:
-            weight = state_dict[key]
-            scale = weight.new_ones(()) if module.scale.is_meta else module.scale.to(weight)
-            state_dict[key], state_dict[f"{name}.scale"] = weight / scale, scale.detach().clone()
+        weight = state_dict.get(f"{name}.weight")
+        if not isinstance(module, ScaledConv2d) or f"{name}.scale" in state_dict or weight is None:
+            continue
+        scale = torch.ones(()) if module.scale.is_meta else module.scale.detach().clone()
+        state_dict[f"{name}.scale"] = scale = scale.to(weight.device)
+        if weight.is_floating_point():  # others are no weights, as whoever loads them says
+            # In the model's type, since float16 could not hold all of them.
+            state_dict[f"{name}.weight"] = weight.to(module.weight.dtype) / scale
     return state_dict

@@ -17,6 +17,7 @@ from safetensors import safe_open
 import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors
+from capszoo.layers import unfold_scales
 
 ROOT = Path(__file__).parents[2]
 both = pytest.mark.parametrize("create", [capszoo.create_model, timm.create_model], ids=["capszoo", "timm"])
@@ -313,7 +314,8 @@ def test_shipped(name):
     model = capszoo.create_model(name, pretrained=True, decoder=True).eval()
     assert json.loads(card["class_names"]) == list(model.pretrained_cfg["label_names"]) == entry["label_names"]
     assert len(entry["label_names"]) == model.num_classes
-    assert equal_to(model, stored(name)) == set(model.state_dict()) == set(stored(name))
+    weights = unfold_scales(stored(name), model)
+    assert equal_to(model, weights) == set(model.state_dict()) == set(weights)
     x = torch.rand(2, model.in_chans, *model.img_size)
     assert model(x).shape == (2, model.num_classes) and model(x).isfinite().all()
     assert model.reconstruct(x).isfinite().all()
