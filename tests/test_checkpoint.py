@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,9 +141,12 @@ def test_failed_write_keeps_the_old_file_and_no_litter(model, tmp_path, monkeypa
 
 def test_mean_and_std_of_the_images_come_with_the_weights(model, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_weights(path, model, {"model": "capsnet_tiny", "mean": [0.25], "std": (0.5,)})
+    model_args = {"conv_dim": 4, "num_types": 2, "decoder": True}
+    save_weights(path, model, {"model": "capsnet_tiny", "model_args": model_args, "mean": [0.25], "std": (0.5,)})
     load_weights(model, path)
     assert model.pretrained_cfg["mean"] == (0.25,) and model.default_cfg["std"] == (0.5,)
+    of_timm = timm.data.resolve_model_data_config(capszoo.load_model(path))
+    assert (of_timm["mean"], of_timm["std"]) == ((0.25,), (0.5,))
     for header in ({"mean": "0.25"}, {"std": "[0]"}, {"mean": "[]"}, {"std": '["a"]'}, {"mean": "[NaN]"}):
         save_weights(path, model, header)
         assert "is damaged (its '" in message(load_weights, model, path)
