@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor, nn
 
+from capszoo.kernels import reference
+
+from .config import FollowsFusedRouting
 from .functional import squash
 from .scaled_conv import ScaledConv2d
 
 __all__ = ["PrimaryCaps"]
 
 
-class SquashMap(nn.Module):
+class SquashMap(FollowsFusedRouting, nn.Module):
     """Squash each capsule of a map ``[B, T*K, H, W]``, see :func:`capszoo.kernels.squash`."""
 
     def __init__(self, num_types: int, caps_dim: int, approximate: bool = False):
@@ -19,7 +22,10 @@ class SquashMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # In channels_last memory the permutation is free and K is the innermost dimension already.
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_types, self.caps_dim))
-        x = squash(x, self.approximate)
+        if torch.jit.is_scripting() and not self.fused:
+            x = reference.squash(x, self.approximate)
+        else:
+            x = squash(x, self.approximate)
         return x.flatten(-2).permute(0, 3, 1, 2)
 
 
