@@ -95,11 +95,43 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: s
 def save_tensors(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], previous: str | Path | None = None
 ) -> None:
-    """Write tensors and header metadata to a safetensors file, atomically."""
-    # safetensors keeps no strides: what is stored is contiguous, whatever the memory format of the model.
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    """Write tensors and header metadata to a safetensors file, atomically.
+
+    Tensors that share memory, as tied weights do, are each written: every reader of the file finds all names.
+
+    Raises:
+        WriteError: If the file cannot be written, or a tensor has no values or none that safetensors holds.
+    """
+    stored = _storable(tensors, path)
     header = {"format": "pt", **metadata}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header), previous)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(stored, temporary, metadata=header)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise WriteError(
+                f"{str(path)!r} cannot be written: safetensors refuses it ({_first_line(error)})"
+            ) from error
+
+    write_atomically(path, write, previous)
+
+
+def _storable(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: on the CPU, contiguous whatever their strides, none sharing memory."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        try:
+            copy = value.detach().cpu().contiguous()
+        except (NotImplementedError, RuntimeError) as error:
+            raise WriteError(
+                f"{str(path)!r} cannot be written: {key!r} has no values to store, it is {value.layout} on "
+                f"{value.device}: make it dense, on a device that is not meta"
+            ) from error
+        storage = copy.untyped_storage().data_ptr()
+        stored[key] = copy.clone() if storage in storages else copy
+        storages.add(storage)
+    return stored
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -141,8 +173,19 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
         path: File to write; its folder must exist.
         model: The model, not wrapped.
         metadata: Facts for people and programs (model, data set, accuracy); values that are no strings become JSON.
+
+    Raises:
+        WriteError: As :func:`save_tensors`, and if JSON cannot hold a value.
     """
-    header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    header = {}
+    for key, value in metadata.items():
+        try:
+            header[key] = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WriteError(
+                f"{str(path)!r} cannot be written: its header cannot hold this {key!r} ({_first_line(error)}): give "
+                "text, numbers, and lists or dicts of them"
+            ) from error
     save_tensors(path, model.state_dict(), header)
 
 
@@ -159,28 +202,31 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
         CheckpointError: If the file is missing or damaged, or the weights are those of another model.
     """
     tensors, metadata = load_tensors(path)
-    fitting, statistics = _fitting(model, tensors, metadata, path), _statistics(metadata, path)
+    fitting = _fitting(model, tensors, metadata, path)
+    normalisation = _read_normalisation(path, metadata, getattr(model, "in_chans", 1))
     model.load_state_dict(fitting)
-    if statistics:
-        model.pretrained_cfg = model.default_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **statistics}
+    if normalisation:
+        model.pretrained_cfg = model.default_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **normalisation}
     return metadata
 
 
-def _statistics(metadata: dict[str, str], path: str | Path) -> dict[str, tuple[float, ...]]:
-    """Read the mean and standard deviation of images from a header, nothing where it has none."""
+def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:
+    """Read `mean` and `std` from the header of a model's file: for each channel, or one number for all."""
     found = {}
     for key in ("mean", "std"):
-        if key not in metadata:
+        if key not in header:
             continue
         try:
-            values = tuple(float(value) for value in json.loads(metadata[key]))
-            if not 1 <= len(values) <= 3 or not all(math.isfinite(v) and (key == "mean" or v > 0) for v in values):
-                raise ValueError
-        except (TypeError, ValueError, RecursionError):
+            values = json.loads(header[key])
+        except (ValueError, RecursionError):
+            values = None
+        numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < math.inf for v in values)
+        if not numbers or len(values) not in (1, in_chans) or (key == "std" and min(values) <= 0):
             raise CheckpointError(
-                f"{str(path)!r} is damaged (its {key!r} is {reprlib.repr(metadata[key])}): use another checkpoint"
-            ) from None
-        found[key] = values
+                f"{str(path)!r} is damaged (its {key!r} is {reprlib.repr(header[key])}, not a number for each "
+                "channel): use another checkpoint"
+            )
+        found[key] = tuple(float(value) for value in values)
     return found
 
 
@@ -224,6 +270,10 @@ def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | N
         path: The file.
         state: The state.
         previous: Where to keep the file that was at `path` before.
+
+    Raises:
+        WriteError: As :func:`save_tensors`.
+        TypeError: If the state holds anything else.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -244,6 +294,7 @@ def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | N
         raise TypeError(f"cannot store {type(value).__name__} at {name!r} in a checkpoint")
 
     tree = json.dumps(strip(state, ""))
+    tensors = _storable(tensors, path)
     header = {"capszoo": _FORMAT, "state": tree, "sha256": _checksum(tensors, tree)}
     save_tensors(path, tensors, header, previous)
 
@@ -338,7 +389,7 @@ def _checksum(tensors: dict[str, Tensor], tree: str) -> str:
     """Hash a state. safetensors checks its header alone: a flipped bit in a tensor would go unnoticed."""
     digest = hashlib.sha256(tree.encode())
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
+        value = tensors[key].contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

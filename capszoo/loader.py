@@ -37,7 +37,8 @@ class Split:
     """The training, validation or test images of a data set.
 
     Args:
-        labels: int64 `[N]`, on the same device as `images`.
+        labels: Class indices, int64 `[N]`, or weights of the classes, float `[N, J]`, where an image may show several
+            or none; on the same device as `images`.
         images: uint8 `[N, C, H, W]`, or None for a split that is read from disk while it is used.
         reader: Where the images of such a split come from.
         indices: int64 `[N]`, the place of each image in `reader`.
@@ -59,6 +60,11 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({len(self)} images of {'x'.join(map(str, self.image_shape))})"
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether labels are weights of the classes."""
+        return self.labels.ndim == 2
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -89,7 +95,7 @@ class Split:
 
 
 class Loader:
-    """One epoch of batches of a split: images float32 `[B, C, H, W]` and labels int64 `[B]` on `device`.
+    """One epoch of batches of a split: images float32 `[B, C, H, W]` and their labels on `device`.
 
     Images have values in [0, 1], less the split's mean and divided by its standard deviation.
 

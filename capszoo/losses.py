@@ -50,9 +50,11 @@ def margin_loss(
         ValueError: If a shape, a dtype or a setting does not fit, or (on a CPU) a value of the target.
     """
     _check_margins(m_plus, m_minus, lambda_)
-    _check_scores(lengths, target, weight, reduction)
+    _check_reduction(reduction)
+    check_target(lengths, target)
+    _check_weight(weight, lengths.shape[1])
     lengths = _at_least_float32(lengths)
-    present = _present(target, lengths)
+    present = present_classes(target, lengths)
     too_short = F.relu(m_plus - lengths).square()
     too_long = F.relu(lengths - m_minus).square()
     losses = (present * too_short + lambda_ * (1 - present) * too_long).sum(dim=1)
@@ -82,9 +84,11 @@ def spread_loss(
         ValueError: As :func:`margin_loss`.
     """
     _check_margin(margin)
-    _check_scores(lengths, target, weight, reduction)
+    _check_reduction(reduction)
+    check_target(lengths, target)
+    _check_weight(weight, lengths.shape[1])
     lengths = _at_least_float32(lengths)
-    present = _present(target, lengths)
+    present = present_classes(target, lengths)
     if target.dim() == 1:
         wanted = (lengths * present).sum(dim=1, keepdim=True)
         losses = ((1 - present) * F.relu(margin - (wanted - lengths)).square()).sum(dim=1)
@@ -127,8 +131,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
-def _present(target: Tensor, scores: Tensor) -> Tensor:
-    """Weights of the classes ``[B, J]`` in the type of the scores."""
+def present_classes(target: Tensor, scores: Tensor) -> Tensor:
+    """Weights of the classes ``[B, J]``, in the type of the scores, of a target of either kind."""
     if target.dim() == 2:
         return target.to(scores.dtype)
     # It has a rule for vmap, which `one_hot` lacks, and fails for indices out of range, where a comparison would not.
@@ -165,13 +169,25 @@ def _check_margin(margin: float) -> None:
         raise ValueError(f"margin={margin} is not possible: give 0 or more")
 
 
+def _check_weight(weight: Tensor | None, num_classes: int) -> None:
+    if weight is not None:
+        if weight.dim() != 1 or weight.shape[0] != num_classes or not weight.is_floating_point():
+            raise ValueError(
+                f"weight has shape {list(weight.shape)} and is {weight.dtype}: give floating [J], J={num_classes}"
+            )
+
+
 def _check_reduction(reduction: str) -> None:
     if reduction != "none" and reduction != "mean" and reduction != "sum":
         raise ValueError(f"unknown reduction '{reduction}'. Known: none, mean, sum")
 
 
-def _check_scores(scores: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
-    _check_reduction(reduction)
+def check_target(scores: Tensor, target: Tensor) -> None:
+    """Check that a target is one for these scores ``[B, J]``, see :func:`margin_loss`.
+
+    Raises:
+        ValueError: If its shape or dtype is another, or (on a CPU) a value out of range.
+    """
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"lengths have shape {list(scores.shape)} and are {scores.dtype}: give floating [B, J]")
     indices = target.dtype == torch.int64 or target.dtype == torch.int32 or target.dtype == torch.uint8
@@ -183,11 +199,6 @@ def _check_scores(scores: Tensor, target: Tensor, weight: Tensor | None, reducti
             f"target has shape {list(target.shape)} and is {target.dtype}, lengths have shape {list(scores.shape)}: "
             f"give class indices [B] (int64, int32 or uint8) or weights of the classes [B, J] (bool, or target.float())"
         )
-    if weight is not None:
-        if weight.dim() != 1 or weight.shape[0] != scores.shape[1] or not weight.is_floating_point():
-            raise ValueError(
-                f"weight has shape {list(weight.shape)} and is {weight.dtype}: give floating [J], J={scores.shape[1]}"
-            )
     if not torch.jit.is_scripting():
         _check_values(target, scores.shape[1])
 

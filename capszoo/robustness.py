@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .engine import autocast
 from .loader import seeded_generator
+from .metrics import right_answers
 from .task import Normalization
 
 __all__ = ["ROBUSTNESS_COLUMNS", "draw_shifts", "measure_robustness", "transform"]
@@ -75,13 +76,15 @@ def measure_robustness(
     Args:
         model: A model of this zoo; left in the mode it was in.
         loader: Batches of images ``[B, C, H, W]``, normalised as the model's `pretrained_cfg` says, and labels ``[B]``
-            in a fixed order, on the model's device.
+            or ``[B, J]`` in a fixed order, on the model's device.
         amp: Type for autocast.
         seed: Seed of the shifts.
 
     Returns:
-        Top-1 accuracy by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30 degrees (each the mean of both
-        directions), a shift of up to 6 pixels each way along both axes, and a size of 0.8 and 1.2.
+        Top-1 accuracy (the exact-match accuracy where labels are weights of the classes, see
+        :func:`capszoo.metrics.right_answers`) by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30
+        degrees (each the mean of both directions), a shift of up to 6 pixels each way along both axes, and a size of
+        0.8 and 1.2.
 
     Raises:
         ValueError: If there are no images.
@@ -98,7 +101,7 @@ def measure_robustness(
 
         def score(changed: Tensor, labels: Tensor = labels) -> float:
             with autocast(changed.device, amp):
-                return float((model(normalization(changed)).argmax(dim=1) == labels).sum())
+                return float(right_answers(model(normalization(changed)), labels).sum())
 
         for angle in ANGLES:
             right[f"top1_rotate_{angle}"] += sum(score(transform(pixels, sign * angle)) for sign in (1, -1)) / 2
