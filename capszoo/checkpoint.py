@@ -206,13 +206,14 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     normalisation = _read_normalisation(path, metadata, getattr(model, "in_chans", 1))
     model.load_state_dict(fitting)
     if normalisation:
-        model.pretrained_cfg = model.default_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **normalisation}
+        cfg: Any = {**(getattr(model, "pretrained_cfg", None) or {}), **normalisation}
+        model.pretrained_cfg = model.default_cfg = cfg
     return metadata
 
 
 def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:
     """Read `mean` and `std` from the header of a model's file: for each channel, or one number for all."""
-    found = {}
+    found: dict[str, tuple[float, ...]] = {}
     for key in ("mean", "std"):
         if key not in header:
             continue

@@ -96,12 +96,12 @@ class DataSplits:
         Of a set that is read while it is used, those of some thousand images. A channel of one value has 1 as its
         standard deviation.
         """
-        count = len(self.train)
-        if self.train.images is None:
-            some = torch.randperm(count, generator=seeded_generator(0))[:_STATISTICS_IMAGES].sort().values
-            images = self.train.reader.read(self.train.indices[some].tolist())
-        else:
-            images = self.train.images
+        train = self.train
+        images = train.images
+        if images is None:
+            assert train.reader is not None and train.indices is not None
+            some = torch.randperm(len(train), generator=seeded_generator(0))[:_STATISTICS_IMAGES].sort().values
+            images = train.reader.read(train.indices[some].tolist())
         values = torch.arange(256, dtype=torch.float64) / 255
         mean, std = [], []
         for channel in images.unbind(1):

@@ -1,9 +1,9 @@
 """Whether a network can still learn: saturated primary capsules pass no gradient on, and all images score alike."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import PrimaryCaps, capsule_lengths
 
@@ -31,7 +31,7 @@ class Saturation(NamedTuple):
 
 
 @torch.no_grad()
-def measure_saturation(model: nn.Module, images: Tensor) -> Saturation:
+def measure_saturation(model: Any, images: Tensor) -> Saturation:
     """Look at the primary capsules and the scores of some images.
 
     Args:

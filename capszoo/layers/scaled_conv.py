@@ -1,7 +1,7 @@
 """A convolution whose sum is scaled, so that one step of Adam moves it by about as much whatever its fan-in."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class ScaledConv2d(nn.Conv2d):
     Raises:
         ValueError: If the scale is not above 0 and finite.
     """
+
+    if TYPE_CHECKING:
+        scale: Tensor
 
     def __init__(
         self,
