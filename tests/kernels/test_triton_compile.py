@@ -1,4 +1,8 @@
-"""The kernels compiled for several GPUs without one: no register spills, shared memory within the device's limit."""
+"""The kernels compiled for several GPUs without one: they compile, and fit into registers and shared memory.
+
+How many registers a kernel takes is the compiler's choice, and every Triton makes it anew. So the first tile of each
+kernel, which every machine can fall back on, has room to spare, and of the others it is reported what they take.
+"""
 
 import functools
 import os
@@ -13,6 +17,9 @@ import pytest
 # Bytes of shared memory that one program may have.
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
+# Bytes that a thread may spill: compilers spill a few for more threads at a time, and only more than these cost time.
+SPILLS = 64
+
 # The standard network, with a matrix for each capsule and with one for 36.
 OWN = {"P": 1, "T": 1152, "BLOCK_P": 1}
 SHARED = {"P": 36, "T": 32, "BLOCK_P": 4}
@@ -21,33 +28,73 @@ SHARED = {"P": 36, "T": 32, "BLOCK_P": 4}
 EXACT, FAST, HALF = (OWN, "ieee", "fp32"), (OWN, "tf32", "fp32"), (SHARED, "tf32", "bf16")
 CASES = {"sm_80": (EXACT, HALF), "sm_90": (EXACT, FAST, HALF), "sm_100": (EXACT, HALF), "gfx942": (EXACT,)}
 
+# Arguments that can be 1, which Triton then compiles into the kernel.
+CAN_BE_ONE = {"B", "T", "P", "J", "R", "N", "num_parts"}
 
-@pytest.mark.parametrize("target", list(CASES))
-def test_no_spills(target):
+# Exit code of this file as a script where an AMD GPU's code cannot be linked.
+NO_LINKER = 77
+
+
+def compile_all(*arguments):
+    """Run this file as a script: kernels decorated for the interpreter, as they may be here, do not compile."""
     pytest.importorskip("triton")
-    # Compilation fails where kernels are decorated for the interpreter: another process, without it.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     # Triton 3.9 warns that the default is to change.
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    result = subprocess.run([sys.executable, __file__, target], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
     print(result.stdout)
+    if result.returncode == NO_LINKER:
+        pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("target", list(CASES))
+def test_first_tiles_fit(target):
+    compile_all("first", target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(CASES))
+def test_all_tiles_compile_and_the_first_do_not_spill(target):
+    compile_all("all", target)
+
+
+def test_arguments_of_one():
+    compile_all("ones", "sm_90")
+
+
+def rows(kernel, **constants):
+    """The launches of a kernel on rows of D, one for each form of squash."""
+    sizes = {"D": 16, "BLOCK_D": 16, "BLOCK_N": 32, **constants}
+    return [(kernel, None, {**sizes, "APPROXIMATE": approximate}) for approximate in (False, True)]
+
+
+def tiles(kernel, sizes, precision, **flags):
+    """The launches of a kernel on tiles, one for each configuration."""
+    from capszoo.kernels.dynamic_routing import block_t
+
+    constants = {"K": 8, "D": 16, "BLOCK_K": 8, "BLOCK_D": 16, "PRECISION": precision, **flags}
+    constants["BLOCK_P"] = sizes["BLOCK_P"]
+    found = []
+    for config in kernel.configs:
+        chosen = {**constants, **config.kwargs}
+        found.append((kernel, config, {**chosen, "BLOCK_T": block_t({**chosen, "T": sizes["T"]})}))
+    return found
+
+
 @functools.cache
-def launches(target):
-    """Kernel, tile configuration or None, constants, element type of poses and matrices."""
+def launches(what, target):
+    """Kernel, tile configuration or None, constants, element type of poses and matrices, arguments that are 1."""
     from capszoo.kernels import ops
 
     routing, squash = ops.triton_routing, ops.triton_squash
-    found = []
-    for approximate in (False, True):
-        rows = {"D": 16, "BLOCK_D": 16, "BLOCK_N": 32, "APPROXIMATE": approximate}
-        found.append((routing.finish_kernel, None, {**rows, "FIRST": False, "LAST": False}, "fp32"))
-        found.append((routing.begin_backward_kernel, None, rows, "fp32"))
-        found.append((routing.finish_backward_kernel, None, {**rows, "FIRST": False}, "fp32"))
-        found.append((squash.squash_kernel, None, {**rows, "BLOCK_N": 64}, "fp32"))
-        found.append((squash.squash_backward_kernel, None, {**rows, "BLOCK_N": 64}, "bf16"))
+    on_rows = [
+        *rows(routing.finish_kernel, FIRST=False, LAST=False),
+        *rows(routing.begin_backward_kernel),
+        *rows(routing.finish_backward_kernel, FIRST=False),
+        *rows(squash.squash_kernel, BLOCK_N=64),
+        *rows(squash.squash_backward_kernel, BLOCK_N=64),
+    ]
     passes = [
         (routing.statistics_kernel, {"BACKWARD": False}),
         (routing.statistics_kernel, {"BACKWARD": True}),
@@ -57,27 +104,41 @@ def launches(target):
         (routing.dposes_kernel, {}),
         (routing.dweight_kernel, {}),
     ]
-    for kernel, flags in passes:
-        for config in kernel.configs:
-            for sizes, precision, dtype in CASES[target]:
-                constants = {"K": 8, "D": 16, "BLOCK_K": 8, "BLOCK_D": 16, "PRECISION": precision, **flags}
-                constants.update(config.kwargs, BLOCK_P=sizes["BLOCK_P"])
-                constants["BLOCK_T"] = routing.block_t({**constants, "T": sizes["T"]})
-                found.append((kernel, config, constants, dtype))
+    if what == "ones":
+        found = [tiles(kernel, OWN, "ieee", **flags)[0] for kernel, flags in passes] + on_rows
+        for first, last in ((True, True), (True, False), (False, True)):
+            found += rows(routing.finish_kernel, FIRST=first, LAST=last)
+        named = [(launch, sorted(CAN_BE_ONE.intersection(launch[0].arg_names))) for launch in found]
+        return [(*launch, "fp32", ones) for launch, names in named for ones in [*zip(names), tuple(names)]]  # noqa: B905
+    found = [(*launch, "fp32", ()) for launch in on_rows]
+    for sizes, precision, dtype in CASES[target]:
+        for kernel, flags in passes:
+            chosen = tiles(kernel, sizes, precision, **flags)
+            found += [(*launch, dtype, ()) for launch in (chosen if what == "all" else chosen[:1])]
     return found
 
 
-def compile_kernel(kernel, config, constants, dtype, target):
+def compile_kernel(kernel, config, constants, dtype, ones, target):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    class FrontEndDone(BaseException):
+        pass
+
+    class FrontEnd(ASTSource):
+        """Compiled as far as types matter."""
+
+        def make_ir(self, *arguments):
+            super().make_ir(*arguments)
+            raise FrontEndDone
 
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[(index,)] = "constexpr", constants[name]
+        if name in constants or name in ones:
+            signature[name], values[(index,)] = "constexpr", constants.get(name, 1)
         elif name.startswith("p_"):
             signature[name] = "*" + (dtype if name in ("p_x", "p_w") else "fp32")
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -85,10 +146,14 @@ def compile_kernel(kernel, config, constants, dtype, target):
             signature[name] = "fp32" if name == "scale" else "i32"
             if name in ("B", "T"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
+    source = (FrontEnd if ones else ASTSource)(kernel, signature, values, attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
     nvidia = target.startswith("sm_")
     device = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(ASTSource(kernel, signature, values, attributes), target=device, options=options)
+    try:
+        return triton.compile(source, target=device, options=options)
+    except FrontEndDone:
+        return None
 
 
 def registers_and_spills(compiled, target):
@@ -120,28 +185,41 @@ def registers_and_spills(compiled, target):
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-def report(target, index):
+def report(what, target, index):
     """A line about one compilation, and whether it fails."""
-    kernel, config, constants, dtype = launches(target)[index]
-    compiled = compile_kernel(kernel, config, constants, dtype, target)
-    registers, spilled = registers_and_spills(compiled, target)
+    kernel, config, constants, dtype, ones = launches(what, target)[index]
     tile = f"{config.kwargs['BLOCK_B']}x{config.kwargs['WIDTH']} {config.num_warps} warps" if config else ""
-    flags = " ".join(name for name in ("UNIFORM", "BACKWARD", "APPROXIMATE") if constants.get(name))
-    what = " ".join(filter(None, [compiled.metadata.name, flags, tile, constants.get("PRECISION"), dtype]))
-    line = f"{target} {what}: {registers} registers, {spilled} spilled, {compiled.metadata.shared} B shared memory"
-    # AMD spills are reported only: tuning has configurations without them to choose there.
-    return line, (spilled > 0 and target.startswith("sm_")) or compiled.metadata.shared > SHARED_MEMORY[target]
+    flags = " ".join(name for name in ("UNIFORM", "BACKWARD", "APPROXIMATE", "FIRST", "LAST") if constants.get(name))
+    while hasattr(kernel, "fn") and not hasattr(kernel, "__name__"):
+        kernel = kernel.fn
+    name = " ".join(filter(None, [target, kernel.__name__, flags, tile, constants.get("PRECISION"), dtype]))
+    name += "".join(f" {argument}=1" for argument in ones)
+    try:
+        compiled = compile_kernel(kernel, config, constants, dtype, ones, target)
+    except Exception as error:
+        return f"{name}: {error}", True
+    if compiled is None:
+        return f"{name}: compiles", False
+    registers, spilled = registers_and_spills(compiled, target)
+    shared = compiled.metadata.shared
+    is_first = config is None or config is launches(what, target)[index][0].configs[0]
+    bound = (0 if what == "all" else SPILLS) if is_first else float("inf")
+    line = f"{name}: {registers} registers, {spilled} spilled, {shared} B shared memory"
+    return line, spilled > bound or shared > SHARED_MEMORY[target]
 
 
-def main(target):
+def main(what, target):
+    count = len(launches(what, target))
     with ProcessPoolExecutor() as pool:
-        count = len(launches(target))
-        lines = list(pool.map(report, [target] * count, range(count)))
+        lines = list(pool.map(report, [what] * count, [target] * count, range(count)))
     print("\n".join(line for line, _ in lines))
     failures = [line for line, failed in lines if failed]
+    if failures and all("ld.lld" in line for line in failures):
+        print(f"Triton finds no linker for {target} here", file=sys.stderr)
+        sys.exit(NO_LINKER)
     if failures:
-        sys.exit("\n".join(["spills, or more shared memory than there is:", *failures]))
+        sys.exit("\n".join(["spills, more shared memory than there is, or errors:", *failures]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,11 +1,6 @@
-"""Routing in Triton against the reference in float64, through the interpreter.
-
-Triton reads TRITON_INTERPRET when a kernel is decorated, so the module runs itself in a process that has it set.
-"""
+"""Routing in Triton against the reference in float64, through the interpreter."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,16 +15,13 @@ BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2), torch.float
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETING, reason="is the process that it starts")
-def test_through_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_through_the_interpreter(through_the_interpreter):
+    """All tests below."""
 
 
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="run by test_through_the_interpreter")
+def interpreted(test):
+    asked = pytest.mark.usefixtures("interpreted_loops")(test)
+    return pytest.mark.skipif(not INTERPRETING, reason="run by test_through_the_interpreter")(asked)
 
 
 @pytest.fixture(autouse=True, scope="module")
