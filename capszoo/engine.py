@@ -366,6 +366,8 @@ class Trainer:
             # Random numbers of layers (dropout) must differ between ranks.
             key = self.seed, self.ranks.rank, self.position.epoch, self.position.step
             torch.manual_seed(seeded_generator(*key).initial_seed())
+        if self.device.type == "cuda" and not self.finished:
+            self._warm_up()
         while not self.finished:
             try:
                 completed = self._train_epoch() and self._close_epoch()
@@ -381,6 +383,44 @@ class Trainer:
                 self.save()
                 return False
         return True
+
+    def _warm_up(self) -> None:
+        """Compile and tune the kernels for every batch to come, before a clock runs; changes nothing but memory."""
+        train, evaluated = self._sizes_to_come()
+        buffers = [(buffer, buffer.clone()) for buffer in self.task.buffers()]
+        self.task.train()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self.task.no_sync():
+            for size in train:
+                with autocast(self.device, self.amp):
+                    loss = self.task(*self._blank_batch(self.train_split, size))["loss"]
+                loss.backward()
+            for size in evaluated:
+                evaluate(self.task.get_eval_model(), [self._blank_batch(self.val_split, size)], self.amp)
+        self.task.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def _sizes_to_come(self) -> tuple[list[int], list[int]]:
+        """Sizes of this rank's forward passes, in training and in evaluation, the largest first."""
+
+        def of_this_rank(split: Split, batch_size: int) -> set[int]:
+            of_all = {min(batch_size, len(split)), len(split) % batch_size or batch_size}
+            shares = (self.ranks.share(size) for size in of_all)
+            return {share.stop - share.start for share in shares}
+
+        train: set[int] = set()
+        for batch_size in {self.policy.batch_size(e) for e in range(self.position.epoch, self.policy.epochs)}:
+            for size in of_this_rank(self.train_split, batch_size):
+                size = max(size, 1)  # a rank without an image computes with a blank one
+                part = min(self.micro_batch or size, size)
+                train |= {part, size % part}
+        evaluated = set() if self.val_split is None else of_this_rank(self.val_split, self.eval_batch_size)
+        return sorted(train - {0}, reverse=True), sorted(evaluated - {0}, reverse=True)
+
+    def _blank_batch(self, split: Split, size: int) -> tuple[Tensor, Tensor]:
+        images = torch.zeros(size, *split.image_shape, device=self.device)
+        return images, torch.zeros(size, dtype=torch.int64, device=self.device)
 
     def _train_epoch(self) -> bool:
         """Train to the end of the current epoch; False if stopped before."""
@@ -511,7 +551,10 @@ class Trainer:
                 group["capturable"] = self.cuda_graphs
 
     def _compute_step(self, images: Tensor, labels: Tensor) -> None:
-        """Forward pass, backward pass and optimizer, without a wait for the device."""
+        """Forward pass, backward pass and optimizer, without a wait for the device.
+
+        Results go into tensors that stay: a replay writes where the capture wrote, and binds no name anew.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.sums.clone() if self.skips else None
         count = len(labels)
@@ -519,7 +562,7 @@ class Trainer:
             images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
         size = self.micro_batch or len(labels)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
-        self.loss = torch.zeros((), device=self.device)
+        self.loss.zero_()
         for number, (images, labels) in enumerate(parts):
             # Gradients travel between ranks once, with the last part.
             with self.task.no_sync() if number + 1 < len(parts) else nullcontext():
@@ -565,7 +608,7 @@ class Trainer:
         """Add a part's numbers up, on the device: a step never waits for them."""
         images = min(count, len(labels))
         loss = result["loss"].detach()
-        self.loss = self.loss + loss * (images / max(count, 1))
+        self.loss += loss * (images / max(count, 1))
         right = (result["output"].argmax(dim=1) == labels).sum()
         means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
         self.sums[:3] += means * images
@@ -802,7 +845,8 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
     """Record the kernels of a step without running them; what is returned runs them."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Other threads, of a data loader say, may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         raise _CaptureError(str(error).splitlines()[0]) from error

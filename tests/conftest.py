@@ -40,6 +40,12 @@ def recipe():
 
 
 @pytest.fixture
+def pretended_graphs(monkeypatch):
+    """CUDA graphs of CPU operators; the list of those that were captured."""
+    return load_module(ROOT / "tests" / "pretended_cuda.py", "pretended_cuda").pretend_graphs(monkeypatch)
+
+
+@pytest.fixture
 def make_run(tmp_path):
     """Make the folder of a finished run with random weights; return the path of best.safetensors."""
 
