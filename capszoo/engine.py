@@ -443,7 +443,7 @@ class Trainer:
                 loss.backward()
             for size in evaluated:
                 evaluate(self.task.get_eval_model(), [self._blank_batch(self.val_split, size)], self.amp)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.task.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -1,13 +1,13 @@
 """CUDA pretended on a CPU, for tests: graphs that replay on the CPU, and a device named cuda whose tensors lie there.
 
-As a plugin (`PYTHONPATH=tests python -m pytest -p pretended_cuda -m gpu`) it lets the tests run that need a GPU, so that
-their errors are found where there is none. Numbers are computed by the operators of the CPU; time and memory mean nothing.
+As a plugin, `PYTHONPATH=tests python -m pytest -p pretended_cuda -m gpu`, it runs the tests that need a GPU, so that
+their errors are found where there is none. The CPU's operators compute the numbers; times and memory mean nothing.
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,8 +28,6 @@ class Graph(TorchDispatchMode):
         self.calls, self.overwritten = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         kwargs = kwargs or {}
         for place, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -55,11 +53,22 @@ class Graph(TorchDispatchMode):
                     kept.copy_(new)
 
 
+class NoWaiting(TorchFunctionMode):
+    """Refuses what waits for a number. Python's calls alone: checks inside of operators are those of a CPU."""
+
+    waiting = {getattr(torch.Tensor, name) for name in ("__bool__", "__float__", "__int__", "cpu", "item", "tolist")}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.waiting:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def capture(graph, pool=None, stream=None, capture_error_mode="global"):
     """`torch.cuda.graph`."""
     state = torch.get_rng_state()
-    with graph:
+    with NoWaiting(), graph:
         yield
     graph.restore()
     torch.set_rng_state(state)

@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, multilabel_confusion_matrix
 import capszoo
 from capszoo import checkpoint, engine
 from capszoo.data import Loader, load_data
+from capszoo.distributed import ALONE, Ranks
 from capszoo.engine import SUMMARY_COLUMNS, Trainer, TrainingError, evaluate, find_lr, resolve_amp
 from capszoo.losses import margin_loss, reconstruction_loss
 from capszoo.policies import create_policy
@@ -318,7 +319,7 @@ def test_captured_steps_take_every_batch_and_rate(few, pretended_graphs):
     captured.cuda_graphs = True
     captured.fit()
     # 50 images: three full batches and one of two in each epoch; the fourth full one is captured.
-    assert len(pretended_graphs) == 1 and captured._captured.images.shape[0] == 16
+    assert captured.cuda_graphs and len(pretended_graphs) == 1 and captured._captured.images.shape[0] == 16
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(captured)[key], value, rtol=1e-4, atol=1e-6)
     for row, expected in zip(captured.history, plain.history, strict=True):
@@ -332,7 +333,7 @@ def test_a_graph_for_each_batch_size(few, pretended_graphs):
     )
     trainer.cuda_graphs = True
     trainer.fit()
-    assert len(pretended_graphs) == 2 and trainer._captured.batch_size == 8
+    assert trainer.cuda_graphs and len(pretended_graphs) == 2 and trainer._captured.batch_size == 8
 
 
 def test_a_step_that_cannot_be_captured_is_taken_as_it_is(few, pretended_graphs, monkeypatch, caplog):
@@ -347,6 +348,137 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_is(few, pretended_graphs,
     assert not trainer.cuda_graphs and len([r for r in caplog.records if "CUDA graphs" in r.getMessage()]) == 1
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(trainer)[key], value, rtol=1e-4, atol=1e-6)
+
+
+def losses_of(splits, captured, folder=None, stop_after=None, **kwargs):
+    """Train; return the trainer and `trainer.loss` as it was after each step, by epoch and step."""
+    losses = {}
+
+    def note(trainer):
+        losses[trainer.position.epoch, trainer.position.step] = float(trainer.loss)
+
+    trainer = make_trainer(
+        splits, folder, drop_rate=0.0, on_step=note, should_stop=lambda: len(losses) == stop_after, **kwargs
+    )
+    trainer.cuda_graphs = captured
+    if folder is not None:
+        trainer.resume()
+    trainer.fit()
+    assert trainer.cuda_graphs == captured
+    return trainer, losses
+
+
+def watch_task(monkeypatch):
+    """The loss of each forward pass and its images, as the task computes them."""
+    found = []
+    forward = CapsuleTask.forward
+
+    def watched(self, images, labels):
+        result = forward(self, images, labels)
+        if torch.is_grad_enabled():
+            found.append((result["loss"].item(), len(labels)))
+        return result
+
+    monkeypatch.setattr(CapsuleTask, "forward", watched)
+    return found
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"micro_batch": 6}, {"nonfinite": "skip"}], ids=["whole", "parts", "skip"])
+def test_the_loss_is_that_of_the_step(few, kwargs, monkeypatch):
+    """50 images, in batches of 16: four steps an epoch, the last one of two images."""
+    with monkeypatch.context() as patch:
+        found = watch_task(patch)
+        _, losses = losses_of(few, False, **kwargs)
+    passes = iter(found)
+    for (_, step), expected in losses.items():
+        own = [next(passes) for _ in range(3 if "micro_batch" in kwargs and step != 4 else 1)]
+        images = sum(count for _, count in own)
+        assert images == (16, 16, 16, 2)[step - 1]
+        assert expected == pytest.approx(sum(loss * count for loss, count in own) / images, rel=1e-6)
+    assert next(passes, None) is None and len(losses) == 12
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"micro_batch": 6}], ids=["whole", "parts"])
+def test_the_loss_is_that_of_the_step_in_every_epoch_of_a_captured_run(few, kwargs, tmp_path, pretended_graphs):
+    _, expected = losses_of(few, False, epochs=4, **kwargs)
+    _, losses = losses_of(few, True, epochs=4, **kwargs)
+    assert losses == pytest.approx(expected, rel=1e-3) and len(set(losses.values())) == 16
+    _, begun = losses_of(few, True, tmp_path, stop_after=7, epochs=4, **kwargs)
+    trainer, resumed = losses_of(few, True, tmp_path, epochs=4, **kwargs)
+    assert {**begun, **resumed} == pytest.approx(expected, rel=1e-3) and len(resumed) == 9
+    for epoch, row in enumerate(trainer.history):
+        total = sum(expected[epoch, step] * images for step, images in enumerate((16, 16, 16, 2), start=1))
+        assert row["train_loss"] == pytest.approx(total / 50, rel=1e-3)
+
+
+def test_captured_step_whose_loss_is_not_finite_ends_the_run(few, pretended_graphs):
+    def spoil(trainer):
+        if (trainer.position.epoch, trainer.position.step) == (2, 1):
+            trainer.task.model.conv1.weight.data.fill_(float("nan"))
+
+    trainer = make_trainer(few, on_step=spoil)
+    trainer.cuda_graphs = True
+    with pytest.raises(TrainingError, match="the loss is nan at step 2 of epoch 3"):
+        trainer.fit()
+
+
+def test_find_lr_sees_the_losses_of_captured_steps(few, pretended_graphs):
+    found = []
+    for captured in (False, True):
+        trainer = make_trainer(few, epochs=3, policy="lr_finder", drop_rate=0.0)
+        trainer.cuda_graphs = captured
+        found.append(find_lr(trainer, max_steps=10))
+        assert trainer.cuda_graphs == captured
+    assert found[1][0] == found[0][0] and found[1][1] == pytest.approx(found[0][1], rel=1e-3)
+
+
+class Normalised(torch.nn.Sequential):
+    """A layer with buffers that every pass in training mode changes."""
+
+    def __init__(self, act):
+        super().__init__(act, torch.nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 6])
+def test_warm_up_changes_nothing(few, micro_batch):
+    states = []
+    for warm in (False, True):
+        trainer = make_trainer(few, epochs=2, micro_batch=micro_batch)
+        model = trainer.task.model
+        model.act1 = Normalised(model.act1)
+        torch.rand(3)
+        if warm:
+            before, random = weights(trainer), torch.get_rng_state()
+            trainer._warm_up()
+            assert_same_bits(weights(trainer), before)
+            assert torch.equal(torch.get_rng_state(), random)
+            assert all(p.grad is None for p in model.parameters()) and trainer.sums.eq(0).all()
+        trainer.fit()
+        states.append((weights(trainer), untimed(trainer.history)))
+    assert_same_bits(states[1][0], states[0][0])
+    assert states[1][1] == states[0][1]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 6])
+@pytest.mark.parametrize("ranks", [ALONE, Ranks(2, 3), Ranks(0, 5)])
+def test_warm_up_meets_every_size_of_the_run(few, micro_batch, ranks, monkeypatch):
+    monkeypatch.setattr(Ranks, "sum_", lambda self, *tensors: None)  # the other ranks are not there
+    monkeypatch.setattr(Ranks, "max_", lambda self, tensor: tensor)
+    sizes = {True: set(), False: set()}
+    trainer = make_trainer(few, micro_batch=micro_batch, ranks=ranks, eval_batch_size=16)
+    trainer.policy = create_policy(
+        "ada_batch", lr=1e-3, batch_size=16, epochs=3, num_images=50, warm_epochs=1, warm_batch=5, first_batch=8,
+        grow_every=1,
+    )  # fmt: skip
+    model = trainer.task.model
+    forward = model.forward_capsules
+    monkeypatch.setattr(model, "forward_capsules", lambda x: sizes[model.training].add(len(x)) or forward(x))
+    trainer._warm_up()
+    warm = {training: set(found) for training, found in sizes.items()}
+    for found in sizes.values():
+        found.clear()
+    trainer.fit()
+    assert warm == sizes and len(warm[True]) > 1
 
 
 @pytest.mark.gpu
@@ -394,56 +526,3 @@ def test_images_normalised_otherwise_than_the_model_takes_them_are_refused(digit
     train = type(digits.train)(images=digits.train.images[:20], labels=digits.train.labels[:20], mean=(0.5,))
     with pytest.raises(TrainingError, match=r"normalised by mean=\(0.5,\), the model takes those of mean=\(0.0,\)"):
         make_trainer((train, None))
-
-
-def emulate_graphs(monkeypatch, trainer):
-    """CUDA graphs on a CPU: a replay changes the tensors of the captured step, and runs none of its Python."""
-
-    def capture(step):
-        captured = {}
-
-        def replay():
-            before = {name: value for name, value in vars(trainer).items() if isinstance(value, torch.Tensor)}
-            step()
-            for name, value in before.items():
-                found = getattr(trainer, name)
-                if found is not value and captured.setdefault(name, found) is not found:
-                    captured[name].copy_(found)
-                    setattr(trainer, name, value)
-
-        return replay
-
-    monkeypatch.setattr(engine, "_capture", capture)
-    monkeypatch.setattr(engine, "_on_side_stream", lambda step: step())
-    trainer.cuda_graphs = True
-
-
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 5}], ids=["whole batches", "micro-batches"])
-def test_loss_of_a_captured_step_is_its_own_in_every_epoch(few, tmp_path, monkeypatch, options):
-    def make(**more):
-        trainer = make_trainer(few, tmp_path, epochs=4, **options, **more)
-        trainer.optimizer = torch.optim.SGD(trainer.task.model.parameters(), lr=0.1)  # takes its rate from a tensor
-        parts = []
-        trainer.task.register_forward_hook(
-            lambda module, inputs, result: parts.append((float(result["loss"].detach()), len(inputs[1])))
-        )
-        return trainer, parts
-
-    trainer, parts = make()
-    seen = []
-
-    def look(trainer):
-        count = sum(number for _, number in parts)
-        seen.append((trainer.position.epoch, float(trainer.loss), sum(x * n for x, n in parts) / count))
-        parts.clear()
-
-    emulate_graphs(monkeypatch, trainer)
-    trainer.on_step, trainer.should_stop = look, lambda: len(seen) == 10
-    assert not trainer.fit()
-    resumed, parts = make(on_step=look)
-    emulate_graphs(monkeypatch, resumed)
-    assert resumed.resume() and resumed.fit()
-    assert [epoch for epoch, *_ in seen] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-    for epoch, shown, own in seen:
-        assert shown == pytest.approx(own, rel=1e-5), epoch
-    assert len({shown for _, shown, _ in seen}) == 16
