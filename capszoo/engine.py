@@ -467,7 +467,8 @@ class Trainer:
 
     def _blank_batch(self, split: Split, size: int) -> tuple[Tensor, Tensor]:
         images = torch.zeros(size, *split.image_shape, device=self.device)
-        return images, torch.zeros(size, dtype=torch.int64, device=self.device)
+        shape = size, *split.labels.shape[1:]
+        return images, torch.zeros(shape, dtype=split.labels.dtype, device=self.device)
 
     def _train_epoch(self) -> bool:
         """Train to the end of the current epoch; False if stopped before."""
