@@ -67,7 +67,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: s
         WriteError: If it cannot be written (full disk, read-only folder); what was at `path` stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # which a folder such as '.' has too
     try:
         write(temporary)
         with open(temporary, "rb+") as file:

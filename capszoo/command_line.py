@@ -14,22 +14,25 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from .checkpoint import WriteError, write_atomically
+from .data import list_datasets
 from .engine import write_csv
 from .policies import Policy, create_policy, list_policies, policy_options
 
 __all__ = [
     "OptionParser",
+    "SizeAction",
     "StopSignal",
     "UsageError",
     "add_policy_options",
     "add_result",
+    "changed_options",
     "check_folder",
     "check_kinds",
     "check_ranges",
@@ -56,15 +59,17 @@ _LONGEST_YAML = 1 << 17
 _DEEPEST_YAML = 20
 _FULL = (errno.ENOSPC, errno.EPIPE, errno.EDQUOT, errno.EFBIG)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("micro_batch", "eval_batch_size"), ("1 or more", lambda value: value >= 1)),
+    **dict.fromkeys(("micro_batch", "eval_batch_size"), ("1 or more, below 2^31", lambda value: 1 <= value < 2**31)),
     **dict.fromkeys(("workers", "save_every", "translate"), ("0 or more", lambda value: value >= 0)),
     "seed": ("0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
-    "drop_rate": ("0 or more, below 1", lambda value: 0 <= value < 1),
+    **dict.fromkeys(("drop_rate", "momentum"), ("0 or more, below 1", lambda value: 0 <= value < 1)),
     "clip_grad": ("a number above 0", lambda value: 0 < value < math.inf),
     **dict.fromkeys(("weight_decay", "reconstruction_weight"), ("0 or more", lambda value: 0 <= value < math.inf)),
 }
 # What recipes write has some kilobytes.
 _LONGEST_JSON = 1 << 20
+# Options whose values may be paths, which have several spellings.
+_PATHS = {"checkpoint", "dataset", "grid", "output", "weights"}
 
 
 class UsageError(ValueError):
@@ -102,19 +107,27 @@ class OptionParser(argparse.ArgumentParser):
         if config:
             values = read_yaml(config)
             self.set_values(values, config)
-            for key in values:
-                setattr(given, key, True)
+            for key, value in values.items():
+                if value is not None:
+                    setattr(given, key, True)
         return self.parse_args(argv), set(vars(given))
 
     def set_values(self, values: Mapping[str, Any], source: str | Path) -> None:
-        """Make values, as YAML files hold them, the defaults; `source` names their origin in errors.
+        """Make values, as YAML files hold them, the defaults; null leaves the default as it is.
+
+        Args:
+            values: Values by the name of their option.
+            source: Where they come from, for errors.
 
         Raises:
             UsageError: For an unknown option, or a value of the wrong kind.
         """
         for key, value in values.items():
             try:
-                self.set_defaults(**{key: self._convert(key, value, source)})
+                if value is None:
+                    self._find(key, source)
+                else:
+                    self.set_defaults(**{key: self._convert(key, value, source)})
             except UsageError:
                 raise
             except ValueError as error:  # Python writes out no integer of thousands of digits
@@ -136,30 +149,64 @@ class OptionParser(argparse.ArgumentParser):
             raise UsageError(unknown_name("option", argument.split("=")[0], options, "see --help"))
         return given
 
-    def _convert(self, key: str, value: Any, source: str | Path) -> Any:
-        """Check a value of a YAML file as if it came from the command line."""
+    def words(self, key: str, value: Any) -> list[str]:
+        """The words of a command line that give an option this value; none where that takes leaving it out."""
+        action = self.destinations[key]
+        name, *others = action.option_strings or [f"the {key}"]
+        if isinstance(value, bool):
+            return [name] if value else others[-1:]
+        if action.type is key_value and value:
+            value = [f"{k}={json.dumps(v, default=str, skipkeys=True)}" for k, v in dict(value).items()]
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return [name, *map(str, items)] if items else []
+
+    def _find(self, key: str, source: str | Path) -> argparse.Action:
         actions = self.destinations
         if key not in actions or key == "config":
             raise UsageError(f"{source}: " + unknown_name("key", key, list(actions), "see --help"))
-        action = actions[key]
-        if value is None:
-            return None
+        return actions[key]
+
+    def _convert(self, key: str, value: Any, source: str | Path) -> Any:
+        """Check a value of a YAML file as if it came from the command line."""
+        action = self._find(key, source)
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UsageError(f"{source}: {key} must be true or false, not {value!r}")
             return value
-        if isinstance(value, (list, dict)) and action.nargs not in ("*", "+"):
+        takes_list = action.nargs in ("*", "+")
+        if isinstance(value, (list, tuple, dict)) and not takes_list:
             raise UsageError(f"{source}: {key} takes one value, not {reprlib.repr(value)}")
-        items = value if isinstance(value, list) else [value]
-        if isinstance(value, dict) and action.nargs == "*":
-            items = [f"{name}={json.dumps(item, default=str)}" for name, item in value.items()]  # which is YAML too
+        items = value if isinstance(value, (list, tuple)) else [value]
+        holder = argparse.Namespace()
         try:
-            items = [self._get_value(action, str(item)) for item in items]
-            for item in items:
-                self._check_value(action, item)
+            if isinstance(value, dict) and action.type is key_value:
+                names = [self._get_value(action, f"{name}=")[0] for name in value]
+                plain = json.loads(json.dumps(list(value.values()), default=str, skipkeys=True))
+                items = list(zip(names, plain, strict=True))
+            else:
+                items = [self._get_value(action, str(item)) for item in items]
+                for item in items:
+                    self._check_value(action, item)
+            action(self, holder, items if takes_list else items[0])
         except argparse.ArgumentError as error:
             raise UsageError(f"{source}: {key}: {error.message}") from None
-        return items if action.nargs in ("*", "+") else items[0]
+        return getattr(holder, key)
+
+
+class SizeAction(argparse.Action):
+    """The size of images: one number of pixels, or height and width. Of a square it is one number in any case."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, nargs="+", metavar=("HEIGHT", "WIDTH"), **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        size = [int(text) for text in values if text.isdecimal() and len(text) < 10]
+        if not 1 <= len(size) == len(values) <= 2:
+            text = reprlib.repr(" ".join(values))
+            raise argparse.ArgumentError(
+                self, f"{text} is no size: give one number, or height and width such as 20 32 (in YAML [20, 32])"
+            )
+        setattr(namespace, self.dest, size[0] if size[0] == size[-1] else size)
 
 
 def unknown_name(kind: str, name: str, known: list[str], otherwise: str) -> str:
@@ -341,16 +388,51 @@ def parse_resumable(
     saved = folder / "args.yaml"
     if not saved.is_file():
         raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
-    fixed = sorted(given - may_change)
-    if fixed:
-        named = parser.destinations[fixed[0]].option_strings
-        option = "--" + fixed[0].replace("_", "-") if named else f"the {fixed[0]}"
-        raise UsageError(f"{option} cannot change when a run is resumed: leave it out, or start a run with --output")
-    resumed, _ = build_parser().parse(["--config", str(saved)])
+    resumed, _ = build_parser().parse([f"--config={saved}"])
+    resumed.output = str(folder)
+    for name in changed_options(args, resumed, given - may_change - {"config"}):
+        absent = f"no {parser.words(name, True)[0]}"
+        ours, theirs = (" ".join(parser.words(name, getattr(options, name))) or absent for options in (args, resumed))
+        raise UsageError(
+            f"{ours} cannot change when a run is resumed: the run has {theirs}; leave it out, or start a new run with "
+            f"--output"
+        )
     for name in given & may_change:
         setattr(resumed, name, getattr(args, name))
-    resumed.output = str(folder)
     return resumed
+
+
+def changed_options(args: argparse.Namespace, saved: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Compare the options of a command with those of a run; one that has no value is not given.
+
+    Args:
+        args: The options of the command.
+        saved: Those of the run, whose defaults are filled in.
+        names: The options to compare.
+
+    Returns:
+        The names of those that differ.
+    """
+    return [
+        name
+        for name in sorted(names)
+        if getattr(args, name) is not None and not _is_same(name, getattr(args, name), getattr(saved, name))
+    ]
+
+
+def _is_same(name: str, value: Any, other: Any) -> bool:
+    if isinstance(value, list) and isinstance(other, list):
+        if any(isinstance(item, tuple) for item in value + other):  # of key_value
+            return dict(value) == dict(other)
+        return len(value) == len(other) and all(_is_same(name, *pair) for pair in zip(value, other, strict=True))
+    if value == other or name not in _PATHS or not isinstance(other, str):
+        return value == other
+    if name == "dataset" and not {value, other}.isdisjoint(list_datasets()):  # a folder may have this name too
+        return False
+    try:
+        return os.path.samefile(value, other)
+    except (OSError, ValueError):  # not there any more
+        return os.path.abspath(value) == os.path.abspath(other)
 
 
 def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -439,10 +521,16 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that has files other than what a killed run left half-written.
 
     Raises:
-        UsageError: If it has.
+        UsageError: If it has, or has a name that the first line of args.yaml cannot hold.
     """
+    _check_name(folder)
     if folder.exists() and (not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir())):
         raise UsageError(f"run folder {str(folder)!r} is not empty: use --resume, or choose another --output")
+
+
+def _check_name(folder: Path) -> None:
+    if not str(folder).isprintable():
+        raise UsageError(f"run folder {str(folder)!r} has characters that cannot be shown: choose another --output")
 
 
 def _cannot_be_made(folder: Path, error: OSError) -> UsageError:
@@ -491,6 +579,7 @@ def hold_folder(folder: Path, text: Callable[[Path], str] | None, is_default: bo
     if is_default and text is not None:
         folder = make_default_folder(folder)
     elif text is not None:
+        _check_name(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import logging
 import math
+import operator
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from timm.data import create_dataset
+from timm.layers import to_2tuple
 from torch import Tensor
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -190,7 +192,10 @@ def load_data(
     if in_chans not in (None, 1, 3):
         raise DataError(f"in_chans={in_chans} is not supported: give 1 (grey) or 3 (colour)")
     if img_size is not None:
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        try:
+            size = tuple(map(operator.index, to_2tuple(img_size)))
+        except TypeError:  # no whole numbers
+            size = ()
         if len(size) != 2 or min(size) < 1:
             raise DataError(f"img_size={img_size} is not a size: give one number or (height, width), each 1 or more")
         img_size = size

@@ -37,7 +37,15 @@ from .data import DataSplits
 from .engine import Stopped, Trainer, TrainingError, drop_state, resolve_amp, write_csv
 from .policies import list_policies
 from .registry import create_model, model_keywords
-from .training import make_policy, make_trainer, measure_test, options_from, write_options
+from .training import (
+    MODEL_OPTIONS,
+    make_policy,
+    make_trainer,
+    measure_test,
+    model_arguments,
+    options_from,
+    write_options,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -224,12 +232,12 @@ class Space:
         self.model, self.epochs, self.amps = model, epochs, list(amps)
         self.fixed = dict(fixed or {})
         self.fixed_kwargs = dict(self.fixed.pop("model_kwargs", {}))
+        self.fixed = {**{key: v for key, v in self.fixed_kwargs.items() if key in MODEL_OPTIONS}, **self.fixed}
         num_images = self.num_images = len(data.train)
         self.batch_sizes = [size for size in (16, 32, 64, 128, 256) if size <= num_images // 4] or [1]
         self.base_batch_size = 128 if num_images >= 10_000 else self.batch_sizes[0]
-        images = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
-        with torch.device("meta"):
-            network = create_model(model, **{**images, **self.fixed_kwargs})
+        args = options_from({**self.fixed, "model": model, "model_kwargs": self.fixed_kwargs})
+        network = create_model(model, device="meta", **model_arguments(args, data))
         self.keywords = model_keywords(model)
         arguments = network.arguments() if hasattr(network, "arguments") else {}
         kept = arguments.get("keep_types")

@@ -151,6 +151,8 @@ class Loader:
         ):
             if value < least:
                 raise DataError(f"{key}={value} is out of range: give a whole number of {least} or more")
+        if batch_size >= 1 << 31:
+            raise DataError(f"batch_size={batch_size} is out of range: give a whole number below 2^31")
         height, width = split.image_shape[1:]
         if translate >= min(height, width):
             raise DataError(

@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+# Every epoch has a row in a table of the run.
+_MOST_EPOCHS = 1_000_000
+
+
 class Phase(NamedTuple):
     """A stretch of epochs with one batch size; the last one may be planned longer than the run."""
 
@@ -103,6 +107,8 @@ class Policy:
         self._check_number("lr", self.base_lr, above=0, remedy="pass a positive number, such as 0.001")
         self._check_whole("batch_size", self.base_batch_size, least=1)
         self._check_whole("epochs", self.epochs, least=1)
+        if self.epochs > _MOST_EPOCHS:
+            raise ValueError(f"policy '{self.name}' got epochs={self.epochs}: pass {_MOST_EPOCHS:,} or fewer")
         self._check_whole("num_images", self.num_images, least=1)
         self._check_whole("warmup_steps", self.warmup_steps, least=0)
 

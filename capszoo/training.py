@@ -11,31 +11,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 
 from ._version import __version__
 from .checkpoint import load_weights, write_atomically
-from .command_line import OptionParser, add_policy_options, check_ranges, create_optimizer, key_value, policy_from
+from .command_line import (
+    OptionParser,
+    SizeAction,
+    UsageError,
+    add_policy_options,
+    check_ranges,
+    create_optimizer,
+    key_value,
+    policy_from,
+)
 from .data import DataSplits, Loader, default_translate, load_data
 from .distributed import ALONE, Ranks
 from .engine import Trainer, evaluate, resolve_amp, until_stopped, write_json
 from .losses import MarginLoss
 from .policies import Policy, list_policies
 from .pretrained import image_statistics
-from .registry import create_model, model_header, model_keywords
+from .registry import check_arguments, create_model, model_header, model_keywords
 from .task import CapsuleTask
 
 __all__ = [
+    "MODEL_OPTIONS",
     "build_parser",
     "load_splits",
     "make_model",
     "make_policy",
     "make_trainer",
     "measure_test",
+    "model_arguments",
     "options_from",
     "options_text",
     "write_options",
 ]
 
+# Options that are keywords of models.
+MODEL_OPTIONS = ("decoder", "num_routing", "routing", "squash", "drop_rate", "start")
 # Options that belong to one call of the recipe and not to the run.
 _NOT_SAVED = {"config", "resume", "output", "results"}
 
@@ -55,7 +69,7 @@ def build_parser() -> OptionParser:
     group = parser.add_argument_group("model").add_argument
     group("--pretrained", action="store_true", help="start from the weights shipped for --model")
     group("--checkpoint", metavar="FILE", help="start from the weights in a safetensors file")
-    group("--img-size", type=int, help="height and width of the images, in pixels; default the data set's")
+    group("--img-size", action=SizeAction, help="pixels of a side, or height and width; default the data set's")
     group("--in-chans", type=int, help="channels of the images; default the data set's")
     group("--num-routing", type=int, default=3, help="routing iterations")
     group("--routing", default="dynamic", help="kind of routing")
@@ -143,24 +157,36 @@ def load_splits(args: argparse.Namespace) -> DataSplits:
     )
 
 
+def model_arguments(args: argparse.Namespace, data: DataSplits) -> dict[str, Any]:
+    """Keywords of the model for the images and classes of a data set.
+
+    Raises:
+        UsageError: If --model-kwargs contradicts the data set or another option.
+        ValueError: If the model or a keyword is unknown, or a value is of the wrong type.
+    """
+    parser, known = build_parser(), model_keywords(args.model)
+    of_data = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
+    # A model without routing or decoder is not told of them, unless the user changed something about them.
+    options = {key: getattr(args, key) for key in MODEL_OPTIONS}
+    options = {key: value for key, value in options.items() if key in known or value != parser.get_default(key)}
+    more = check_arguments(args.model, dict(args.model_kwargs))
+    more = {key: value for key, value in more.items() if value is not None}
+    for key, value in more.items():
+        given = f"--model-kwargs {key}={value}"
+        if key in {"device", "dtype"} or key not in known:
+            remedy = {"device": "use --device", "dtype": "use --amp"}.get(key, "leave it out")
+            raise UsageError(f"{given} does not go with training: {remedy}")
+        if key in of_data and to_2tuple(value) != to_2tuple(of_data[key]):
+            remedy = f"use {' '.join(parser.words(key, value))}" if key in parser.destinations else "leave it out"
+            raise UsageError(f"{given} contradicts the images of {args.dataset!r}, {key}={of_data[key]}: {remedy}")
+        if key in options and options[key] not in (value, parser.get_default(key)):
+            raise UsageError(f"{given} contradicts {' '.join(parser.words(key, options[key]))}: give one of them")
+    return {**of_data, **options, **more}
+
+
 def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
     """Make the model for the images and classes of a data set, with the weights that the options name."""
-    kwargs = dict(
-        num_classes=data.num_classes,
-        in_chans=data.in_chans,
-        img_size=data.img_size,
-        decoder=args.decoder,
-        num_routing=args.num_routing,
-        routing=args.routing,
-        squash=args.squash,
-        drop_rate=args.drop_rate,
-        start=args.start,
-    )
-    if ":" not in args.model:
-        # A model without routing or decoder is not told of them, unless the user changed something about them.
-        parser, known = build_parser(), model_keywords(args.model)
-        kwargs = {key: v for key, v in kwargs.items() if key in known or v != parser.get_default(key)}
-    kwargs.update(args.model_kwargs)
+    kwargs = model_arguments(args, data)
     model = create_model(args.model, pretrained=args.pretrained, **kwargs)
     if args.checkpoint:
         load_weights(model, args.checkpoint)

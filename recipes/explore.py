@@ -63,7 +63,7 @@ from capszoo.explore import (
 )
 from capszoo.policies import list_policies, policy_options
 from capszoo.report import write_report
-from capszoo.training import load_splits, make_policy, options_from
+from capszoo.training import load_splits, make_policy, model_arguments, options_from
 
 GRIDS = Path(__file__).parent / "configs"
 PUBLISHED = Path(__file__).parent / "results/paper-published.csv"
@@ -480,20 +480,22 @@ def main(argv: list[str] | None = None) -> int:
         if args.epochs is not None:
             overrides["epochs"] = args.epochs
         rows = read_grid(args.grid, overrides)
-        defaults = vars(options_from({}))
+        of_rows = [vars(options_from({**options, **row.options}, f"grid row {row.name!r}")) for row in rows]
         for name in OF_THE_DATA[1:]:  # all rows train on the same images
-            values = {str(row.options.get(name, options.get(name, defaults[name]))) for row in rows}
+            values = {str(values[name]) for values in of_rows}
             if len(values) > 1:
                 raise UsageError(
                     f"--grid has rows of different {name} ({', '.join(sorted(values))}): give --set {name}="
                 )
-            options[name] = rows[0].options.get(name, options.get(name, defaults[name]))
+            options[name] = of_rows[0][name]
     else:
-        options.setdefault("model", "capsnet_tiny")
-        options.setdefault("dataset", "digits")
+        args.model = options.setdefault("model", "capsnet_tiny")
+        args.dataset = options.setdefault("dataset", "digits")
     data = load_splits(options_from(options, "--set"))
     for row in rows:
-        make_policy(options_from({**options, **row.options}, f"grid row {row.name!r}"), len(data.train))
+        of_row = options_from({**options, **row.options}, f"grid row {row.name!r}")
+        make_policy(of_row, len(data.train))
+        capszoo.create_model(of_row.model, device="meta", **model_arguments(of_row, data))
     plan = rows or plan_search(args, options, data, device)
     names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in args.grid or [])]
     report = Report(console, args.quiet, args.budget)
@@ -515,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
             on_change=report.change,
         )
         if not args.resume:
+            args.epochs = args.epochs if rows else plan.epochs
             save_args(args, folder)
     if not args.quiet:
         what = f"{len(rows)} rows, {args.seeds} seeds" if rows else f"up to {plan.epochs} epochs a trial"

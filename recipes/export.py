@@ -125,28 +125,20 @@ def read_recipe(folder: Path) -> str | None:
     spec = importlib.util.spec_from_file_location(f"recipe_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    actions = module.build_parser().destinations
-    module.build_parser().set_values({key: value for key, value in values.items() if key in actions}, file)  # checks
+    parser, saved = module.build_parser(), module.build_parser()
+    saved.set_values({key: value for key, value in values.items() if key in parser.destinations}, file)
     words, named = ["python", f"recipes/{script.name}"], []
-    for key, value in values.items():
-        action = actions.get(key)
-        if action is None or key in NOT_IN_RECIPE or value in (None, [], {}):
+    for key in values:
+        value, default = saved.get_default(key), parser.get_default(key)
+        if key not in parser.destinations or key in NOT_IN_RECIPE:
             continue
-        if value == action.default and key not in ALWAYS_IN_RECIPE:
+        if value == default and key not in ALWAYS_IN_RECIPE:
             continue
-        options = action.option_strings
-        if isinstance(value, bool):
-            named.append(options[0] if value else options[-1])
-            continue
-        if isinstance(value, dict):
-            texts = [f"{name}={json.dumps(item, default=str)}" for name, item in value.items()]
-        else:
-            texts = [str(item) for item in (value if isinstance(value, list) else [value])]
         # What has no name stands before the options that take any number of values.
-        if options:
-            named += [options[0], *texts]
+        if parser.destinations[key].option_strings:
+            named += parser.words(key, value)
         else:
-            words += texts
+            words += parser.words(key, value)[1:]
     return shlex.join([*words, *named])
 
 

@@ -92,6 +92,7 @@ PARETO_COLUMNS = (
     "train_seconds",
 )
 
+MOST_ROUNDS = 1000
 # Columns of every round that are computed with.
 ROUND_NUMBERS = ("parameters", "macs", "float32_bytes", "val_top1", "val_loss", "train_seconds")
 
@@ -213,8 +214,8 @@ def schedule(args: argparse.Namespace, model: torch.nn.Module) -> list[dict[str,
         raise UsageError("nothing says what to keep: give --keep, such as --keep types=8 or --keep capsules=0.1")
     if len(keep) < len(args.keep):
         raise UsageError("--keep names a part twice: give each part once")
-    if args.rounds < 1:
-        raise UsageError(f"--rounds {args.rounds} is not possible: give 1 or more")
+    if not 1 <= args.rounds <= MOST_ROUNDS:
+        raise UsageError(f"--rounds {args.rounds} is not possible: give 1 to {MOST_ROUNDS}")
     if args.score_images < 1:
         raise UsageError(f"--score-images {args.score_images} is not possible: give 1 or more")
     targets, counts = target_counts(model, keep, args.score), count_parts(model)

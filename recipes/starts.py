@@ -138,7 +138,8 @@ def measure(row: dict[str, Any], data: DataSplits, device: torch.device) -> dict
     normalized, model_kwargs = STARTS[row["start"]]
     args = options_from({})
     args.model, args.seed, args.policy, args.epochs = (row[key] for key in ("model", "seed", "policy", "epochs"))
-    args.dataset, args.model_kwargs = row["set"], list(model_kwargs.items())
+    args.dataset, args.start = row["set"], model_kwargs.get("start", "default")
+    args.model_kwargs = [(key, value) for key, value in model_kwargs.items() if key != "start"]
     args.amp = row["precision"]
     if not normalized:
         args.mean, args.std = [0.0], [1.0]

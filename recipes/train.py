@@ -28,6 +28,7 @@ from capszoo.command_line import (
     StopSignal,
     UsageError,
     add_result,
+    changed_options,
     check_results,
     choose_device,
     default_folder,
@@ -85,14 +86,7 @@ def is_own_run(args: argparse.Namespace, folder: Path) -> bool:
     if not file.is_file() or torchrun_mark() not in file.read_text(errors="replace"):
         return False
     saved = options_from(read_yaml(file), str(file))
-    for key, value in vars(args).items():
-        # Those that are not given are filled in before they are saved.
-        if key not in MAY_CHANGE_ON_RESUME | {"config", "output"} and value is not None:
-            if key == "model_kwargs":
-                value, saved.model_kwargs = dict(value), dict(saved.model_kwargs)
-            if getattr(saved, key) != value:
-                return False
-    return True
+    return not changed_options(args, saved, vars(args).keys() - MAY_CHANGE_ON_RESUME - {"config", "output"})
 
 
 def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:

@@ -192,6 +192,9 @@ def test_failed_write_keeps_the_old_file_and_no_litter(model, tmp_path, monkeypa
         patch.setattr(checkpoint, "save_file", fail)
         with pytest.raises(checkpoint.WriteError, match="w.safetensors.*disk full"):
             save_weights(path, model, {"epoch": 2})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(checkpoint.WriteError, match="'.' cannot be written"):
+        save_weights(".", model, {})
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 

@@ -176,7 +176,7 @@ def test_colour_and_size_of_grey_images(tmp_path):
     grey = load_data("mnist", tmp_path)
     colour = load_data("mnist", tmp_path, in_chans=3)
     assert colour.in_chans == 3 and torch.equal(colour.train.images, grey.train.images.expand(-1, 3, -1, -1))
-    small = load_data("mnist", tmp_path, img_size=7)
+    small = load_data("mnist", tmp_path, img_size=np.int64(7))
     assert small.img_size == (7, 7)
     assert grey.train.images.float().std() > 70 and small.train.images.float().std() < 20  # antialiased: noise averages
     wide = load_data("mnist", tmp_path, img_size=(28, 40))
@@ -701,6 +701,8 @@ def test_packages_that_are_not_installed(monkeypatch):
         {"img_size": 0},
         {"img_size": (28, 0)},
         {"img_size": (1, 28, 28)},
+        {"img_size": "20x32"},
+        {"img_size": (20, 32.0)},
     ],
 )
 def test_arguments_out_of_range(kwargs):

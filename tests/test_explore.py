@@ -33,7 +33,7 @@ from capszoo.explore import (
     seconds_of_an_epoch,
     write_solutions,
 )
-from capszoo.training import make_model, make_policy, options_from
+from capszoo.training import make_model, make_policy, model_arguments, options_from
 
 optuna = pytest.importorskip("optuna")
 
@@ -188,6 +188,18 @@ def test_an_epoch_is_measured(digits):
 def explore(plan, digits, folder, **kwargs):
     folder.mkdir(exist_ok=True)
     return Exploration(plan, OPTIONS, digits, folder, **kwargs)
+
+
+def test_arguments_of_models_that_are_options_too_are_fixed(digits):
+    fixed = {"model_kwargs": {**SMALL, "num_routing": 2, "decoder": False}}
+    for _, options in draw(Space("capsnet_tiny", digits, epochs=9, fixed=fixed), 4):
+        assert (options["num_routing"], options["decoder"]) == (2, False)
+        arguments = model_arguments(options_from(options), digits)
+        assert (arguments["num_routing"], arguments["decoder"]) == (2, False)
+    with pytest.raises(ValueError, match="num_classes=3 contradicts the images of 'digits'"):
+        Space("capsnet_tiny", digits, epochs=9, fixed={"model_kwargs": {"num_classes": 3}})
+    with pytest.raises(ValueError, match="conv_dim='many' is not possible: give a whole number"):
+        Space("capsnet_tiny", digits, epochs=9, fixed={"model_kwargs": {"conv_dim": "many"}})
 
 
 def small_space(digits, epochs):

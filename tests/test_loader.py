@@ -181,6 +181,7 @@ def test_split_is_neither_changed_nor_copied_again():
     "kwargs",
     [
         {"batch_size": 0},
+        {"batch_size": 10**20},
         {"seed": -1},
         {"epoch": -1},
         {"start_step": -1},

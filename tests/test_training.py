@@ -14,6 +14,7 @@ from capszoo.training import (
     make_policy,
     make_trainer,
     measure_test,
+    model_arguments,
     options_from,
     write_options,
 )
@@ -64,6 +65,41 @@ def test_options_reach_what_they_name(digits):
     assert trainer.task.model.arguments()["num_routing"] == 2 and trainer.task.reconstruction_weight == 0.25
     assert (trainer.translate, trainer.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)
     assert trainer.metadata["model_args"]["conv_dim"] == 8 and trainer.metadata["policy"] == "warm_ada_batch"
+
+
+def test_arguments_of_the_model(digits):
+    of_data = {"num_classes": 10, "in_chans": 1, "img_size": (28, 28)}
+    own = {"decoder": True, "num_routing": 3, "routing": "dynamic", "squash": "exact", "drop_rate": 0.0}
+    assert model_arguments(options_from({}), digits) == {**of_data, **own}
+    assert model_arguments(options_from({"model": "cnn_baseline"}), digits) == {**of_data, "drop_rate": 0.0}
+    # What says the same, or says more, or nothing.
+    same = {"num_classes": 10, "in_chans": None, "img_size": [28, 28], "num_routing": 2, "conv_dim": 8, "decoder": None}
+    expected = {**of_data, **own, "img_size": [28, 28], "num_routing": 2, "conv_dim": 8}
+    assert model_arguments(options_from({"model_kwargs": same}), digits) == expected
+    assert model_arguments(options_from({"model_kwargs": same, "num_routing": 2}), digits) == expected
+    small = options_from({"model_kwargs": {"drop_rate": 1e-5}})
+    assert model_arguments(small, digits)["drop_rate"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"num_classes": 3}, "num_classes=3 contradicts the images of 'digits', num_classes=10: leave it out"),
+        ({"in_chans": 3}, "in_chans=3 contradicts the images of 'digits', in_chans=1: use --in-chans 3"),
+        ({"img_size": 32}, "img_size=32 contradicts the images of 'digits', img_size=(28, 28): use --img-size 32"),
+        ({"img_size": [20, 32]}, "img_size=[20, 32] contradicts the images of 'digits', img_size=(28, 28): use "
+                                 "--img-size 20 32"),
+        ({"num_routing": 4}, "num_routing=4 contradicts --num-routing 2: give one of them"),
+        ({"decoder": True}, "decoder=True contradicts --no-decoder: give one of them"),
+        ({"device": "meta"}, "device=meta does not go with training: use --device"),
+        ({"dtype": None, "features_only": True}, "features_only=True does not go with training: leave it out"),
+    ],
+)  # fmt: skip
+def test_arguments_of_the_model_that_contradict(digits, values, expected):
+    args = options_from({"model_kwargs": values, "num_routing": 2, "decoder": False})
+    with pytest.raises(UsageError) as caught:
+        model_arguments(args, digits)
+    assert str(caught.value) == f"--model-kwargs {expected}"
 
 
 def test_rate_and_batch_size_default_by_policy_and_data():

@@ -79,6 +79,60 @@ def test_a_search_writes_tables_figures_and_a_page(searched):
         assert not any(b != a and all(y <= x for x, y in zip(a, b, strict=True)) for b in points)
 
 
+def test_it_goes_on_by_the_command_that_began_it(searched, recipe):
+    folder, _ = searched
+    explore, alone = recipe("explore"), ["--resume", str(folder)]
+
+    def parse(*words):
+        return capszoo.command_line.parse_resumable(
+            explore.build_parser, explore.MAY_CHANGE_ON_RESUME, [*words, *alone]
+        )
+
+    began = ["--trials", "12", "--epochs", "2", *SMALL, "policy=one_cycle", "--output", str(folder)]
+    filled_in = ["--model", "capsnet_tiny", "--dataset", "digits"]
+    reordered = ["--set", "policy=one_cycle", "amp=none", *SMALL[1:2]]
+    assert parse(*began) == parse(*filled_in) == parse(*reordered) == parse()
+    for words, expected in (
+        (["--trials", "13"], "--trials 13 cannot change when a run is resumed: the run has --trials 12;"),
+        (["--model", "capsnet"], "the run has --model capsnet_tiny;"),
+        (["--grid", "paper"], "the run has no --grid;"),
+        (["--objectives", "accuracy"], "the run has --objectives accuracy seconds parameters;"),
+        (["--set", "amp=none"], "the run has --set model_kwargs={"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            parse(*words)
+
+
+def test_rows_of_images_that_are_not_square(tmp_path):
+    rows = grid(tmp_path / "rows", 1, epochs=1, img_size=[20, 32])
+    (rows / "1-other.yaml").write_text((rows / "0-row0.yaml").read_text())
+    out = run("--grid", rows, *SMALL, "val_fraction=0.8", "--output", tmp_path / "grid")
+    assert "front of" in out
+    for trial in ("0000", "0001"):
+        assert capszoo.load_model(tmp_path / "grid/trials" / trial / "best.safetensors").img_size == (20, 32)
+    assert yaml.safe_load((tmp_path / "grid/chosen.yaml").read_text())["img_size"] == [20, 32]
+
+
+def test_rows_of_one_size_that_is_written_in_two_ways(recipe, tmp_path, monkeypatch):
+    explore = recipe("explore")
+    rows = grid(tmp_path / "rows", 3, epochs=1, img_size=20)
+    (rows / "1-row1.yaml").write_text("img_size: [20, 20]\nepochs: 1\n")
+    loaded = []
+
+    def load(args):
+        loaded.append(args.img_size)
+        raise capszoo.command_line.UsageError("that is all")
+
+    monkeypatch.setattr(explore, "load_splits", load)
+    arguments = ["--grid", str(rows), "--output", str(tmp_path / "grid")]
+    with pytest.raises(ValueError, match="that is all"):
+        explore.main(arguments)
+    assert loaded == [20]
+    (rows / "2-row2.yaml").write_text("img_size: [20, 32]\nepochs: 1\n")
+    with pytest.raises(ValueError, match=re.escape("rows of different img_size (20, [20, 32]): give --set img_size=")):
+        explore.main(arguments)
+
+
 def test_the_chosen_solution_trains_with_the_printed_command(searched, tmp_path):
     folder, out = searched
     chosen = re.search(r"chosen \(fastest\): trial (\d+)", out)
@@ -218,6 +272,10 @@ BAD = [
     (["--grid", "papers"], "no grid 'papers'"),
     (["--set", "polcy=fixed"], "unknown key 'polcy', did you mean 'policy'?"),
     (["--set", "policy=fixd"], "unknown policy 'fixd'"),
+    (["--set", "model_kwargs={num_classes: 3}"], "num_classes=3 contradicts the images of 'digits'"),
+    (["--set", "model_kwargs={conv_dim: many}", "--trials", "1"], "conv_dim='many' is not possible"),
+    (["--grid", "paper_tiny", "--dataset", "digits", "--set", "model_kwargs={squash: 3}"], "squash=3 is not possible"),
+    (["--set", "img_size=20x32"], "'20x32' is no size: give one number, or height and width"),
     (["--trials", "0"], "--trials 0 is not possible"),
     (["--loss", "2"], "'2' is no accuracy to lose"),
     (["--val-fraction", "0", "--trials", "1"], "--val-fraction above 0"),

@@ -1,6 +1,7 @@
 """recipes/export.py: weights shipped with their card, weights refused, and folders that timm loads."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -79,12 +80,14 @@ def test_ship(export, make_run, weights_dir):
 
 
 def test_recipe_repeats_the_options(recipe, make_run):
-    file = make_run(args={"seed": 3, "decoder": False, "rise": 0.3, "max_lr": "5x", "clip_grad": 1.5})
+    more = {"img_size": [20, 32], "download": True, "model_kwargs": {"conv_dim": 8, "decoder_dims": [4, 8]}}
+    file = make_run(args={"seed": 3, "decoder": False, "rise": 0.3, "max_lr": "5x", "clip_grad": 1.5, **more})
     command = recipe("export").read_recipe(file.parent)
-    args = recipe("train").parse_args(command.split()[2:])
+    args = recipe("train").parse_args(shlex.split(command)[2:])
     assert (args.model, args.dataset, args.epochs, args.lr, args.seed) == ("capsnet_tiny", "mnist", 3, 0.002, 3)
     assert args.decoder is False and args.rise == 0.3 and args.max_lr == "5x" and args.clip_grad == 1.5
-    assert args.data_dir == "data"  # where the data was is no part of it
+    assert args.img_size == [20, 32] and args.model_kwargs == [("conv_dim", 8), ("decoder_dims", [4, 8])]
+    assert (args.data_dir, args.download) == ("data", False)  # where the data was is no part of it
 
 
 def test_ship_again(export, make_run, weights_dir):

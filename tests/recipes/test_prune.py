@@ -135,10 +135,12 @@ def test_saved_arguments_repeat_the_run(finished, tmp_path, given):
     assert same_weights(tmp_path / "again/last.safetensors", finished / "last.safetensors")
 
 
-def test_finished_run_resumes_to_the_same_result(finished, monkeypatch):
+def test_finished_run_resumes_to_the_same_result(finished, given, monkeypatch):
     before = (finished / "result.json").read_text(), (finished / "pareto.csv").read_text()
     monkeypatch.setattr(recipe, "Trainer", None)  # nothing is trained again
     run("--resume", finished)
+    same = ["--rounds", 2, "--epochs", 2, "--output", finished, "--keep", "decoder=[3,4]", "conv1=4", "types=1"]
+    run(given, *SMALL, "--dataset", "digits", *same, "--resume", finished)
     assert ((finished / "result.json").read_text(), (finished / "pareto.csv").read_text()) == before
 
 
@@ -305,8 +307,16 @@ BAD = {
     "other classes": (["five.safetensors", *KEEP], "has 10 classes, the model has 5"),
     "unknown data set": (["silent.safetensors", *KEEP], "give --dataset"),
     "resume of nothing": (["--resume", "nowhere"], "nowhere"),
-    "resume of other weights": (["given.safetensors", "--resume", "run"], "the weights cannot change"),
-    "resume with other options": (["--resume", "run", "--epochs", "3"], "--epochs cannot change"),
+    "too many rounds": (["given.safetensors", *KEEP, "--rounds", "9" * 20], "give 1 to 1000"),
+    "resume of other weights": (
+        ["five.safetensors", "--resume", "run"],
+        "the weights five.safetensors cannot change when a run is resumed: the run has the weights given.safetensors;",
+    ),
+    "resume with other options": (
+        ["given.safetensors", *KEEP, "--resume", "run", "--epochs", "3"],
+        "--epochs 3 cannot change when a run is resumed: the run has --epochs 5; leave it out",
+    ),
+    "resume with another part": (["--resume", "run", "--keep", "types=3"], "the run has --keep types=2;"),
     "folder in use": (["given.safetensors", *KEEP, "--output", "run"], "--resume"),
 }
 

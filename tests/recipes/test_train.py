@@ -88,6 +88,12 @@ def test_finished_run_resumes_to_the_same_result(trained):
     before = json.loads((folder / "result.json").read_text())
     run("train.py", "--resume", folder, cwd=folder.parent)
     assert json.loads((folder / "result.json").read_text()) == before
+    # By the command that began it, and by what it filled in.
+    train, alone = load_recipe("train"), ["--resume", str(folder)]
+    for more in ([*SMALL, "--output", str(folder)], ["--batch-size", "16", "--lr", "1e-3"]):
+        assert train.parse_args([*more, *alone]) == train.parse_args(alone)
+    with pytest.raises(UsageError, match="--batch-size 32 cannot change .*: the run has --batch-size 16;"):
+        train.parse_args(["--batch-size", "32", *alone])
 
 
 def test_saved_arguments_repeat_the_run(trained, tmp_path):
@@ -223,13 +229,60 @@ def test_output_that_cannot_be_written(tmp_path):
     assert done.stderr == "error: the output cannot be written (No space left on device): write it elsewhere\n"
 
 
-def make_folder(root: Path, size=20) -> Path:
+def make_folder(root: Path, size=(20, 20)) -> Path:
     for split, count in (("train", 6), ("test", 2)):
         for index, name in enumerate(("cat", "dog")):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("L", (size, size), 40 * i + index).save(root / split / name / f"{i}.png")
+                Image.new("L", size, 40 * i + index).save(root / split / name / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def landscape(tmp_path_factory):
+    """A finished run on images of 20x32, made of such of 40x30."""
+    root = make_folder(tmp_path_factory.mktemp("landscape") / "pets", (40, 30)).parent
+    options = f"--dataset {root}/pets --img-size 20 32 --val-fraction 0.4 --batch-size 4 --translate 2 --quiet".split()
+    small = "--model-kwargs conv_dim=8 num_types=2 decoder_dims=[4,8] --amp none --epochs 2".split()
+    assert load_recipe("train").main([*options, *small, "--output", str(root / "run")]) == 0
+    return root, [*options, *small]
+
+
+def test_images_that_are_not_square_train(landscape):
+    root, options = landscape
+    train, folder = load_recipe("train"), root / "run"
+    assert yaml.safe_load((folder / "args.yaml").read_text())["img_size"] == [20, 32]
+    model = capszoo.load_model(folder / "best.safetensors")
+    assert model.img_size == (20, 32) and model.grid_size == (2, 8)
+    before, result = load_file(folder / "last.safetensors"), (folder / "result.json").read_text()
+    assert train.main([*options, "--resume", str(folder)]) == 0
+    assert (folder / "result.json").read_text() == result
+    assert train.main(["--config", str(folder / "args.yaml"), "--output", str(root / "again"), "--quiet"]) == 0
+    again = load_file(root / "again/last.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in before.items())
+    with pytest.raises(UsageError, match="--img-size 32 20 cannot change .*: the run has --img-size 20 32;"):
+        train.main(["--resume", str(folder), "--img-size", "32", "20"])
+
+
+def test_images_that_are_not_square_are_measured_and_pruned(landscape, recipe, monkeypatch, capsys):
+    root, _ = landscape
+    monkeypatch.chdir(root)
+    options = ["--robustness", "--val-fraction", "0.4", "--json", "v.json"]
+    assert recipe("validate").main(["run/best.safetensors", *options]) == 0
+    measured, result = (json.loads(Path(name).read_text()) for name in ("v.json", "run/result.json"))
+    assert measured["top1"] == result["test_top1"] and 0 <= measured["top1_shift_6"] <= 1
+    prune = "--keep types=1 capsules=4 decoder=[2,4] --epochs 1 --amp none --batch-size 2 --score-images 4".split()
+    command = ["run/best.safetensors", *prune, "--val-fraction", "0.4", "--output", "pruned", "--quiet"]
+    assert recipe("prune").main(command) == 0
+    smaller = capszoo.load_model("pruned/best.safetensors")
+    assert smaller.img_size == (20, 32) and smaller.num_primary == 2 * 8 and len(smaller.keep_capsules) == 4
+    assert recipe("prune").main([*command, "--resume", "pruned"]) == 0
+    with pytest.raises(ValueError, match=r"keeps single capsules of images of 20x32: leave out img_size=\[32, 20\]"):
+        capszoo.load_model("pruned/best.safetensors", img_size=(32, 20))
+    assert recipe("export").main(["hub", "run/best.safetensors", "--output", "hub"]) == 0
+    assert capszoo.create_model("local-dir:hub", pretrained=True).img_size == (20, 32)
+    card = Path("hub/README.md").read_text()
+    assert "20 x 32, 1 channel" in card and "--img-size 20 32" in card
 
 
 def test_image_folder_trains(tmp_path):
@@ -277,11 +330,23 @@ BAD = {
     "no yaml": (["--config", "broken.yaml"], "broken.yaml"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "resume of nothing": (["--resume", "nowhere"], "nowhere"),
-    "resume with other options": (["--resume", "run", "--lr", "0.1"], "--lr"),
+    "resume with other options": (
+        ["--resume", "run", "--lr", "0.1", "--epochs", "3"],
+        "--lr 0.1 cannot change when a run is resumed: the run has no --lr; leave it out, or start a new run",
+    ),
     "folder in use": (["--output", "run"], "--resume"),
     "small images": (["--img-size", "12"], "12x12"),
     "routing": (["--num-routing", "0"], "num_routing=0"),
     "model keyword": (["--model-kwargs", "conv_dims=3"], "did you mean 'conv_dim'"),
+    "type of a model keyword": (["--model-kwargs", "decoder_dims=64"], "decoder_dims=64 is not possible: give a list"),
+    "types in a file": (["--config", "types.yaml"], "keep_types=['a'] is not possible: give a whole number or a list"),
+    "classes": (["--model-kwargs", "num_classes=3"], "contradicts the images of 'digits', num_classes=10: leave it"),
+    "size": (["--model-kwargs", "img_size=[20, 32]"], "img_size=(28, 28): use --img-size 20 32"),
+    "three sizes": (["--img-size", "20", "32", "1"], "give one number, or height and width"),
+    "too many epochs": (["--epochs", "9" * 20], "pass 1,000,000 or fewer"),
+    "too large a micro batch": (["--micro-batch", "9" * 20], "--micro-batch 99999999999999999999 is out of range"),
+    "momentum": (["--opt", "sgd", "--momentum", "nan"], "--momentum nan is out of range: give 0 or more, below 1"),
+    "no memory": (["--model-kwargs", f"num_types={10**12}"], "'capsnet_tiny' cannot be made ("),
     "margins": (["--m-plus", "0.05"], "m_plus=0.05"),
     "batch": (["--batch-size", "0"], "batch_size"),
 }
@@ -298,6 +363,7 @@ def bad_folder(tmp_path_factory):
     (root / "unknown.yaml").write_text("epoch: 3\n")
     (root / "wrong.yaml").write_text("epochs: many\n")
     (root / "broken.yaml").write_text("epochs: [3\n")
+    (root / "types.yaml").write_text("model_kwargs: {keep_types: [a]}\n")
     (root / "run").mkdir()
     (root / "run/args.yaml").write_text("epochs: 3\n")
     return root
