@@ -35,8 +35,7 @@ def dynamic_routing(
 ) -> Tensor:
     """Route capsules ``[B, I, K]`` to class capsules ``[B, J, D]``, see :func:`capszoo.kernels.dynamic_routing`."""
     if has_torch_function_variadic(x, weight, bias):
-        tensors = (x, weight, bias)
-        return handle_torch_function(dynamic_routing, tensors, *tensors, num_iters, approximate_squash)
+        return handle_torch_function(dynamic_routing, (x, weight, bias), x, weight, bias, num_iters, approximate_squash)
     if torch.jit.is_scripting():
         return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash)[0]
     if use_fused_routing():
