@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import reprlib
 import shlex
 import signal
@@ -39,6 +40,7 @@ __all__ = [
     "check_results",
     "choose_device",
     "create_optimizer",
+    "device_name",
     "format_error",
     "hold_folder",
     "key_value",
@@ -334,6 +336,17 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used ({format_error(error)}): use --device auto or cpu") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the processor, for tables of results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def add_policy_options(parser: argparse.ArgumentParser, policies: Sequence[str]) -> None:

@@ -33,7 +33,6 @@ A variant that fails (no memory, no compiler) costs a line and a `note` in its r
 import argparse
 import gc
 import math
-import platform
 import statistics
 import sys
 import time
@@ -53,6 +52,7 @@ from capszoo.command_line import (
     OptionParser,
     UsageError,
     choose_device,
+    device_name,
     format_error,
     read_rows,
     results_folder,
@@ -549,16 +549,6 @@ def right_precisions(device: torch.device) -> list[str]:
 
 
 # ---- reporting ----
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -14,7 +14,6 @@ ended.
 import argparse
 import dataclasses
 import itertools
-import platform
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from rich.console import Console
 
 import capszoo
-from capszoo.command_line import OptionParser, choose_device, read_rows, results_folder, run
+from capszoo.command_line import OptionParser, choose_device, device_name, read_rows, results_folder, run
 from capszoo.data import DataSplits, Split, load_data
 from capszoo.engine import evaluate, write_csv
 from capszoo.loader import Loader, seeded_generator
@@ -161,7 +160,7 @@ def measure(row: dict[str, Any], data: DataSplits, device: torch.device) -> dict
         "saturated": round(saturation.saturated, 4),
         "spread": round(saturation.spread, 4),
         "seconds": round(trainer.position.total_seconds, 1),
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "capszoo": capszoo.__version__,
         "date": time.strftime("%Y-%m-%d"),
