@@ -110,7 +110,8 @@ def save_tensors(
             save_file(stored, temporary, metadata=header)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise WriteError(
-                f"{str(path)!r} cannot be written: safetensors refuses it ({_first_line(error)})"
+                f"{str(path)!r} cannot be written: safetensors does not hold such tensors ({_first_line(error)}): "
+                "convert them to floating or integer ones"
             ) from error
 
     write_atomically(path, write, previous)
@@ -221,7 +222,7 @@ def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int)
             values = json.loads(header[key])
         except (ValueError, RecursionError):
             values = None
-        numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < math.inf for v in values)
+        numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)
         if not numbers or len(values) not in (1, in_chans) or (key == "std" and min(values) <= 0):
             raise CheckpointError(
                 f"{str(path)!r} is damaged (its {key!r} is {reprlib.repr(header[key])}, not a number for each "

@@ -221,7 +221,8 @@ def evaluate(
     margin, reconstruction, top1 = (total / count for total in totals)
     by_class: dict[str, Any] = {}
     if multi_label:
-        scores, labels = ranks.gather(torch.cat(rows)).cpu().split(num_classes, dim=1)
+        # One type, whatever that of the scores: a rank without images has none.
+        scores, labels = ranks.gather(torch.cat(rows).double()).cpu().split(num_classes, dim=1)
         by_class = _measure_classes(scores, labels)
     else:
         ranks.sum_(confusion)

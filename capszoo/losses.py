@@ -37,11 +37,12 @@ def margin_loss(
         m_plus: m+, the length above which a present class costs nothing.
         m_minus: m-, the length below which an absent class costs nothing.
         lambda_: Weight of the absent classes.
-        weight: Weights of the classes ``[J]``, by which images count: with class indices each by the weight of its
-            class, as in torch's `cross_entropy`, with weights of the classes by the mean of `weight` over its classes,
-            ``sum of T_k weight_k / sum of T_k``, and by 1 where no class is present.
-        reduction: 'none' for the loss of each image times its weight, 'sum', or 'mean': the sum divided by that of the
-            images' weights (by the batch without `weight`).
+        weight: A factor for each class ``[J]``, floating, by which its images count, as in torch's `cross_entropy`. An
+            image of several classes counts by the mean of theirs, ``sum of T_k weight_k / sum of T_k``, one of no class
+            by 1.
+        reduction: 'none' for the loss of each image times its factor, 'sum' for the sum of these, 'mean' for the sum
+            divided by the sum of the images' factors, the batch size without `weight`. (For a target ``[B, J]``
+            `cross_entropy` divides by the batch size always; here it is the same for indices and their one-hot form.)
 
     Returns:
         The loss, a scalar or ``[B]``, in float32 at least.
@@ -74,7 +75,7 @@ def spread_loss(
         lengths: Activations of the class capsules ``[B, J]``, floating.
         target: Class indices ``[B]`` or weights of the classes ``[B, J]``, as :func:`margin_loss` takes them.
         margin: m; its schedule (0.2 growing to 0.9 in the paper) is the caller's.
-        weight: Weights of the classes ``[J]``, as in :func:`margin_loss`.
+        weight: A factor for each class ``[J]``, as in :func:`margin_loss`.
         reduction: 'none', 'sum' or 'mean', as in :func:`margin_loss`.
 
     Returns:

@@ -306,7 +306,9 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
     if dataset is not None:
         hub_dataset = HUB_DATASETS.get(dataset, dataset)
         front["datasets"] = [hub_dataset]
-    front["metrics"] = ["accuracy"]
+    precision = card.get("test_mean_average_precision")  # of images that show several classes
+    metric, accuracy = ("accuracy", "top-1") if precision is None else ("exact_match", "exact-match accuracy")
+    front["metrics"] = [metric]
     if dataset is not None and top1 is not None:
         front["model-index"] = [
             {
@@ -315,7 +317,7 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
                     {
                         "task": {"type": "image-classification"},
                         "dataset": {"type": hub_dataset, "name": dataset, "split": "test"},
-                        "metrics": [{"type": "accuracy", "value": round(top1, 6)}],
+                        "metrics": [{"type": metric, "value": round(top1, 6)}],
                     }
                 ],
             }
@@ -325,8 +327,6 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
     if "mean" in card and "std" in card and (card["mean"], card["std"]) != ([0.0], [1.0]):
         mean, std = (", ".join(f"{value:.4f}" for value in card[key]) for key in ("mean", "std"))
         pixels += f", normalised by mean {mean} and standard deviation {std}"
-    precision = card.get("test_mean_average_precision")
-    accuracy = "top-1" if precision is None else "exact-match accuracy"  # of images that show several classes
     facts = [
         ("Parameters", f"{info.parameters:,}"),
         ("MACs", f"{info.macs / 1e6:.1f} M"),

@@ -96,6 +96,8 @@ def load_weights_argument(weights: str, model_name: str | None) -> tuple[torch.n
     header = read_metadata(weights)
     if model_name is None:
         return capszoo.load_model(weights), f"{header.get('model', '')} {weights}".strip(), header.get("dataset")
+    if header.get("model", model_name) != model_name:
+        raise UsageError(f"{weights!r} holds weights of the model {header['model']!r}: leave out --model {model_name}")
     model_args = header_arguments(weights, model_name, header)
     model = capszoo.create_model(model_name, checkpoint_path=weights, **model_args)
     return model, f"{model_name} {weights}", header.get("dataset")

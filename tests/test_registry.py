@@ -383,7 +383,7 @@ def test_save_model(name, tmp_path):
     "keep", [{"types": [1], "conv1": 3}, {"capsules": [0, 3, 4, 7]}, {"types": 1, "decoder": 0.5}], ids=str
 )
 def test_save_pruned_models(name, keep, tmp_path):
-    small = dict(num_types=2, conv_dim=4, img_size=20, decoder=True, decoder_dims=(4, 6), keep_types=None)
+    small = dict(num_types=2, conv_dim=4, img_size=20, decoder=True, decoder_dims=(4, 6), keep_types=[0, 1])
     model, _ = prune(capszoo.create_model(name, **small), keep, score="magnitude")
     capszoo.save_model(tmp_path / "model.safetensors", model)
     same_model(tmp_path / "model.safetensors", model)
