@@ -92,11 +92,44 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: s
 def save_tensors(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], previous: str | Path | None = None
 ) -> None:
-    """Write tensors and header metadata to a safetensors file, atomically."""
-    # safetensors keeps no strides: what is stored is contiguous, whatever the memory format of the model.
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    """Write tensors and header metadata to a safetensors file, atomically.
+
+    Tensors that share memory, as tied weights do, are each written: every reader of the file finds all names.
+
+    Raises:
+        WriteError: If the file cannot be written, or a tensor has no values or none that safetensors holds.
+    """
+    stored = _storable(tensors, path)
     header = {"format": "pt", **metadata}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header), previous)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(stored, temporary, metadata=header)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise WriteError(
+                f"{str(path)!r} cannot be written: safetensors does not hold such tensors ({_first_line(error)}): "
+                "convert them to floating or integer ones"
+            ) from error
+
+    write_atomically(path, write, previous)
+
+
+def _storable(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: on the CPU, contiguous whatever their strides, none sharing memory."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        try:
+            copy = value.detach().cpu().contiguous()
+        except (NotImplementedError, RuntimeError) as error:
+            raise WriteError(
+                f"{str(path)!r} cannot be written: {key!r} has no values to store, it is {value.layout} on "
+                f"{value.device}: make it dense, on a device that is not meta"
+            ) from error
+        storage = copy.untyped_storage().data_ptr()
+        stored[key] = copy.clone() if storage in storages else copy
+        storages.add(storage)
+    return stored
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -138,8 +171,19 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
         path: File to write; its folder must exist.
         model: The model, not wrapped.
         metadata: Facts for people and programs (model, data set, accuracy); values that are no strings become JSON.
+
+    Raises:
+        WriteError: As :func:`save_tensors`, and if JSON cannot hold a value.
     """
-    header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    header = {}
+    for key, value in metadata.items():
+        try:
+            header[key] = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WriteError(
+                f"{str(path)!r} cannot be written: its header cannot hold this {key!r} ({_first_line(error)}): give "
+                "text, numbers, and lists or dicts of them"
+            ) from error
     save_tensors(path, model.state_dict(), header)
 
 
@@ -197,6 +241,10 @@ def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | N
         path: The file.
         state: The state.
         previous: Where to keep the file that was at `path` before.
+
+    Raises:
+        WriteError: As :func:`save_tensors`.
+        TypeError: If the state holds anything else.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -217,6 +265,7 @@ def save_state(path: str | Path, state: dict[str, Any], previous: str | Path | N
         raise TypeError(f"cannot store {type(value).__name__} at {name!r} in a checkpoint")
 
     tree = json.dumps(strip(state, ""))
+    tensors = _storable(tensors, path)
     header = {"capszoo": _FORMAT, "state": tree, "sha256": _checksum(tensors, tree)}
     save_tensors(path, tensors, header, previous)
 
@@ -311,7 +360,7 @@ def _checksum(tensors: dict[str, Tensor], tree: str) -> str:
     """Hash a state. safetensors checks its header alone: a flipped bit in a tensor would go unnoticed."""
     digest = hashlib.sha256(tree.encode())
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
+        value = tensors[key].contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

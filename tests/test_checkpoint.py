@@ -59,6 +59,63 @@ def test_state_keeps_tensors_bit_for_bit(tmp_path):
     assert torch.equal(loaded["rng"], torch.get_rng_state())
 
 
+class Tied(torch.nn.Module):
+    """Two layers of one matrix, and a buffer that is a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.other.weight = self.one.weight
+        self.register_buffer("part", self.one.weight.detach()[1:])
+
+
+def test_tied_weights(tmp_path):
+    torch.manual_seed(0)
+    model, other = Tied(), Tied()
+    path = tmp_path / "tied.safetensors"
+    save_weights(path, model, {})
+    load_weights(other, path)
+    assert other.other.weight is other.one.weight and torch.equal(other.one.weight, model.one.weight)
+    assert torch.equal(other.part, model.one.weight[1:])
+    with safe_open(path, "pt") as file:  # any safetensors reader finds all names
+        assert set(file.keys()) == {"one.weight", "one.bias", "other.weight", "other.bias", "part"}
+
+    optimizer = torch.optim.Adam(model.parameters())
+    model.one(torch.rand(2, 3)).sum().backward()
+    optimizer.step()
+    save_state(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    state = load_state(path)
+    assert list(state["model"]) == list(model.state_dict())
+    assert all(torch.equal(state["model"][key], value) for key, value in model.state_dict().items())
+    other.load_state_dict(state["model"])
+    torch.optim.Adam(other.parameters()).load_state_dict(state["optimizer"])
+    assert torch.equal(other.one.weight, model.one.weight)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.zeros(2, device="meta"), "x' has no values to store, it is torch.strided on meta"),
+        (torch.eye(2).to_sparse(), "x' has no values to store, it is torch.sparse_coo on cpu"),
+    ],
+)
+def test_tensors_that_cannot_be_stored(value, message, tmp_path):
+    for call in (
+        lambda: checkpoint.save_tensors(tmp_path / "w.safetensors", {"x": value}, {}),
+        lambda: save_state(tmp_path / "w.safetensors", {"x": value}),
+    ):
+        with pytest.raises(checkpoint.WriteError, match=f"w.safetensors' cannot be written: .*{message}"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), {1, 2}, {"a": {(1, 2): 3}}])
+def test_facts_that_a_header_cannot_hold(model, value, tmp_path):
+    with pytest.raises(checkpoint.WriteError, match="its header cannot hold this 'fact' .*: give text, numbers"):
+        save_weights(tmp_path / "w.safetensors", model, {"fact": value})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_state_refuses_what_it_cannot_store(tmp_path):
     with pytest.raises(TypeError, match="set"):
         save_state(tmp_path / "s.safetensors", {"x": {1, 2}})
