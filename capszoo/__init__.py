@@ -9,7 +9,16 @@ Importing capszoo also registers its models with timm, so that `timm.create_mode
 
 from ._version import __version__
 from .layers import set_fused_routing
-from .registry import ModelInfo, create_model, is_model, list_models, list_pretrained, load_model, model_info
+from .registry import (
+    ModelInfo,
+    create_model,
+    is_model,
+    list_models,
+    list_pretrained,
+    load_model,
+    model_info,
+    save_model,
+)
 
 __all__ = [
     "ModelInfo",
@@ -20,5 +29,6 @@ __all__ = [
     "list_pretrained",
     "load_model",
     "model_info",
+    "save_model",
     "set_fused_routing",
 ]

@@ -15,10 +15,20 @@ import torch
 from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args
 from timm.models import is_model as timm_is_model
+from timm.utils.model import unwrap_model
 from torch import nn
 
 from . import models
-from .checkpoint import CheckpointError, _first_line, check_weights, load_weights, read_metadata
+from ._version import __version__
+from .checkpoint import (
+    CheckpointError,
+    WriteError,
+    _first_line,
+    check_weights,
+    load_weights,
+    read_metadata,
+    save_weights,
+)
 from .layers import set_fused_routing, use_fused_routing
 
 __all__ = [
@@ -28,8 +38,10 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "load_model",
+    "model_header",
     "model_info",
     "model_keywords",
+    "save_model",
 ]
 
 # timm's registry keys models by the last part of the module's name, and counts model families of its own too.
@@ -129,12 +141,71 @@ def create_model(
     return model
 
 
+def save_model(path: str | Path, model: nn.Module, /, **metadata: Any) -> None:
+    """Write a model to a safetensors file, from which :func:`load_model` makes it again.
+
+    Args:
+        path: File to write; its folder must exist.
+        model: A model made by `create_model`, pruned or not, on any device; wrappers of DDP and torch.compile are
+            taken off. Weights keep their dtype.
+        **metadata: More facts for the header, such as `class_names`, `dataset` or an accuracy; `mean` and `std` take
+            the place of those in the model's `pretrained_cfg`. Values that are no strings become JSON.
+
+    Raises:
+        WriteError: If the model could not be made again, or the file cannot be written.
+
+    Example:
+
+        ```python
+        capszoo.save_model("digits.safetensors", model, class_names=list("0123456789"))
+        model = capszoo.load_model("digits.safetensors")
+        ```
+    """
+    model = unwrap_model(model)
+    save_weights(path, model, model_header(model, **metadata))
+
+
+def model_header(model: nn.Module, /, **metadata: Any) -> dict[str, Any]:
+    """What the header of a model's file says: name and keywords of the model, `mean` and `std` of its images, and more.
+
+    Args:
+        model: As in :func:`save_model`, and not wrapped.
+        **metadata: As in :func:`save_model`.
+
+    Raises:
+        WriteError: If the model could not be made again from its header.
+    """
+    reserved = sorted(metadata.keys() & {"capszoo_version", "format", "model", "model_args"})
+    if reserved:
+        raise WriteError(f"{reserved[0]!r} is what the header says of the model itself: give it another name")
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    if name not in list_models() or not hasattr(model, "arguments"):
+        raise WriteError(f"this {type(model).__name__} was not made by capszoo.create_model: write it with safetensors")
+    arguments = model.arguments()
+    # Weights alone do not tell: some layers have none.
+    again = create_model(name, device="meta", **arguments)
+    found, expected = ({key: type(part).__name__ for key, part in m.named_modules()} for m in (model, again))
+    for key in [*found, *expected]:
+        if found.get(key) != expected.get(key):
+            raise WriteError(
+                f"{name!r} could not be made again: its {key!r} is not that of create_model, as after "
+                "prune_intermediate_layers; write its state_dict with capszoo.checkpoint.save_tensors"
+            )
+    normalisation = {key: list(cfg[key]) for key in ("mean", "std") if cfg.get(key) is not None}
+    return {"capszoo_version": __version__, "model": name, "model_args": arguments, **normalisation, **metadata}
+
+
 def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
-    """Make the model that a checkpoint of `recipes/train.py` belongs to, and load it.
+    """Make the model that a file of :func:`save_model` or a checkpoint of the recipes holds, and load it.
+
+    Weights become float32, whatever dtype they have in the file, unless `dtype` is given. What the header says of the
+    `mean` and `std` of the images goes into the model's `pretrained_cfg`.
 
     Args:
         path: A safetensors file such as `runs/NAME/best.safetensors`, whose header says what model it holds.
-        **kwargs: Keywords of :func:`create_model` that take the place of the header's, such as `decoder=False`.
+        **kwargs: Keywords of :func:`create_model` that take the place of the header's, such as `decoder=False` or
+            `dtype=torch.float16`.
 
     Raises:
         CheckpointError: If the file is missing or damaged, its header names no model, or `img_size` is another one
@@ -146,7 +217,9 @@ def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
             f"{str(path)!r} does not say what model it holds: use create_model(NAME, checkpoint_path=)"
         )
     try:
-        return _load_model(path, header["model"], header_arguments(path, header["model"], header), kwargs)
+        model = _load_model(path, header["model"], header_arguments(path, header["model"], header), kwargs)
+        model.pretrained_cfg.update(_read_normalisation(path, header, model.in_chans))
+        return model
     except CheckpointError:
         raise
     except Exception as error:  # what a file says of its model may be anything
@@ -181,6 +254,26 @@ def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dic
                 f"{str(path)!r} was made with {key}={reprlib.repr(value)}, which {name!r} does not take"
             )
     return model_args
+
+
+def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:
+    """Read `mean` and `std` from the header of a model's file: for each channel, or one number for all."""
+    found = {}
+    for key in ("mean", "std"):
+        if key not in header:
+            continue
+        try:
+            values = json.loads(header[key])
+        except (ValueError, RecursionError):
+            values = None
+        numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)
+        if not numbers or len(values) not in (1, in_chans) or (key == "std" and min(values) <= 0):
+            raise CheckpointError(
+                f"{str(path)!r} is damaged (its {key!r} is {reprlib.repr(header[key])}, not a number for each "
+                "channel): use another checkpoint"
+            )
+        found[key] = tuple(float(value) for value in values)
+    return found
 
 
 def _load_model(path: str | Path, name: str, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:

@@ -1,14 +1,19 @@
 """Names, keywords and files: what `capszoo.create_model` and its companions accept, count and refuse."""
 
+import copy
 import json
 
 import pytest
+import timm
 import torch
+from timm.utils.model import unwrap_model
+from torch import nn
 
 import capszoo
 from capszoo import ModelInfo
-from capszoo.checkpoint import CheckpointError, save_weights
+from capszoo.checkpoint import CheckpointError, WriteError, load_tensors, read_metadata, save_weights
 from capszoo.models import CapsNet
+from capszoo.prune import prune
 
 every_model = pytest.mark.parametrize("name", capszoo.list_models("capsnet*"))
 SMALL = dict(conv_dim=8, img_size=20)
@@ -202,6 +207,105 @@ def test_load_model(name, tmp_path):
     assert torch.equal(plain.conv1.weight, model.conv1.weight)
     assert "has shape" in refused(capszoo.load_model, path, num_classes=5)
     assert "unknown keyword" in refused(capszoo.load_model, path, num_clases=5)
+
+
+def same_model(path, model, **kwargs):
+    """Load a model that was saved, and compare all that must be the same."""
+    loaded = capszoo.load_model(path, **kwargs)
+    model = unwrap_model(model)
+    assert type(loaded) is type(model) and loaded.arguments() == model.arguments()
+    for key in ("architecture", "mean", "std"):
+        assert loaded.pretrained_cfg[key] == model.pretrained_cfg[key]
+    weights = loaded.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(weights[key], value.to(weights[key].dtype)), key
+    x = torch.rand(2, model.in_chans, *model.img_size)
+    assert torch.equal(loaded.eval()(x.to(loaded.conv1.weight.dtype)), model.eval()(x.to(model.conv1.weight.dtype)))
+    return loaded
+
+
+@pytest.mark.parametrize("name", capszoo.list_models())
+def test_save_model(name, tmp_path):
+    """Round trips: as made, of other images, after each reset of the head, wrapped, pruned, in other dtypes."""
+    path = tmp_path / "model.safetensors"
+    capsules = {"decoder": True, "num_routing": 2, "squash": "approx"} if name.startswith("capsnet") else {}
+    model = capszoo.create_model(
+        name, num_classes=4, in_chans=3, img_size=(20, 21), conv_dim=8, drop_rate=0.1, **capsules
+    )
+    capszoo.save_model(path, model, class_names=list("abcd"), accuracy=0.5)
+    loaded = same_model(path, model)
+    assert loaded.drop_rate == 0.1 and loaded.in_chans == 3 and loaded.img_size == (20, 21)
+    header = read_metadata(path)
+    assert json.loads(header["class_names"]) == list("abcd") and header["accuracy"] == "0.5"
+    assert header["model"] == name and header["capszoo_version"] == capszoo.__version__
+    assert json.loads(header["mean"]) == [0.0] and json.loads(header["std"]) == [1.0]
+
+    for classes, pool in (7, None), (0, None), (0, ""), (3, "flat"):
+        model.reset_classifier(classes, pool)
+        capszoo.save_model(path, model)
+        assert same_model(path, model).num_classes == classes
+    capszoo.save_model(path, torch.compile(model, backend="eager"))
+    same_model(path, model)
+
+    model.pretrained_cfg["mean"], model.pretrained_cfg["std"] = (0.1, 0.2, 0.3), (0.5,)
+    capszoo.save_model(path, model)
+    assert same_model(path, model).default_cfg["mean"] == (0.1, 0.2, 0.3)
+    capszoo.save_model(path, model, mean=[0.25], std=[0.5, 0.25, 1])
+    assert capszoo.load_model(path).pretrained_cfg["std"] == (0.5, 0.25, 1.0)
+
+    model = model.double()
+    capszoo.save_model(path, model)
+    assert load_tensors(path)[0]["conv1.weight"].dtype == torch.float64
+    assert capszoo.load_model(path).conv1.weight.dtype == torch.float32
+    assert same_model(path, model, dtype=torch.float64).conv1.weight.dtype == torch.float64
+    capszoo.save_model(path, model.half())
+    assert load_tensors(path)[0]["conv1.weight"].dtype == torch.float16
+    assert torch.equal(capszoo.load_model(path).conv1.weight, model.conv1.weight.float())
+    assert capszoo.load_model(path, dtype=torch.float16).conv1.weight.dtype == torch.float16
+
+
+@every_model
+@pytest.mark.parametrize(
+    "keep", [{"types": [1], "conv1": 3}, {"capsules": [0, 3, 4, 7]}, {"types": 1, "decoder": 0.5}], ids=str
+)
+def test_save_pruned_models(name, keep, tmp_path):
+    small = dict(num_types=2, conv_dim=4, img_size=20, decoder=True, decoder_dims=(4, 6), keep_types=[0, 1])
+    model, _ = prune(capszoo.create_model(name, **small), keep, score="magnitude")
+    capszoo.save_model(tmp_path / "model.safetensors", model)
+    same_model(tmp_path / "model.safetensors", model)
+    model.reset_classifier(0)
+    capszoo.save_model(tmp_path / "model.safetensors", model)
+    same_model(tmp_path / "model.safetensors", model)
+
+
+def test_save_model_refuses_what_could_not_be_loaded(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = capszoo.create_model("capsnet_tiny", **SMALL)
+    for levels in [0], [1]:
+        cut = copy.deepcopy(model)
+        cut.prune_intermediate_layers(levels, prune_norm=True)
+        assert "'capsnet_tiny' could not be made again: its 'primary_caps" in refused(capszoo.save_model, path, cut)
+    features = capszoo.create_model("capsnet_tiny", features_only=True, **SMALL)
+    for other in nn.Linear(2, 2), features, CapsNet(num_classes=2), timm.create_model("test_resnet"):
+        message = refused(capszoo.save_model, path, other)
+        assert message == f"this {type(other).__name__} was not made by capszoo.create_model: write it with safetensors"
+    assert "'model_args' is what the header says" in refused(capszoo.save_model, path, model, model_args={})
+    with pytest.raises(WriteError, match="cannot be written"):
+        capszoo.save_model(tmp_path / "nowhere" / "model.safetensors", model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+@pytest.mark.parametrize("value", ["0.5", [], [0.1, 0.2], ["1"], [True], "[1", [float("nan")], 0.5])
+def test_normalisation_of_a_damaged_header(key, value, tmp_path):
+    path = tmp_path / "model.safetensors"
+    capszoo.save_model(path, capszoo.create_model("capsnet_tiny", **SMALL), **{key: value})
+    with pytest.raises(CheckpointError, match=f"is damaged \\(its '{key}' is .*, not a number for each channel"):
+        capszoo.load_model(path)
+    capszoo.save_model(path, capszoo.create_model("capsnet_tiny", **SMALL), mean=[0.0], std=[0.0])
+    with pytest.raises(CheckpointError, match="its 'std' is"):
+        capszoo.load_model(path)
 
 
 def test_load_model_of_a_file_that_does_not_say(tmp_path):
