@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from capszoo.readers import (
     sizes_differ,
     to_uint8,
 )
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["DataError", "DataSplits", "Loader", "Split", "default_translate", "list_datasets", "load_data"]
 
@@ -77,6 +80,11 @@ class DataSplits:
     in_chans: int
     img_size: Size
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes or none; its label is then 0 or 1 for each, float32 `[J]`."""
+        return self.train.multi_label
+
 
 def list_datasets() -> list[str]:
     """Return the names that `load_data` knows by itself."""
@@ -105,14 +113,15 @@ def load_data(
         name: One of `list_datasets()`; an image folder, as a path or as `folder/<path below data_dir>`; or timm's name
             of a torchvision (`torch/kmnist`) or Hugging Face (`hfds/user/set`) data set. An image folder holds
             `train/<class>/<image>` and `test/<class>/<image>`. `val` or `validation` takes the place of a missing
-            `test`; beside `test` it is the validation split, and then none is taken from the training images.
+            `test`; beside `test` it is the validation split, and then none is taken from the training images. With a
+            `labels.csv` in each of them images may show several classes, see :func:`capszoo.readers.image_folder`.
         data_dir: Folder with the data: by default `data` for torchvision's sets, Hugging Face's cache for its own, and
             the working directory for an image folder.
         img_size: Height and width to resize images to (bilinear, antialiased), or one number for both. By default
             images keep their size, which must then be the same for all.
         in_chans: 1 for grey or 3 for colour; by default what the images are.
-        val_fraction: Part of the training images that becomes the validation split, each class in proportion; 0 for no
-            validation split.
+        val_fraction: Part of the training images that becomes the validation split, each class in proportion as far as
+            whole images allow (a log line names classes that get none); 0 for no validation split.
         seed: Decides which images those are.
         download: Download what is missing, where torchvision or timm can.
         max_bytes: A data set whose images together take more is not held in memory but read while it is used.
@@ -148,7 +157,7 @@ def load_data(
 
 @dataclass
 class _Source:
-    """A data set before it is split: readers, and the label of each of their images (int64 `[N]`)."""
+    """A data set before it is split: readers, and the labels of their images (int64 `[N]` or float32 `[N, J]`)."""
 
     class_names: list[str]
     train: tuple[Reader, Tensor]
@@ -210,17 +219,39 @@ def _make_splits(name: str, source: _Source, val_fraction: float, seed: int, max
         (train,) = split(source.train, torch.arange(len(labels)))
         if val_fraction and source.val is not None:
             (val,) = split(source.val, torch.arange(len(source.val[1])))
+    if val is not None:
+        remedy = "give a larger --val-fraction, or a val folder that has them"
+        if source.val is not None:
+            remedy = "add images of them to the val folder"
+        _warn_of_missing_classes(name, source.class_names, train.labels, val.labels, remedy)
     (test,) = split(source.test, torch.arange(len(source.test[1])))
     return DataSplits(
         name, train, val, test, source.class_names, len(source.class_names), image_shape[0], image_shape[1:]
     )
 
 
+def _warn_of_missing_classes(name: str, class_names: list[str], train: Tensor, val: Tensor, remedy: str) -> None:
+    """Say which classes have training images, but none in the validation split: nothing is chosen by their accuracy."""
+    train_counts, val_counts = (_count_classes(labels, len(class_names)) for labels in (train, val))
+    missing = ((train_counts > 0) & (val_counts == 0)).nonzero().flatten().tolist()
+    if missing:
+        named = ", ".join(repr(class_names[label]) for label in missing[:10]) + (", ..." if len(missing) > 10 else "")
+        _logger.warning(
+            f"the validation split of data set {name!r} has no image of {len(missing)} of {len(class_names)} classes "
+            f"({named}): {remedy}"
+        )
+
+
+def _count_classes(labels: Tensor, num_classes: int) -> Tensor:
+    """Number of images of each class, int64 `[J]`."""
+    return labels.long().sum(dim=0) if labels.ndim == 2 else torch.bincount(labels, minlength=num_classes)
+
+
 def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
     """Choose `count` images, each class in proportion (largest remainder), leaving one of each class at least.
 
     Args:
-        labels: int64 `[N]`.
+        labels: int64 `[N]`, or 0 and 1 `[N, J]`, see :func:`_stratified_by_sets`.
         count: How many; fewer are chosen if the classes have no more to spare.
         seed: Decides which.
 
@@ -228,6 +259,8 @@ def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
         int64 `[count]`, ascending.
     """
     generator = seeded_generator(seed)
+    if labels.ndim == 2:
+        return _stratified_by_sets(labels, count, generator)
     present = torch.bincount(labels).double()
     spare = (present - 1).clamp(min=0)
     exact = present * count / len(labels)
@@ -239,6 +272,59 @@ def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
         members = (labels == label).nonzero().flatten()
         chosen.append(members[torch.randperm(len(members), generator=generator)[:share]])
     return torch.cat(chosen).sort().values
+
+
+def _stratified_by_sets(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Choose `count` images that each show a set of classes, so that each class is there in proportion.
+
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011): class by class, the one with the fewest images
+    left first, each of its images goes to that part, chosen or kept, which lacks most images of the class. Images that
+    show nothing come last, and make up the number.
+
+    Args:
+        labels: 0 and 1 `[N, J]`.
+        count: How many; fewer are chosen if the classes have no more to spare.
+        generator: Draws the order of the images.
+
+    Returns:
+        int64 `[count]`, ascending.
+    """
+    labels = torch.cat([labels > 0, (labels == 0).all(dim=1, keepdim=True)], dim=1)
+    shown = [row.nonzero().flatten().tolist() for row in labels]
+    images_of: list[list[int]] = [[] for _ in range(labels.shape[1])]
+    for image in torch.randperm(len(labels), generator=generator).tolist():
+        for label in shown[image]:
+            images_of[label].append(image)
+    left = list(map(len, images_of))
+    lacking = [number * count / len(labels) for number in left]  # of each class, among the chosen ones
+    kept_of = [0] * len(left)
+    chosen: set[int] = set()
+    kept: dict[int, None] = {}  # in the order in which they were placed
+
+    def share_out(label: int) -> None:
+        for image in images_of[label]:
+            if image in chosen or image in kept:
+                continue
+            # What the other part lacks is the rest of the images that are left; the last of a class is never chosen.
+            wanted = lacking[label] > left[label] - lacking[label] and len(chosen) < count
+            if wanted and all(kept_of[other] + left[other] > 1 for other in shown[image]):
+                chosen.add(image)
+            else:
+                kept[image] = None
+            for other in shown[image]:
+                left[other] -= 1
+                lacking[other] -= image in chosen
+                kept_of[other] += image in kept
+
+    while any(left[:-1]):
+        share_out(min((label for label, number in enumerate(left[:-1]) if number), key=left.__getitem__))
+    share_out(-1)
+    for image in reversed(kept):  # those of no class, and of the most frequent ones
+        if len(chosen) < count and all(kept_of[other] > 1 for other in shown[image]):
+            chosen.add(image)
+            for other in shown[image]:
+                kept_of[other] -= 1
+    return torch.tensor(sorted(chosen), dtype=torch.int64)
 
 
 def _read_all(reader: Reader) -> Tensor:

@@ -65,6 +65,19 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """All ranks' rows, one below the other; each may have another number of them."""
+        if self.count == 1:
+            return rows
+        counts = torch.zeros(self.count, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        self.sum_(counts)
+        begin, total = int(counts[: self.rank].sum()), int(counts.sum())
+        whole = rows.new_zeros(total, *rows.shape[1:])
+        whole[begin : begin + len(rows)] = rows
+        self.sum_(whole)
+        return whole
+
     def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
         """Whether `flag` is true on any rank; waits for all of them."""
         if self.count == 1:

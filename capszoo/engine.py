@@ -35,6 +35,7 @@ from .distributed import ALONE, Ranks
 from .layers import capsule_lengths
 from .loader import seeded_generator
 from .losses import margin_loss, reconstruction_loss
+from .metrics import average_precision, right_answers, shows
 from .task import CapsuleTask
 
 __all__ = [
@@ -130,17 +131,26 @@ class Evaluation:
     """What :func:`evaluate` measures.
 
     Attributes:
-        top1: Fraction of images whose longest class capsule is the right one.
+        top1: Fraction of images whose longest class capsule is the right one. Where labels are weights of the classes,
+            the exact-match accuracy: the fraction of images of which just the classes present are predicted, see
+            :mod:`capszoo.metrics`.
         margin_loss: Mean margin loss.
         reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
             capsule; None without decoder.
-        confusion: Counts ``[J, J]``, true class by predicted class.
+        confusion: Counts ``[J, J]``, true class by predicted class; None where labels are weights of the classes.
+        class_confusion: There, counts ``[J, 2, 2]``: for each class, absent and present by predicted as absent and as
+            present; else None.
+        average_precision: There, that of each class ``[J]``, NaN where no image shows it; else None.
+        mean_average_precision: There, the mean over the classes that are shown; else, or if none is, None.
     """
 
     top1: float
     margin_loss: float
     reconstruction_error: float | None
-    confusion: Tensor
+    confusion: Tensor | None
+    class_confusion: Tensor | None = None
+    average_precision: Tensor | None = None
+    mean_average_precision: float | None = None
 
 
 def until_stopped(batches: Iterable[Any], should_stop: Callable[[], bool]) -> Iterator[Any]:
@@ -159,7 +169,8 @@ def evaluate(
 
     Args:
         model: A capsule network; left in the mode it was in.
-        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]``, on the model's device.
+        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels, class indices ``[B]`` or weights of the classes
+            ``[B, J]``, on the model's device.
         amp: Type for autocast.
         ranks: Processes that each have a part of the images; all get the measures of the whole.
 
@@ -171,9 +182,12 @@ def evaluate(
     model.eval()
     decoder = getattr(model, "decoder", None)
     num_classes = model.num_classes
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    # Of the images: margin losses, reconstruction errors, right answers, number.
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    multi_label, rows = False, [torch.empty(0, 2 * num_classes, device=device)]
     for images, labels in loader:
+        multi_label = labels.ndim == 2
         if not len(labels):
             continue  # a last batch with fewer images than ranks
         with autocast(device, amp):
@@ -183,24 +197,48 @@ def evaluate(
                 capsules = model.forward_capsules(images)
                 lengths = capsule_lengths(capsules)
                 drawn = decoder(capsules, lengths.argmax(dim=1))
-        predicted = lengths.argmax(dim=1)
-        confusion += torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
         sums[0] += margin_loss(lengths, labels) * len(labels)
         if drawn is not None:
             sums[1] += reconstruction_loss(drawn, images) * len(labels)
+        sums[2] += right_answers(lengths, labels).sum()
+        sums[3] += len(labels)
+        if multi_label:
+            rows.append(torch.cat([lengths, labels], dim=1))  # an average precision is that of all images
+        else:
+            place = labels * num_classes + lengths.argmax(dim=1)
+            confusion.index_add_(0, place, torch.ones_like(place))  # `bincount` would wait for a GPU
     model.train(was_training)
-    ranks.sum_(sums, confusion)
-    confusion = confusion.view(num_classes, num_classes).cpu()
-    count = int(confusion.sum())
+    ranks.sum_(sums)
+    *totals, count = sums.tolist()
     if count == 0:
         raise TrainingError("there are no images to evaluate on")
-    margin, reconstruction = (sums / count).tolist()
+    margin, reconstruction, top1 = (total / count for total in totals)
+    by_class: dict[str, Any] = {}
+    if multi_label:
+        # One type, whatever that of the scores: a rank without images has none.
+        scores, labels = ranks.gather(torch.cat(rows).double()).cpu().split(num_classes, dim=1)
+        by_class = _measure_classes(scores, labels)
+    else:
+        ranks.sum_(confusion)
     return Evaluation(
-        top1=int(confusion.diagonal().sum()) / count,
+        top1=top1,
         margin_loss=margin,
         reconstruction_error=None if decoder is None else reconstruction,
-        confusion=confusion,
+        confusion=None if multi_label else confusion.view(num_classes, num_classes).cpu(),
+        **by_class,
     )
+
+
+def _measure_classes(scores: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The measures of an :class:`Evaluation` that are for weights of the classes, of scores and labels ``[N, J]``."""
+    truth, predicted = shows(labels), shows(scores)
+    counts = [[(t & p).sum(dim=0) for p in (~predicted, predicted)] for t in (~truth, truth)]
+    precision = average_precision(scores, labels)
+    return {
+        "class_confusion": torch.stack([torch.stack(row, dim=1) for row in counts], dim=1),
+        "average_precision": precision,
+        "mean_average_precision": None if precision.isnan().all() else float(precision.nanmean()),
+    }
 
 
 @dataclass
@@ -227,7 +265,9 @@ class Trainer:
     After each epoch the folder holds `summary.csv`, `last.safetensors`, `best.safetensors` (best top-1 on the
     validation split, ties broken by the lower loss; the last epoch's where there is no validation split) and
     `resume.safetensors`, from which :meth:`resume` goes on exactly: every batch, its augmentation and the learning
-    rate are functions of (seed, epoch, step). The state before is kept as `resume-previous.safetensors`.
+    rate are functions of (seed, epoch, step). The state before is kept as `resume-previous.safetensors`. Where labels
+    are weights of the classes ``[N, J]``, top-1 (`train_top1`, `eval_top1`) is the exact-match accuracy, see
+    :class:`Evaluation`.
 
     Args:
         task: The task with its model, on `device`.
@@ -516,7 +556,7 @@ class Trainer:
         sums = self.sums.clone() if self.skips else None
         count = len(labels)
         if not count:  # fewer images than ranks: the others still wait for this one's gradients, which are zero
-            images, labels = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1)
+            images, labels = (some.new_zeros(1, *some.shape[1:]) for some in (images, labels))
         size = self.micro_batch or len(labels)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         self.loss = torch.zeros((), device=self.device)
@@ -566,7 +606,7 @@ class Trainer:
         images = min(count, len(labels))
         loss = result["loss"].detach()
         self.loss = self.loss + loss * (images / max(count, 1))
-        right = (result["output"].argmax(dim=1) == labels).sum()
+        right = right_answers(result["output"], labels).sum()
         means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
         self.sums[:3] += means * images
         self.sums[3] += right * min(images, 1)

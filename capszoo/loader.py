@@ -35,7 +35,8 @@ class Split:
     """The training, validation or test images of a data set.
 
     Args:
-        labels: int64 `[N]`, on the same device as `images`.
+        labels: Class indices, int64 `[N]`, or weights of the classes, float `[N, J]`, where an image may show several
+            or none; on the same device as `images`.
         images: uint8 `[N, C, H, W]`, or None for a split that is read from disk while it is used.
         reader: Where the images of such a split come from.
         indices: int64 `[N]`, the place of each image in `reader`.
@@ -53,6 +54,11 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({len(self)} images of {'x'.join(map(str, self.image_shape))})"
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether labels are weights of the classes."""
+        return self.labels.ndim == 2
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -82,7 +88,7 @@ class Split:
 
 
 class Loader:
-    """One epoch of batches of a split: images float32 in [0, 1] `[B, C, H, W]` and labels int64 `[B]` on `device`.
+    """One epoch of batches of a split: images float32 in [0, 1] `[B, C, H, W]` and their labels on `device`.
 
     The batches depend on the split, `batch_size`, `shuffle`, `seed`, `epoch` and `translate` and on nothing else, and
     the loader can be iterated any number of times. The global random state is never touched, and of a split in memory

@@ -37,11 +37,12 @@ def margin_loss(
         m_plus: m+, the length above which a present class costs nothing.
         m_minus: m-, the length below which an absent class costs nothing.
         lambda_: Weight of the absent classes.
-        weight: Weights of the classes ``[J]``, by which images count: with class indices each by the weight of its
-            class, as in torch's `cross_entropy`, with weights of the classes by the mean of `weight` over its classes,
-            ``sum of T_k weight_k / sum of T_k``, and by 1 where no class is present.
-        reduction: 'none' for the loss of each image times its weight, 'sum', or 'mean': the sum divided by that of the
-            images' weights (by the batch without `weight`).
+        weight: A factor for each class ``[J]``, floating, by which its images count, as in torch's `cross_entropy`. An
+            image of several classes counts by the mean of theirs, ``sum of T_k weight_k / sum of T_k``, one of no class
+            by 1.
+        reduction: 'none' for the loss of each image times its factor, 'sum' for the sum of these, 'mean' for the sum
+            divided by the sum of the images' factors, the batch size without `weight`. (For a target ``[B, J]``
+            `cross_entropy` divides by the batch size always; here it is the same for indices and their one-hot form.)
 
     Returns:
         The loss, a scalar or ``[B]``, in float32 at least.
@@ -50,9 +51,11 @@ def margin_loss(
         ValueError: If a shape, a dtype or a setting does not fit, or (on a CPU) a value of the target.
     """
     _check_margins(m_plus, m_minus, lambda_)
-    _check_scores(lengths, target, weight, reduction)
+    _check_reduction(reduction)
+    check_target(lengths, target)
+    _check_weight(weight, lengths.shape[1])
     lengths = _at_least_float32(lengths)
-    present = _present(target, lengths)
+    present = present_classes(target, lengths)
     too_short = F.relu(m_plus - lengths).square()
     too_long = F.relu(lengths - m_minus).square()
     losses = (present * too_short + lambda_ * (1 - present) * too_long).sum(dim=1)
@@ -72,7 +75,7 @@ def spread_loss(
         lengths: Activations of the class capsules ``[B, J]``, floating.
         target: Class indices ``[B]`` or weights of the classes ``[B, J]``, as :func:`margin_loss` takes them.
         margin: m; its schedule (0.2 growing to 0.9 in the paper) is the caller's.
-        weight: Weights of the classes ``[J]``, as in :func:`margin_loss`.
+        weight: A factor for each class ``[J]``, as in :func:`margin_loss`.
         reduction: 'none', 'sum' or 'mean', as in :func:`margin_loss`.
 
     Returns:
@@ -82,9 +85,11 @@ def spread_loss(
         ValueError: As :func:`margin_loss`.
     """
     _check_margin(margin)
-    _check_scores(lengths, target, weight, reduction)
+    _check_reduction(reduction)
+    check_target(lengths, target)
+    _check_weight(weight, lengths.shape[1])
     lengths = _at_least_float32(lengths)
-    present = _present(target, lengths)
+    present = present_classes(target, lengths)
     if target.dim() == 1:
         wanted = (lengths * present).sum(dim=1, keepdim=True)
         losses = ((1 - present) * F.relu(margin - (wanted - lengths)).square()).sum(dim=1)
@@ -127,8 +132,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
-def _present(target: Tensor, scores: Tensor) -> Tensor:
-    """Weights of the classes ``[B, J]`` in the type of the scores."""
+def present_classes(target: Tensor, scores: Tensor) -> Tensor:
+    """Weights of the classes ``[B, J]``, in the type of the scores, of a target of either kind."""
     if target.dim() == 2:
         return target.to(scores.dtype)
     # It has a rule for vmap, which `one_hot` lacks, and fails for indices out of range, where a comparison would not.
@@ -165,13 +170,25 @@ def _check_margin(margin: float) -> None:
         raise ValueError(f"margin={margin} is not possible: give 0 or more")
 
 
+def _check_weight(weight: Tensor | None, num_classes: int) -> None:
+    if weight is not None:
+        if weight.dim() != 1 or weight.shape[0] != num_classes or not weight.is_floating_point():
+            raise ValueError(
+                f"weight has shape {list(weight.shape)} and is {weight.dtype}: give floating [J], J={num_classes}"
+            )
+
+
 def _check_reduction(reduction: str) -> None:
     if reduction != "none" and reduction != "mean" and reduction != "sum":
         raise ValueError(f"unknown reduction '{reduction}'. Known: none, mean, sum")
 
 
-def _check_scores(scores: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> None:
-    _check_reduction(reduction)
+def check_target(scores: Tensor, target: Tensor) -> None:
+    """Check that a target is one for these scores ``[B, J]``, see :func:`margin_loss`.
+
+    Raises:
+        ValueError: If its shape or dtype is another, or (on a CPU) a value out of range.
+    """
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"lengths have shape {list(scores.shape)} and are {scores.dtype}: give floating [B, J]")
     indices = target.dtype == torch.int64 or target.dtype == torch.int32 or target.dtype == torch.uint8
@@ -183,11 +200,6 @@ def _check_scores(scores: Tensor, target: Tensor, weight: Tensor | None, reducti
             f"target has shape {list(target.shape)} and is {target.dtype}, lengths have shape {list(scores.shape)}: "
             f"give class indices [B] (int64, int32 or uint8) or weights of the classes [B, J] (bool, or target.float())"
         )
-    if weight is not None:
-        if weight.dim() != 1 or weight.shape[0] != scores.shape[1] or not weight.is_floating_point():
-            raise ValueError(
-                f"weight has shape {list(weight.shape)} and is {weight.dtype}: give floating [J], J={scores.shape[1]}"
-            )
     if not torch.jit.is_scripting():
         _check_values(target, scores.shape[1])
 

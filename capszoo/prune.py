@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from .layers import ClassCaps, DynamicRouting, capsule_lengths, squash
-from .losses import margin_loss, reconstruction_loss
+from .losses import margin_loss, present_classes, reconstruction_loss
 from .models import CapsNet
 from .registry import create_model, model_info
+from .task import class_to_reconstruct
 
 __all__ = ["PARTS", "SCORES", "Cost", "PruneReport", "cost", "count_parts", "prune", "scores", "target_counts"]
 
@@ -133,8 +134,8 @@ def prune(
             Numbers and indices count what is there when the part's turn comes, in the order of :func:`scores`.
         score: 'magnitude', 'taylor', 'coupling' or 'look_ahead', see :func:`scores`. Not used where `keep` holds
             indices.
-        data: Batches of images ``[B, C, H, W]`` and labels ``[B]`` on any device, for 'taylor' and 'coupling'; some
-            hundred images give a stable ranking.
+        data: Batches of images ``[B, C, H, W]`` and labels ``[B]`` or ``[B, J]`` on any device, for 'taylor' and
+            'coupling'; some hundred images give a stable ranking.
 
     Returns:
         The smaller network and what was done. The network has the class, device, types, memory format, modes and
@@ -212,7 +213,7 @@ def scores(
     'coupling' (capsules and types) is the mean over images of ``c_iy |x_i|``: the coupling coefficient c of capsule i
     to the true class y in the last routing iteration, times the length of the capsule's pose x. The length is the
     probability that what the capsule stands for is in the image: where it is absent, it does not matter where its vote
-    goes. A type's score is the sum over its capsules.
+    goes. A type's score is the sum over its capsules. Of several classes present, c is the sum over them.
 
     'look_ahead' (Park, Lee, Mo and Shin 2020, equation 4) weighs each weight by the norms of the weights it is
     connected to, before and behind, and takes the Euclidean norm over the part: ``|w| * |W_before| * |W_behind|``.
@@ -225,7 +226,8 @@ def scores(
         model: A network of this zoo with class capsules; left as it is.
         part: 'conv1', 'types', 'capsules' or 'decoder'.
         score: 'magnitude', 'taylor', 'coupling' or 'look_ahead'.
-        data: Batches of images ``[B, C, H, W]`` and labels ``[B]``, for 'taylor' and 'coupling'.
+        data: Batches of images ``[B, C, H, W]`` and labels, class indices ``[B]`` or weights of the classes ``[B, J]``,
+            for 'taylor' and 'coupling'.
 
     Returns:
         Scores ``[n]`` of the n parts that are there, float64 on the CPU. Capsules are in type-major order; the decoder
@@ -371,9 +373,13 @@ def _check_batch(model: CapsNet, images: Tensor, labels: Tensor) -> tuple[Tensor
     expected = (model.in_chans, *model.img_size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise ValueError(f"data has images of shape {tuple(images.shape)}: the model takes (B, {str(expected)[1:]}")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"data has labels of shape {tuple(labels.shape)}, {labels.dtype}: give class indices [B]")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
+    weights = labels.is_floating_point() or labels.dtype == torch.bool
+    if labels.shape != (images.shape[:1] if not weights else (len(images), model.num_classes)):
+        raise ValueError(
+            f"data has labels of shape {tuple(labels.shape)}, {labels.dtype}: give class indices [B], or weights of "
+            f"the classes [B, {model.num_classes}], floating"
+        )
+    if not weights and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
         raise ValueError(f"data has labels outside 0 to {model.num_classes - 1}: the model has these classes")
     like = model.conv1.weight
     return images.to(like.device, like.dtype), labels.to(like.device)
@@ -624,9 +630,10 @@ def _taylor(model: CapsNet, part: str, images: Tensor, labels: Tensor) -> Tensor
         # Not through `forward`: no dropout, and no checkpointing, which would call the modules again.
         features = model.primary_caps(model.act1(model.conv1(images)))
         capsules = model.class_caps(model.to_capsules(features))
-        loss = margin_loss(capsule_lengths(capsules), labels)
+        lengths = capsule_lengths(capsules)
+        loss = margin_loss(lengths, labels)
         if model.decoder is not None:
-            drawn = model.decoder(capsules, labels)
+            drawn = model.decoder(capsules, class_to_reconstruct(lengths, labels))
             loss = loss + _RECONSTRUCTION_WEIGHT * reconstruction_loss(drawn, images)
         # Losses are means over the batch; the gradients wanted are those of each image's own loss.
         gradients = torch.autograd.grad(loss * len(labels), activations)
@@ -656,7 +663,8 @@ def _coupling(model: CapsNet, part: str, images: Tensor, labels: Tensor) -> Tens
         for _ in range(routing.num_iters - 1):
             sums = torch.einsum("bij,bijd->bjd", logits.softmax(dim=2), votes) + bias
             logits = logits + torch.einsum("bijd,bjd->bij", votes, squash(sums, routing.approximate_squash))
-        to_target = logits.softmax(dim=2).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1))
-        found.append(to_target.squeeze(2) * capsule_lengths(poses))
+        present = present_classes(target, logits[:, 0])
+        to_target = torch.einsum("bij,bj->bi", logits.softmax(dim=2), present)
+        found.append(to_target * capsule_lengths(poses))
     values = torch.cat(found)
     return _sum_by_type(model, values) if part == "types" else values

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .engine import autocast
 from .loader import seeded_generator
+from .metrics import right_answers
 
 __all__ = ["ROBUSTNESS_COLUMNS", "draw_shifts", "measure_robustness", "transform"]
 
@@ -73,13 +74,16 @@ def measure_robustness(
 
     Args:
         model: A model of this zoo; left in the mode it was in.
-        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]`` in a fixed order, on the model's device.
+        loader: Batches of images ``[B, C, H, W]`` in [0, 1] and labels ``[B]`` or ``[B, J]`` in a fixed order, on the
+            model's device.
         amp: Type for autocast.
         seed: Seed of the shifts.
 
     Returns:
-        Top-1 accuracy by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30 degrees (each the mean of both
-        directions), a shift of up to 6 pixels each way along both axes, and a size of 0.8 and 1.2.
+        Top-1 accuracy (the exact-match accuracy where labels are weights of the classes, see
+        :func:`capszoo.metrics.right_answers`) by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30
+        degrees (each the mean of both directions), a shift of up to 6 pixels each way along both axes, and a size of
+        0.8 and 1.2.
 
     Raises:
         ValueError: If there are no images.
@@ -94,7 +98,7 @@ def measure_robustness(
 
         def score(changed: Tensor, labels: Tensor = labels) -> float:
             with autocast(changed.device, amp):
-                return float((model(changed).argmax(dim=1) == labels).sum())
+                return float(right_answers(model(changed), labels).sum())
 
         for angle in ANGLES:
             right[f"top1_rotate_{angle}"] += sum(score(transform(images, sign * angle)) for sign in (1, -1)) / 2

@@ -8,9 +8,30 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .layers import capsule_lengths
-from .losses import MarginLoss, reconstruction_loss
+from .losses import MarginLoss, check_target, reconstruction_loss
 
-__all__ = ["CapsuleTask"]
+__all__ = ["CapsuleTask", "class_to_reconstruct"]
+
+
+def class_to_reconstruct(lengths: Tensor, target: Tensor) -> Tensor:
+    """Choose the class whose capsule the decoder gets.
+
+    Args:
+        lengths: Lengths of the class capsules ``[B, J]``.
+        target: Class indices ``[B]``, or weights of the classes ``[B, J]``: then it is the class of the largest weight,
+            and of several such (several classes present, or none) the one whose capsule is the longest.
+
+    Returns:
+        Class indices ``[B]``, int64.
+
+    Raises:
+        ValueError: If the target is of another shape or dtype.
+    """
+    check_target(lengths, target)
+    if target.ndim == 1:
+        return target.long()
+    weights = target.to(lengths.dtype)
+    return lengths.masked_fill(weights < weights.amax(dim=1, keepdim=True), -torch.inf).argmax(dim=1)
 
 
 class _CapsuleForward(nn.Module):
@@ -24,8 +45,8 @@ class _CapsuleForward(nn.Module):
         if self.model.decoder is None:
             return self.model(input), None
         capsules = self.model.forward_capsules(input)
-        chosen = target if target.ndim == 1 else target.argmax(dim=1)
-        return capsule_lengths(capsules), self.model.decoder(capsules, chosen)
+        lengths = capsule_lengths(capsules)
+        return lengths, self.model.decoder(capsules, class_to_reconstruct(lengths, target))
 
 
 class CapsuleTask(TrainingTask):
@@ -35,12 +56,15 @@ class CapsuleTask(TrainingTask):
 
     Args:
         model: A capsule network of this zoo, or any with `forward`, and with `forward_capsules` and `decoder`.
-        criterion: Loss of (lengths ``[B, J]``, target ``[B]``); the margin loss if None.
+        criterion: Loss of (lengths ``[B, J]``, target), a scalar; the margin loss if None.
         reconstruction_weight: Weight of the reconstruction loss (sum of squared pixel differences); 0.0005 is the
             paper's.
         device: Device of the task.
         dtype: Type of the task's tensors.
         verbose: Log what the task is made of.
+
+    Raises:
+        ValueError: If the model has no attribute `decoder`, or the criterion does not reduce to a scalar.
 
     Example:
 
@@ -62,6 +86,8 @@ class CapsuleTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if not hasattr(model, "decoder"):
             raise ValueError(f"{type(model).__name__} is no capsule network: CapsuleTask needs a model of capszoo")
+        if getattr(criterion, "reduction", None) == "none":
+            raise ValueError(f"{type(criterion).__name__} has reduction='none': training needs a scalar, give 'mean'")
         self.trainable_module = _CapsuleForward(model)
         self.criterion = MarginLoss() if criterion is None else criterion
         self.reconstruction_weight = reconstruction_weight
@@ -95,8 +121,9 @@ class CapsuleTask(TrainingTask):
 
         Args:
             input: Images ``[B, C, H, W]`` with values in [0, 1].
-            target: Class indices ``[B]``, int64, or weights of the classes ``[B, J]`` (mixed labels); the decoder then
-                draws the class of the largest weight.
+            target: Class indices ``[B]``, or weights of the classes ``[B, J]`` (mixed labels, or several classes
+                present), see :func:`capszoo.losses.margin_loss`; the decoder draws the class that
+                :func:`class_to_reconstruct` chooses.
 
         Returns:
             'loss' (scalar, for backward), 'output' (lengths ``[B, J]``), 'margin_loss' and 'reconstruction_loss'

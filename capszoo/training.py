@@ -20,7 +20,7 @@ from .distributed import ALONE, Ranks
 from .engine import Trainer, evaluate, resolve_amp, until_stopped, write_json
 from .losses import MarginLoss
 from .policies import Policy, list_policies
-from .registry import create_model, model_keywords
+from .registry import create_model, model_header, model_keywords
 from .task import CapsuleTask
 
 __all__ = [
@@ -242,6 +242,9 @@ def write_options(args: argparse.Namespace, folder: Path) -> None:
 def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, once, and write result.json.
 
+    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there is a
+    `test_mean_average_precision`, see :class:`capszoo.engine.Evaluation`.
+
     Raises:
         Stopped: If the trainer is asked to stop; nothing is written.
     """
@@ -260,6 +263,7 @@ def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -
         "best_epoch": best["epoch"],
         "eval_top1": best["eval_top1"],
         "test_top1": test.top1,
+        **({"test_mean_average_precision": test.mean_average_precision} if data.multi_label else {}),
         "test_margin_loss": test.margin_loss,
         "test_reconstruction_error": test.reconstruction_error,
         "total_seconds": trainer.position.total_seconds,
@@ -277,14 +281,12 @@ def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -
 
 
 def _describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module, policy: Policy) -> dict[str, Any]:
-    """Facts of the run for the header of the weights' files; `model_args` make the model again."""
-    return {
-        "capszoo_version": __version__,
-        "model": args.model.partition(".")[0],
-        "model_args": model.creation_args,
-        "dataset": args.dataset,
-        "class_names": data.class_names,
-        "policy": args.policy,
-        "epochs": policy.epochs,
-        "seed": args.seed,
-    }
+    """The header of the weights' files, with facts of the run."""
+    return model_header(
+        model,
+        dataset=args.dataset,
+        class_names=data.class_names,
+        policy=args.policy,
+        epochs=policy.epochs,
+        seed=args.seed,
+    )

@@ -28,7 +28,7 @@ from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
 from capszoo.command_line import OptionParser, UsageError, check_kinds, format_error, read_json, read_yaml, run
 from capszoo.engine import write_json
-from capszoo.registry import model_keywords
+from capszoo.registry import model_header, model_keywords
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
 COMPUTING = ("num_routing", "routing", "squash", "keep_capsules")
@@ -44,7 +44,7 @@ CARD_KINDS: dict[str, Any] = {
     "model": str,
     "model_args": (dict, MISSING),
     "class_names": (list, MISSING),
-    **dict.fromkeys(("eval_top1", "test_top1"), (float, MISSING)),
+    **dict.fromkeys(("eval_top1", "test_top1", "test_mean_average_precision"), (float, MISSING)),
     **dict.fromkeys(("epoch", "epochs", "seed"), (int, MISSING)),
     **dict.fromkeys(("dataset", "policy", "amp", "license", "recipe", "capszoo_version", "date"), (str, MISSING)),
 }
@@ -95,14 +95,15 @@ def read_card(file: Path) -> dict[str, Any]:
         raise UsageError(f"the header of {str(file)!r} is damaged ({format_error(error)}): give another file") from None
     result_file = file.with_name("result.json")
     if result_file.is_file():
-        kinds = {key: CARD_KINDS[key] for key in ("eval_top1", "test_top1", "amp")}
+        measured = ("eval_top1", "test_top1", "test_mean_average_precision", "amp")
+        kinds = {key: CARD_KINDS[key] for key in measured}
         result = read_json(result_file, {**kinds, "best_epoch": (int, MISSING)}, "move it away, or run again")
         if card.get("epoch") is not None and result.get("best_epoch") not in (None, card["epoch"]):
             raise UsageError(
                 f"{str(file)!r} holds epoch {card['epoch']}, and {str(result_file)!r} is the result of epoch "
                 f"{result['best_epoch']}: give best.safetensors"
             )
-        card.update({key: result[key] for key in ("eval_top1", "test_top1", "amp") if key in result})
+        card.update({key: result[key] for key in measured if key in result})
     return {key: value for key, value in card.items() if value is not None}
 
 
@@ -205,8 +206,8 @@ def ship(args: argparse.Namespace) -> int:
     for word in shlex.split(recipe):
         if Path(word.rpartition("=")[2]).is_absolute():
             raise UsageError(f"the recipe has {word!r}, a path of this machine: give the command with --recipe")
-    trained_args = capszoo.load_model(file).arguments()
-    model = check_fit(arch, tensors, trained_args)
+    trained = capszoo.load_model(file)
+    model = check_fit(arch, tensors, trained.arguments())
 
     small = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
     for key, value in small.items():
@@ -218,24 +219,19 @@ def ship(args: argparse.Namespace) -> int:
         raise UsageError(f"{size / 1e6:.1f} MB more than {others / 1e6:.1f} MB would pass {MAX_BYTES / 1e6:.0f} MB")
 
     features = model.forward_features(torch.empty(1, model.in_chans, *model.img_size, device="meta"))
-    same_model = card["model"] == arch
-    model_args = {"num_classes": model.num_classes, "in_chans": model.in_chans, "img_size": list(model.img_size)}
-    if model.decoder is not None:
-        model_args["decoder"] = True
-    header = {
-        "capszoo_version": capszoo.__version__,
-        "model": arch,
-        "model_args": {**trained_args, **model_args} if same_model else model_args,
-        "dataset": card["dataset"],
-        "class_names": card["class_names"],
-        "recipe": recipe,
+    header = model_header(
+        trained if card["model"] == arch else model,
+        **{key: list(trained.pretrained_cfg[key]) for key in ("mean", "std")},
+        dataset=card["dataset"],
+        class_names=card["class_names"],
+        recipe=recipe,
         **{key: card[key] for key in ("policy", "epochs", "epoch", "seed", "amp") if key in card},
-        "eval_top1": card["eval_top1"],
-        "test_top1": card["test_top1"],
-        "precision": "float16",
-        "license": args.license,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        eval_top1=card["eval_top1"],
+        test_top1=card["test_top1"],
+        precision="float16",
+        license=args.license,
+        date=time.strftime("%Y-%m-%d"),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
     save_tensors(path, small, text)
@@ -316,7 +312,9 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
     if dataset is not None:
         hub_dataset = HUB_DATASETS.get(dataset, dataset)
         front["datasets"] = [hub_dataset]
-    front["metrics"] = ["accuracy"]
+    precision = card.get("test_mean_average_precision")  # of images that show several classes
+    metric, accuracy = ("accuracy", "top-1") if precision is None else ("exact_match", "exact-match accuracy")
+    front["metrics"] = [metric]
     if dataset is not None and top1 is not None:
         front["model-index"] = [
             {
@@ -325,7 +323,7 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
                     {
                         "task": {"type": "image-classification"},
                         "dataset": {"type": hub_dataset, "name": dataset, "split": "test"},
-                        "metrics": [{"type": "accuracy", "value": round(top1, 6)}],
+                        "metrics": [{"type": metric, "value": round(top1, 6)}],
                     }
                 ],
             }
@@ -336,8 +334,9 @@ def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
         ("MACs", f"{info.macs / 1e6:.1f} M"),
         ("Image size", f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}, pixels in [0, 1]"),
         ("Data set", dataset),
-        ("Test top-1 (float32)", None if top1 is None else f"{top1:.4f}"),
-        ("Validation top-1 (float32)", f"{card['eval_top1']:.4f}" if "eval_top1" in card else None),
+        (f"Test {accuracy} (float32)", None if top1 is None else f"{top1:.4f}"),
+        ("Test mean average precision (float32)", None if precision is None else f"{precision:.4f}"),
+        (f"Validation {accuracy} (float32)", f"{card['eval_top1']:.4f}" if "eval_top1" in card else None),
         ("Epochs", card.get("epochs")),
         ("Seed", card.get("seed")),
         ("Recipe", f"`{card['recipe']}`" if card.get("recipe") else None),

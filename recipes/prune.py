@@ -9,7 +9,8 @@ Options come from the command line, then from --config, then from the defaults. 
 same proportion, and trains the rest; the best epoch by the validation split goes into the next round. The run folder
 gets args.yaml, summary.csv, best.safetensors and last.safetensors (of the last round so far), result.json, pareto.csv
 and pareto.png (accuracy over size, before and after the training of each round), and a folder per round with its
-weights and, while it runs, its resume.safetensors. The test set is measured once, at the end.
+weights and, while it runs, its resume.safetensors. The test set is measured once, at the end. Where images show several
+classes, top1 is the exact-match accuracy everywhere: the fraction of images of which just those are predicted.
 """
 
 import argparse
@@ -63,6 +64,7 @@ from capszoo.engine import (
 from capszoo.policies import Policy, list_policies
 from capszoo.pretrained import read_table
 from capszoo.prune import PARTS, SCORES, cost, count_parts, prune, target_counts
+from capszoo.registry import model_header
 from capszoo.task import CapsuleTask
 
 # Options that only say where and how a run is computed may change when it is resumed.
@@ -417,6 +419,7 @@ class Run:
             "eval_top1_unpruned": self.rows[0]["val_top1"],
             "eval_top1": row["val_top1"],
             "test_top1": test.top1,
+            **({"test_mean_average_precision": test.mean_average_precision} if self.data.multi_label else {}),
             "test_margin_loss": test.margin_loss,
             "test_reconstruction_error": test.reconstruction_error,
             "total_seconds": sum(row["train_seconds"] for row in self.rows),
@@ -440,21 +443,19 @@ class Run:
         return self.evaluate(model, self.data.val)
 
     def header(self, model: torch.nn.Module, number: int) -> dict[str, Any]:
-        """Facts of the run for the header of the weights' files; `model_args` make the model again."""
-        return {
-            "capszoo_version": capszoo.__version__,
-            "model": model.pretrained_cfg["architecture"],
-            "model_args": model.arguments(),
-            "dataset": self.args.dataset,
-            "class_names": self.data.class_names,
-            "policy": self.args.policy,
-            "epochs": self.policy.epochs,
-            "seed": self.args.seed,
-            "pruned_from": self.args.weights,
-            "score": self.args.score,
-            "round": number,
-            "rounds": self.args.rounds,
-        }
+        """The header of the weights' files, with facts of the run."""
+        return model_header(
+            model,
+            dataset=self.args.dataset,
+            class_names=self.data.class_names,
+            policy=self.args.policy,
+            epochs=self.policy.epochs,
+            seed=self.args.seed,
+            pruned_from=self.args.weights,
+            score=self.args.score,
+            round=number,
+            rounds=self.args.rounds,
+        )
 
     def row(self, number: int, model: torch.nn.Module, top1: float, loss: float) -> dict[str, Any]:
         counts = count_parts(model)
@@ -589,6 +590,8 @@ def main(argv: list[str] | None = None) -> int:
             f"test), score {args.score}, {args.policy}, {device.type} "
             f"{'float32' if amp is None else str(amp).removeprefix('torch.')}, folder {folder}"
         )
+        if data.multi_label:
+            work.say("images show several classes: top1 is the part of them with all classes right (exact match)")
         work.start(model)
         if not work.train():
             console.print(f"stopped and saved: go on with --resume {folder}")

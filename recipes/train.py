@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 4 recipes/train.py --dataset mnist  # on four GPUs, or with four processes on a CPU
 
 Options come from the command line, then from --config, then from the defaults. The run folder gets args.yaml,
-summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json.
+summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.json. Where images show several classes,
+top1 is the exact-match accuracy there: the fraction of images of which just the classes present are predicted.
 """
 
 import argparse
@@ -105,13 +106,14 @@ def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
 class Report:
     """Shows a run: a live bar on a terminal, a line an epoch elsewhere, and TensorBoard if asked for."""
 
-    def __init__(self, console: Console, policy: Policy, folder: Path, quiet: bool, tensorboard: bool):
-        self.console, self.policy, self.quiet = console, policy, quiet
+    def __init__(self, console: Console, policy: Policy, folder: Path, quiet: bool, tensorboard: bool, accuracy: str):
+        self.console, self.policy, self.quiet, self.accuracy = console, policy, quiet, accuracy
         self.live = console.is_terminal and not quiet
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=6),  # all of it fits into 80 columns
-            TextColumn("{task.fields[speed]:.0f} img/s loss {task.fields[loss]:.3f} top1 {task.fields[top1]:.3f}"),
+            TextColumn("{task.fields[speed]:.0f} img/s loss {task.fields[loss]:.3f}"),
+            TextColumn(f"{accuracy} {{task.fields[top1]:.3f}}"),
             TextColumn("lr {task.fields[lr]:.1e} batch {task.fields[batch]}"),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -156,10 +158,10 @@ class Report:
             return
         evaluated = ""
         if row["eval_top1"] is not None:
-            evaluated = f"eval top1 {row['eval_top1']:.4f} loss {row['eval_loss']:.4f}  "
+            evaluated = f"eval {self.accuracy} {row['eval_top1']:.4f} loss {row['eval_loss']:.4f}  "
         star = "*" if trainer.position.best_epoch == row["epoch"] else " "
         self.console.print(
-            f"epoch {row['epoch']:>3}/{self.policy.epochs}{star} train top1 {row['train_top1']:.4f} "
+            f"epoch {row['epoch']:>3}/{self.policy.epochs}{star} train {self.accuracy} {row['train_top1']:.4f} "
             f"loss {row['train_loss']:.4f}  {evaluated}lr {row['lr']:.2e}  batch {row['batch_size']}  "
             f"{row['images_per_second']:.0f} img/s  {row['epoch_seconds']:.1f} s",
         )
@@ -231,7 +233,8 @@ def train(
 ) -> int:
     """Train in a run folder, and measure the test set."""
     ranks, device, policy, model = trainer.ranks, trainer.device, trainer.policy, trainer.task.model
-    with Report(console, policy, folder, args.quiet, args.tensorboard) as report, StopSignal() as stop:
+    accuracy = "exact" if data.multi_label else "top1"
+    with Report(console, policy, folder, args.quiet, args.tensorboard, accuracy) as report, StopSignal() as stop:
         trainer.on_step, trainer.on_epoch, trainer.should_stop = report.step, report.epoch, stop
         if not args.quiet:
             val = 0 if data.val is None else len(data.val)
@@ -243,6 +246,8 @@ def train(
                 + (f"{ranks.count} processes, " if ranks.count > 1 else "")
                 + f"folder {folder}",
             )
+            if data.multi_label:
+                console.print("images show several classes: exact is the part of them with all classes right, as top1")
         if args.policy == "lr_finder":
             return search_lr(trainer, folder, console)
         # Of ranks that were started again, only those that see the run folder know that there is something to resume.
@@ -267,8 +272,11 @@ def train(
         launch = "python" if ranks.count == 1 else f"torchrun --nproc-per-node {ranks.count}"
         add_result(Path(args.results), result, f"{launch} recipes/train.py", argv)
     chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"
+    precision = result.get("test_mean_average_precision")
     console.print(
-        f"test top1 {result['test_top1']:.4f} ({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
+        f"test {accuracy} {result['test_top1']:.4f} "
+        + ("" if precision is None else f"mean average precision {precision:.4f} ")
+        + f"({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
     )
     return 0
 

@@ -8,10 +8,12 @@
 
 `--all` writes a table for each data set, recipes/results/results-DATASET.csv. `param_count` and `macs` are those of the
 class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
-changed images (capszoo/robustness.py says how).
+changed images (capszoo/robustness.py says how). Where images show several classes, top1 is the exact-match accuracy
+(the fraction of images of which just those are predicted), and the mean average precision is measured, too.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -32,6 +34,8 @@ from capszoo.pretrained import read_table
 from capszoo.registry import header_arguments, model_keywords
 from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 
+# Of data sets whose images show several classes.
+PRECISION = "mean_average_precision"
 COLUMNS = (
     "model",
     "top1",
@@ -92,6 +96,8 @@ def load_weights_argument(weights: str, model_name: str | None) -> tuple[torch.n
     header = read_metadata(weights)
     if model_name is None:
         return capszoo.load_model(weights), f"{header.get('model', '')} {weights}".strip(), header.get("dataset")
+    if header.get("model", model_name) != model_name:
+        raise UsageError(f"{weights!r} holds weights of the model {header['model']!r}: leave out --model {model_name}")
     model_args = header_arguments(weights, model_name, header)
     model = capszoo.create_model(model_name, checkpoint_path=weights, **model_args)
     return model, f"{model_name} {weights}", header.get("dataset")
@@ -108,6 +114,21 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
     for index, (name, row) in enumerate(zip(class_names, evaluation.confusion.tolist(), strict=True)):
         cells = [f"[bold]{n}[/bold]" if i == index else (str(n) if n else ".") for i, n in enumerate(row)]
         table.add_row(name, *cells, f"{row[index] / sum(row):.4f}" if sum(row) else "-")
+    return table
+
+
+def class_table(evaluation: Evaluation, class_names: list[str]) -> Table:
+    """Of each class, where images show several: how many show it, how many of them are found, and the precisions."""
+    table = Table(title="each class", show_lines=False)
+    table.add_column("", justify="right", style="bold")
+    for name in ("images", "predicted", "both", "precision", "recall", "average precision"):
+        table.add_column(name, justify="right")
+    columns = zip(class_names, evaluation.class_confusion.tolist(), evaluation.average_precision.tolist(), strict=True)
+    for name, ((_, extra), (missed, both)), average_precision in columns:
+        images, predicted = missed + both, extra + both
+        parts = (f"{both / total:.4f}" if total else "-" for total in (predicted, images))
+        row = (str(images), str(predicted), str(both), *parts, f"{average_precision:.4f}" if images else "-")
+        table.add_row(escape(name), *row)
     return table
 
 
@@ -147,6 +168,7 @@ def measure(
     row = {
         "model": name,
         "top1": evaluation.top1,
+        **({} if evaluation.confusion is not None else {PRECISION: evaluation.mean_average_precision}),
         "margin_loss": evaluation.margin_loss,
         "reconstruction_error": evaluation.reconstruction_error,
         "param_count": total - decoder,
@@ -196,16 +218,31 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     data, split = open_data(model, dataset, args)
     result, row = measure(model, name, split, args, device, bool(args.robustness))
     reconstruction = result.reconstruction_error
+    accuracy = f"top1 {result.top1:.4f}"
+    if data.multi_label:
+        accuracy = f"exact match {result.top1:.4f}"
+        if result.mean_average_precision is not None:
+            accuracy += f"  mean average precision {result.mean_average_precision:.4f}"
     console.print(
         f"{name} on {dataset} {args.split} ({len(split):,} images)\n"
-        f"top1 {result.top1:.4f}  margin loss {result.margin_loss:.5f}  reconstruction error "
+        f"{accuracy}  margin loss {result.margin_loss:.5f}  reconstruction error "
         + ("- (no decoder)" if reconstruction is None else f"{reconstruction:.3f}")
         + f"  {row['images_per_second']:.0f} img/s",
     )
     robustness = {key: row[key] for key in ROBUSTNESS_COLUMNS if key in row}
     for key, value in robustness.items():
         console.print(f"{key} {value:.4f}")
-    console.print(confusion_table(result, data.class_names))
+    table = class_table if data.multi_label else confusion_table
+    console.print(table(result, data.class_names))
+    if data.multi_label:
+        precisions = [None if math.isnan(value) else value for value in result.average_precision.tolist()]
+        by_class = {
+            PRECISION: result.mean_average_precision,
+            "average_precision": dict(zip(data.class_names, precisions, strict=True)),
+            "class_confusion": dict(zip(data.class_names, result.class_confusion.tolist(), strict=True)),
+        }
+    else:
+        by_class = {"confusion": result.confusion.tolist()}
     if args.json:
         write_json(
             Path(args.json),
@@ -218,7 +255,7 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
                 "margin_loss": result.margin_loss,
                 "reconstruction_error": reconstruction,
                 **robustness,
-                "confusion": result.confusion.tolist(),
+                **by_class,
             },
         )
 
@@ -259,7 +296,8 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
             console.print(f"{name} on {dataset} {args.split}: top1 {row['top1']:.4f}")
             rows.append(row)
         path = folder / f"results-{Path(dataset).name}.csv"
-        write_csv(path, COLUMNS, sorted(rows, key=lambda row: (-row["top1"], row["model"])))
+        columns = (*COLUMNS[:2], PRECISION, *COLUMNS[2:]) if PRECISION in rows[0] else COLUMNS
+        write_csv(path, columns, sorted(rows, key=lambda row: (-row["top1"], row["model"])))
         console.print(f"{path}")
 
 

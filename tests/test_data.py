@@ -55,6 +55,20 @@ def rows(split):
     return {image.numpy().tobytes() for image in split.images}
 
 
+def write_tables(root, parts=("train", "test"), classes=("cat", "dog", "bird"), count=9, size=(8, 10)):
+    """Write a folder whose images show several classes: image i those whose bits i has, the last in a folder below."""
+    rng = np.random.default_rng(0)
+    for part in parts:
+        (root / part / "more").mkdir(parents=True)
+        lines = [",".join(["file", *classes])]
+        for i in range(count):
+            name = f"{i}.png" if i < count - 1 else "more/last.png"
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(root / part / name)
+            lines.append(",".join([name, *(str(i >> j & 1) for j in range(len(classes)))]))
+        (root / part / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
 # Splits.
 
 
@@ -323,6 +337,186 @@ def test_image_folder_resizes_and_converts(tmp_path):
     assert data.train.images.shape == (12, 1, 6, 4)
     image = Image.open(root / "train/cat/0.png").convert("L").resize((4, 6), Image.Resampling.BILINEAR)
     assert np.array_equal(data.train.images[0, 0], np.asarray(image))
+
+
+# Folders of images that show several classes.
+
+
+def test_tables(tmp_path):
+    root = write_tables(tmp_path)
+    (root / "train" / ".hidden").touch()
+    (root / "train" / "more" / "Thumbs.db").touch()
+    text = (root / "test" / "labels.csv").read_text()
+    (root / "test" / "labels.csv").write_text("\ufeff" + text.replace(",", " , ").replace("\n", "\r\n") + "\r\n,,,\r\n")
+    data = load_data(root, val_fraction=0)
+    assert data.class_names == ["cat", "dog", "bird"] and data.num_classes == 3 and data.multi_label
+    assert (len(data.train), data.val, len(data.test)) == (9, None, 9)
+    assert (data.in_chans, data.img_size) == (1, (8, 10))
+    expected = torch.tensor([[i & 1, i >> 1 & 1, i >> 2 & 1] for i in range(9)]).float()
+    for split in data.train, data.test:
+        assert torch.equal(split.labels, expected) and split.labels.dtype == torch.float32
+    for i, name in ((3, "3.png"), (8, "more/last.png")):
+        assert np.array_equal(data.test.images[i, 0], np.asarray(Image.open(root / "test" / name)))
+    batches = list(Loader(data.train, 4, "cpu", shuffle=True))
+    order = Loader(data.train, 4, "cpu", shuffle=True).order()
+    assert torch.equal(torch.cat([labels for _, labels in batches]), expected[order])
+    assert not load_data(write_folder(tmp_path / "pets")).multi_label
+
+
+def test_tables_that_do_not_fit_into_memory(tmp_path):
+    root = write_tables(tmp_path, ("train", "val", "test"))
+    whole, read = load_data(root), load_data(root, max_bytes=0)
+    assert len(whole.val) == 9 and read.train.images is None
+    for one, other in zip(Loader(whole.train, 4, "cpu"), Loader(read.train, 4, "cpu"), strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def edit(old, new, part="train"):
+    def change(root):
+        table = root / part / "labels.csv"
+        text = table.read_text()
+        assert old in text
+        table.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def link(root):
+    (root / "train" / "loop").symlink_to(root / "train")
+
+
+TABLE_FAULTS = {
+    "no table of test": (lambda root: (root / "test/labels.csv").unlink(), "test/labels.csv' does not exist, but"),
+    "no table of train": (lambda root: (root / "train/labels.csv").unlink(), "train/labels.csv' does not exist, but"),
+    "missing image": (lambda root: (root / "train/3.png").unlink(), "line 5: there is no image '3.png' in"),
+    "image without a line": (lambda root: (root / "test/3.png").rename(root / "test/x.png"), "no image '3.png'"),
+    "extra image": (lambda root: (root / "train/x.png").touch(), "has no line for '", "train/x.png"),
+    "extra file below": (lambda root: (root / "train/more/x.txt").touch(), "has no line for '", "more/x.txt"),
+    "image twice": (edit("3.png", "./2.png"), "line 5: './2.png' is there twice"),
+    "outside": (edit("3.png", "../test/3.png"), "line 5: there is no image '../test/3.png'"),
+    "absolute": (edit("3.png", "/3.png"), "line 5: there is no image '/3.png'"),
+    "word": (edit("3.png,1,1,0", "3.png,1,yes,0"), "line 5: 'yes' for the class 'dog': give 0 or 1"),
+    "number": (edit("3.png,1,1,0", "3.png,1,2,0"), "line 5: '2' for the class 'dog': give 0 or 1"),
+    "empty": (edit("3.png,1,1,0", "3.png,1,,0"), "line 5: '' for the class 'dog': give 0 or 1"),
+    "short line": (edit("3.png,1,1,0", "3.png,1,1"), "line 5: 2 values for 3 classes"),
+    "long line": (edit("3.png,1,1,0", "3.png,1,1,0,0"), "line 5: 4 values for 3 classes"),
+    "other name": (edit("dog", "doc", "test"), "has other classes than", "class 2 is 'doc', there 'dog'"),
+    "other order": (edit("cat,dog", "dog,cat", "test"), "class 1 is 'dog', there 'cat'"),
+    "name twice": (edit("dog", "cat"), "names the class 'cat' twice"),
+    "no name": (edit("dog", ""), "names the class '' in its first line"),
+    "no classes": (lambda root: (root / "train/labels.csv").write_text("file\n0.png\n"), "names no classes"),
+    "no lines": (lambda root: (root / "train/labels.csv").write_text("file,cat\n"), "names no images"),
+    "nothing": (lambda root: (root / "train/labels.csv").write_text(""), "names no images"),
+    "not text": (lambda root: (root / "train/labels.csv").write_bytes(b"\xff\xfe\0"), "is not a table (UnicodeDecode"),
+    "open quote": (edit("3.png", '"3.png'), "is not a table (Error: unexpected end of data)"),
+    "not an image": (lambda root: (root / "train/3.png").write_text("hello"), "3.png' is not an image"),
+    "links in a circle": (link, "train/loop' is a link to a folder"),
+}
+
+
+@pytest.mark.parametrize("fault", TABLE_FAULTS)
+def test_faults_of_tables(fault, tmp_path):
+    change, *parts = TABLE_FAULTS[fault]
+    change(write_tables(tmp_path))
+    with raises(*parts):
+        load_data(tmp_path)
+
+
+def test_class_that_no_training_image_shows(tmp_path):
+    write_tables(tmp_path, count=4)  # of three bits
+    with raises("train/labels.csv' shows the class 'bird': add some, or delete its column from all tables"):
+        load_data(tmp_path)
+
+
+def test_classes_that_only_one_part_has(tmp_path):
+    write_tables(tmp_path)
+    table = tmp_path / "test" / "labels.csv"
+    table.write_text("".join(line.rpartition(",")[0] + "\n" for line in table.read_text().splitlines()))
+    with raises("has other classes than", "class 3 is none, there 'bird'"):
+        load_data(tmp_path)
+
+
+def test_table_elsewhere(tmp_path):
+    root = write_tables(tmp_path / "set")
+    (root / "train/labels.csv").rename(tmp_path / "labels.csv")
+    (root / "train/labels.csv").symlink_to(tmp_path / "labels.csv")
+    with raises("train/labels.csv' is a link out of"):
+        load_data(root)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), classes=st.integers(1, 6), images=st.integers(2, 60), fraction=st.floats(0.02, 0.98))
+def test_stratified_by_several_classes(data, classes, images, fraction):
+    row = st.lists(st.booleans(), min_size=classes, max_size=classes)
+    labels = torch.tensor(data.draw(st.lists(row, min_size=images, max_size=images))).float()
+    count = max(1, round(images * fraction))
+    chosen = _stratified(labels, count, seed=3)
+    assert torch.equal(chosen, _stratified(labels, count, seed=3))
+    assert len(chosen.unique()) == len(chosen) <= count
+    present, taken = labels.sum(dim=0), labels[chosen].sum(dim=0)
+    assert (taken[present > 0] < present[present > 0]).all(), "each class is left to train on"
+    if len(chosen) < count:  # each image that is left is the last of a class, or the last of none
+        left = torch.ones(images, dtype=torch.bool)
+        left[chosen] = False
+        rest = torch.cat([labels, (labels == 0).all(dim=1, keepdim=True)], dim=1)[left]
+        assert ((rest.sum(dim=0) == 1) & (rest > 0)).any(dim=1).all()
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_each_of_several_classes_is_in_proportion(fraction):
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.tensor([0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.3])
+    labels = (torch.rand(1000, 7, generator=generator) < rates).float()
+    labels[:, 6] *= labels[:, 1]  # not independent
+    count = round(1000 * fraction)
+    chosen = _stratified(labels, count, seed=0)
+    assert len(chosen) == count
+    assert (labels[chosen].sum(dim=0) - labels.sum(dim=0) * fraction).abs().max() <= 1
+    assert not torch.equal(chosen, _stratified(labels, count, seed=1))
+    one_class = torch.eye(5)[torch.arange(100) % 5]
+    assert labels.sum() and one_class[_stratified(one_class, 10, 0)].sum(dim=0).tolist() == [2] * 5
+
+
+# Classes that the validation split lacks.
+
+
+def test_warning_of_classes_without_validation_images(tmp_path, caplog):
+    write_folder(tmp_path, classes=[f"class{i}" for i in range(12)], count=3)
+    for i in range(3, 60):
+        (tmp_path / "train/class5" / f"{i}.png").write_bytes((tmp_path / "train/class5/0.png").read_bytes())
+    data = load_data(tmp_path, val_fraction=0.1)
+    missing = [name for i, name in enumerate(data.class_names) if not (data.val.labels == i).any()]
+    assert 5 < len(missing) < 12 and "class5" not in missing
+    (record,) = caplog.records
+    named = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        f"the validation split of data set {str(tmp_path)!r} has no image of {len(missing)} of 12 classes ({named}): "
+        "give a larger --val-fraction, or a val folder that has them"
+    )
+    caplog.clear()
+    load_data(tmp_path, val_fraction=0)
+    load_data(tmp_path, val_fraction=0.4)
+    load_data("digits")
+    assert not caplog.records
+
+
+def test_warning_of_classes_that_the_val_folder_lacks(tmp_path, caplog):
+    write_folder(tmp_path, ("train", "test"))
+    write_folder(tmp_path, ("val",), ("cat",))
+    load_data(tmp_path)
+    (record,) = caplog.records
+    assert "has no image of 1 of 2 classes ('dog'): add images of them to the val folder" in record.getMessage()
+
+
+def test_warning_of_several_classes(tmp_path, caplog):
+    write_tables(tmp_path, count=33)
+    text = (tmp_path / "train/labels.csv").read_text().splitlines()
+    text[1:] = [line.rpartition(",")[0] + ",0" for line in text[1:]]
+    text[5] = text[5][:-1] + "1"
+    (tmp_path / "train/labels.csv").write_text("\n".join(text))
+    load_data(tmp_path)
+    (record,) = caplog.records
+    assert "has no image of 1 of 3 classes ('bird'): give a larger --val-fraction" in record.getMessage()
 
 
 @pytest.mark.parametrize("mode, in_chans", [("L", 1), ("1", 1), ("LA", 1), ("P", 3), ("RGBA", 3)])

@@ -35,13 +35,13 @@ TRAIN = textwrap.dedent("""
     from torch import nn
     import capszoo
     from capszoo.distributed import join_ranks, leave_ranks
-    from capszoo.engine import Trainer
-    from capszoo.loader import Split
+    from capszoo.engine import Trainer, evaluate
+    from capszoo.loader import Loader, Split
     from capszoo.policies import create_policy
     from capszoo.task import CapsuleTask
     from safetensors.torch import save_file
 
-    def train(policy, options, ranks, batch_size=16, **kwargs):
+    def train(policy, options, ranks, batch_size=16, several_classes=False, **kwargs):
         torch.manual_seed(3)
         model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True, decoder_dims=(4, 8))
         model.double().conv1.register_forward_pre_hook(lambda conv, inputs: inputs[0].double())
@@ -51,6 +51,8 @@ TRAIN = textwrap.dedent("""
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(256, (61, 1, 28, 28), generator=generator, dtype=torch.uint8)
         labels = torch.randint(10, (61,), generator=generator)
+        if several_classes:
+            labels = (torch.rand(61, 10, generator=generator) < 0.2).float()
         split, val = Split(labels, images), Split(labels[:23], images[:23])
         policy = create_policy(policy, lr=1e-3, batch_size=batch_size, epochs=2, num_images=61, **options)
         trainer = Trainer(task, torch.optim.Adam(model.parameters()), policy, split, val, seed=1, translate=2,
@@ -78,6 +80,15 @@ TRAIN = textwrap.dedent("""
         model, _ = train("fixed", {}, ranks, micro_batch=3)
         if ranks.is_first:
             save_file(model.state_dict(), f"{out}/micro-{ranks.count}.safetensors")
+        model, trainer = train("fixed", {}, ranks, batch_size=12, several_classes=True)
+        share = ranks.rank, ranks.count
+        measured = evaluate(model, Loader(trainer.val_split, 5, "cpu", share=share), ranks=ranks)
+        few = evaluate(model, Loader(Split(trainer.val_split.labels[:1], trainer.val_split.images[:1]), 5, "cpu",
+                                     share=share), ranks=ranks)
+        if ranks.is_first:
+            save_file(model.state_dict(), f"{out}/classes-{ranks.count}.safetensors")
+            facts = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(measured).items()}
+            json.dump([facts, few.top1, few.mean_average_precision], open(f"{out}/classes-{ranks.count}.json", "w"))
         leave_ranks()
 """)
 
@@ -128,6 +139,20 @@ def test_batches_that_leave_ranks_without_an_image(trained, count):
     one, several = (load_file(trained / f"odd-{n}.safetensors") for n in (1, count))
     for key, value in one.items():
         torch.testing.assert_close(several[key], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_classes(trained, count):
+    one, several = (load_file(trained / f"classes-{n}.safetensors") for n in (1, count))
+    for key, value in one.items():
+        torch.testing.assert_close(several[key], value, rtol=1e-10, atol=1e-10)
+    (expected, *few), (found, *same_few) = (json.loads((trained / f"classes-{n}.json").read_text()) for n in (1, count))
+    assert found.pop("class_confusion") == expected.pop("class_confusion")
+    assert found.pop("confusion") is expected.pop("confusion") is None
+    precisions = found.pop("average_precision"), expected.pop("average_precision")
+    assert precisions[0] == pytest.approx(precisions[1], rel=1e-9, nan_ok=True)
+    assert found == pytest.approx(expected, rel=1e-9) and 0 < found["mean_average_precision"] < 1
+    assert same_few == few
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

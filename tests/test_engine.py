@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, multilabel_confusion_matrix
 
 import capszoo
 from capszoo import checkpoint, engine
@@ -77,6 +78,69 @@ def test_evaluate_against_plain_code(digits):
     for true, predicted in itertools.product(range(10), repeat=2):
         count = ((labels == true) & (lengths.argmax(1) == predicted)).sum()
         assert result.confusion[true, predicted] == count
+
+
+def several_classes(split, num_classes=10):
+    """The images of a split with labels of no class, one or two."""
+    one = torch.nn.functional.one_hot(split.labels, num_classes).float()
+    other = one.roll(1, dims=0)
+    rows = torch.arange(len(one))[:, None]
+    return type(split)(
+        images=split.images, labels=torch.where(rows % 5 == 0, 0, torch.where(rows % 2 == 0, one, other.maximum(one)))
+    )
+
+
+def test_evaluate_several_classes_against_plain_code(digits):
+    torch.manual_seed(0)
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True)
+    with torch.no_grad():
+        model.class_caps.weight *= 20  # lengths on both sides of 0.5
+    split = several_classes(digits.val)
+    result = evaluate(model, Loader(split, 50, "cpu"))
+    images, labels = next(iter(Loader(split, len(split), "cpu")))
+    with torch.no_grad():
+        lengths = model(images)
+    assert result.confusion is None
+    right = ((lengths >= 0.5).float() == labels).all(dim=1)
+    assert result.top1 == right.double().mean().item()
+    assert result.margin_loss == pytest.approx(margin_loss(lengths, labels).item(), rel=1e-5)
+    drawn = model.reconstruct(images)
+    assert result.reconstruction_error == pytest.approx(reconstruction_loss(drawn, images).item(), rel=1e-5)
+    expected = [average_precision_score(labels[:, j].numpy(), lengths[:, j].numpy()) for j in range(10)]
+    assert result.average_precision.tolist() == pytest.approx(expected, abs=1e-6)
+    assert result.mean_average_precision == pytest.approx(sum(expected) / 10, abs=1e-6)
+    counts = multilabel_confusion_matrix(labels.numpy(), (lengths >= 0.5).numpy())
+    assert result.class_confusion.tolist() == counts.tolist() and 0 < counts[:, 1, 1].sum() < counts[:, 1].sum()
+
+
+def test_evaluate_classes_that_are_not_shown(digits):
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2)
+    labels = torch.zeros(len(digits.val), 10)
+    nothing = evaluate(model, Loader(type(digits.val)(images=digits.val.images, labels=labels), 64, "cpu"))
+    assert nothing.mean_average_precision is None and nothing.average_precision.isnan().all()
+    labels[:, 3] = 1
+    one = evaluate(model, Loader(type(digits.val)(images=digits.val.images, labels=labels), 64, "cpu"))
+    assert one.mean_average_precision == 1.0 and one.average_precision.isnan().sum() == 9
+
+
+def test_training_of_several_classes(few, tmp_path):
+    train, val = (several_classes(split) for split in few)
+    trainer = make_trainer((train, val), tmp_path, epochs=2, drop_rate=0.0)
+    reference = make_trainer((train, val), epochs=1, drop_rate=0.0)
+    assert trainer.fit()
+    right = 0
+    for step, (images, labels) in enumerate(Loader(train, 16, "cpu", shuffle=True, translate=2)):
+        reference.optimizer.param_groups[0]["lr"] = trainer.policy.lr(trainer.policy.progress(0, step))
+        result = reference.task(images, labels)
+        reference.optimizer.zero_grad()
+        result["loss"].backward()
+        reference.optimizer.step()
+        right += ((result["output"] >= 0.5) == (labels == 1)).all(dim=1).sum().item()
+    assert trainer.history[0]["train_top1"] == right / 50
+    best = trainer.best
+    capszoo.checkpoint.load_weights(trainer.task.model, tmp_path / "best.safetensors")
+    measured = evaluate(trainer.task.model, Loader(val, 20, "cpu"))
+    assert best["eval_top1"] == measured.top1 and best["eval_loss"] == pytest.approx(measured.margin_loss, rel=1e-6)
 
 
 def test_evaluate_without_decoder_or_images(digits):

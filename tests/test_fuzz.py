@@ -309,6 +309,14 @@ def load_images(folder: Path, data: bytes) -> None:
         splits.train.reader.read([0])
 
 
+def load_labels(folder: Path, data: bytes) -> None:
+    """The table of a folder whose images show several classes."""
+    (folder / "train/labels.csv").write_bytes(data)
+    splits = load_data(folder, val_fraction=0)
+    check_splits(splits)
+    assert splits.train.labels.shape == (len(splits.train), splits.num_classes)
+
+
 def check_splits(splits) -> None:
     for split in (splits.train, splits.test):
         shape = split.reader.image_shape if split.images is None else tuple(split.images.shape[1:])
@@ -337,6 +345,7 @@ LOADERS = {
     "mnist": load_mnist,
     "cifar": load_cifar,
     "images": load_images,
+    "labels": load_labels,
 }
 
 # Cases of the nightly run: more where a case takes little, and where a file comes from strangers.
@@ -358,6 +367,7 @@ NIGHTLY = {
     "mnist": 3_000,
     "cifar": 500,
     "images": 10_000,
+    "labels": 5_000,
 }
 
 
@@ -382,7 +392,8 @@ def make_sound(loader: str, folder: Path) -> list[bytes]:
         ):
             options = {**SMALL, **options}
             model = capszoo.create_model(name, **options) if loader == "model" else tiny(**options)
-            save_weights(path, model, {"model": name, "model_args": model.arguments(), "epoch": 3})
+            facts = {"model_args": model.arguments(), "mean": [0.5], "std": [0.25], "epoch": 3}
+            save_weights(path, model, {"model": name, **facts})
             seeds.append(path.read_bytes())
         path.unlink()
     if loader in ("pretrained", "folder"):
@@ -480,6 +491,13 @@ def make_sound(loader: str, folder: Path) -> list[bytes]:
             content = pickle.dumps([Bomb(folder / "mark"), {"data": b"", "labels": []}])
             (folder / "cifar-10-batches-py" / name).write_bytes(content)
             seeds.append(bytes([i]) + content)
+    if loader == "labels":
+        for part in ("train", "test"):
+            (folder / part / "b").mkdir(parents=True)
+            for name in ("0.png", "b/1.png"):
+                Image.new("RGB", (6, 5), "red").save(folder / part / name)
+            (folder / part / "labels.csv").write_text('file,cat,"dog, too"\n0.png,0,1\n"b/1.png",1,1\n')
+        seeds.append((folder / "train/labels.csv").read_bytes())
     if loader == "images":
         for part in ("train", "test"):
             (folder / part / "a").mkdir(parents=True)
@@ -726,9 +744,10 @@ def hostile_tensors(data: bytes, rng: random.Random) -> bytes:
     job = rng.random()
     if job < 0.45:  # what capszoo reads of the header
         metadata = header["__metadata__"]
-        inner = [key for key in ("model_args", "state") if key in metadata]
+        inner = [key for key in ("model_args", "state", "mean", "std") if key in metadata]
         if inner and rng.random() < 0.8:
-            metadata[inner[0]] = dump(edit(json.loads(metadata[inner[0]]), rng))
+            key = inner[0] if rng.random() < 0.8 else rng.choice(inner)
+            metadata[key] = dump(edit(json.loads(metadata[key]), rng))
         else:
             edit(metadata, rng)
             header["__metadata__"] = {
@@ -959,6 +978,7 @@ HOSTILE = {
     **dict.fromkeys(("config", "resume"), hostile_text),
     "key_value": hostile_value,
     "results": hostile_table,
+    "labels": hostile_table,
     "timings": hostile_table,
     "recipe": hostile_text,
     "card": lambda data, rng: data[:1] + (hostile_tensors if data[0] else hostile_json)(data[1:], rng),

@@ -358,6 +358,22 @@ def test_coupling_is_the_definition(name, num_routing, data):
     torch.testing.assert_close(scores(model, "capsules", "coupling", data), expected / 12)
 
 
+@pytest.mark.parametrize("score", ["taylor", "coupling"])
+def test_several_classes(score, data):
+    """One class as weights of the classes scores as its index does; of several, the couplings are added up."""
+    model = small()
+    one_hot = [(x, torch.nn.functional.one_hot(labels, 3).float()) for x, labels in data]
+    found = scores(model, "types", score, data)
+    torch.testing.assert_close(scores(model, "types", score, one_hot), found)
+    both = [(x, (labels + labels.roll(1, dims=1)).bool()) for x, labels in one_hot]
+    several = scores(model, "types", score, both)
+    if score == "coupling":
+        other = scores(model, "types", score, [(x, (labels + 1) % 3) for x, labels in data])
+        torch.testing.assert_close(several, found + other)
+    assert (several > 0).all() and not torch.allclose(several, found)
+    assert prune(model, {"types": 2}, score, both)[0].primary_caps.num_types == 2
+
+
 @pytest.mark.parametrize("name", ["capsnet", "capsnet_ws"])
 def test_norms_are_the_definition(name):
     model = small(name)
@@ -553,7 +569,7 @@ WRONG = {
     "couplings of filters": (dict(keep={"conv1": 2}, score="coupling"), "ranks types and capsules, not 'conv1'"),
     "other images": (dict(keep={"types": 2}, data=[(images(2).mT, torch.tensor([0, 1]))]), "(2, 1, 22, 20)"),
     "other classes": (dict(keep={"types": 2}, data=[(images(2), torch.tensor([0, 3]))]), "labels outside 0 to 2"),
-    "mixed labels": (dict(keep={"types": 2}, data=[(images(2), torch.rand(2, 3))]), "give class indices"),
+    "weights of other classes": (dict(keep={"types": 2}, data=[(images(2), torch.rand(2, 4))]), "give class indices"),
     "broken images": (dict(keep={"types": 2}, data=[(images(2) * torch.nan, torch.tensor([0, 1]))]), "is not finite"),
 }
 

@@ -133,6 +133,14 @@ def test_measures_repeat_whatever_the_batch_size():
     assert all(0 <= value <= 1 for value in whole.values())
 
 
+def test_several_classes_are_an_exact_match():
+    x = torch.zeros(10, 1, 15, 15)
+    x[:, :, 0, 0] = 1.0
+    # The corner is out of the frame in all measures, so the first class alone is predicted.
+    labels = torch.tensor([[1.0, 0]] * 3 + [[1, 1]] * 4 + [[0, 0]] * 3)
+    assert measure_robustness(Corner(), [(x, labels)]) == dict.fromkeys(ROBUSTNESS_COLUMNS, 0.3)
+
+
 def test_no_images():
     with pytest.raises(ValueError, match="no images"):
         measure_robustness(Corner(), [])

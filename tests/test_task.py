@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import capszoo
-from capszoo.losses import SpreadLoss, margin_loss, reconstruction_loss
-from capszoo.task import CapsuleTask
+from capszoo.losses import MarginLoss, SpreadLoss, margin_loss, reconstruction_loss
+from capszoo.task import CapsuleTask, class_to_reconstruct
 
 
 def make(**kwargs):
@@ -211,3 +211,43 @@ def test_mixed_labels_draw_the_heavier_class():
     soft = torch.nn.functional.one_hot(hard, 10) * 0.7 + 0.3 / 10
     assert task(images, soft)["reconstruction_loss"] == task(images, hard)["reconstruction_loss"]
     assert task(images, soft)["margin_loss"] != task(images, hard)["margin_loss"]
+
+
+def test_class_to_reconstruct():
+    lengths = torch.tensor([[0.2, 0.9, 0.6], [0.3, 0.1, 0.8], [0.4, 0.5, 0.1]])
+    for indices in torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1], dtype=torch.uint8):
+        assert class_to_reconstruct(lengths, indices).tolist() == [2, 0, 1]
+    mixed = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0], [0.5, 0.0, 0.5]])
+    assert class_to_reconstruct(lengths, mixed).tolist() == [0, 1, 0]  # of equal weights the longest
+    several = torch.tensor([[1.0, 0, 1], [1, 1, 0], [0, 0, 0]])
+    for target in several, several.bool(), several.double():
+        found = class_to_reconstruct(lengths.bfloat16(), target)
+        assert found.tolist() == [2, 0, 1] and found.dtype == torch.int64
+
+
+def test_several_classes():
+    torch.manual_seed(0)
+    task, (images, _) = make_task(), batch()
+    target = torch.tensor([[1.0, 0, 1] + [0.0] * 7, [0.0] * 10, [1.0] * 10, [0.0] * 9 + [1]])
+    result = task(images, target)
+    chosen = class_to_reconstruct(result["output"], target)
+    assert chosen[0] in (0, 2) and chosen[3] == 9
+    expected = reconstruction_loss(task.model.reconstruct(images, chosen), images)
+    torch.testing.assert_close(result["reconstruction_loss"], expected.detach())
+    torch.testing.assert_close(result["margin_loss"], margin_loss(result["output"], target).detach())
+    result["loss"].backward()
+    assert torch.equal(task(images, target.bool())["loss"], task(images, target)["loss"])
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_targets_that_do_not_fit(decoder):
+    task, (images, target) = make_task(make(decoder=decoder)), batch()
+    for wrong in target[:, None], target.float(), target[:2], target + 10, torch.zeros(4, 9):
+        with pytest.raises(ValueError, match="^target has .*: give "):
+            task(images, wrong)
+    assert torch.equal(task(images, target.int())["loss"], task(images, target)["loss"])
+
+
+def test_criterion_that_is_no_scalar():
+    with pytest.raises(ValueError, match="^MarginLoss has reduction='none': training needs a scalar, give 'mean'$"):
+        make_task(criterion=MarginLoss(reduction="none"))

@@ -18,6 +18,8 @@ CARD = {
     "capszoo_version",
     "model",
     "model_args",
+    "mean",
+    "std",
     "dataset",
     "class_names",
     "recipe",
@@ -71,6 +73,7 @@ def test_ship(export, make_run, weights_dir):
         "--no-channels-last --model-kwargs class_dim=16 --seed 5"
     )
     assert json.loads(card["test_top1"]) == 0.97654 and json.loads(card["eval_top1"]) == 0.98765  # of the whole run
+    assert json.loads(card["mean"]) == [0.0] and json.loads(card["std"]) == [1.0]
     assert card["license"] == "cc-by-4.0" and card["precision"] == "float16" and card["amp"] == "none"
     entry = json.loads((weights_dir / "weights.json").read_text())["capsnet_tiny.mnist"]
     assert entry["sha256"] == pretrained.sha256_of(path) and entry["top1"] == 0.97654

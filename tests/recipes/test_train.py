@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 import capszoo
 import capszoo.training
 from capszoo.command_line import UsageError, _lock
+from capszoo.data import Loader, load_data
+from capszoo.engine import evaluate
 
 ROOT = Path(__file__).parents[2]
 # Small enough for a few seconds a run; float32, where a CPU gives the same bits each time.
@@ -241,6 +243,71 @@ def test_image_folder_trains(tmp_path):
     assert "cat" in out and "dog" in out
 
 
+def make_several_classes(root: Path) -> Path:
+    """Images of bars: left, right and top, any of them or none."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 96), ("val", 24), ("test", 24)):
+        (root / split).mkdir(parents=True)
+        labels = torch.randint(2, (count, 3), generator=generator)
+        lines = ["file,left,right,top"]
+        for i, (left, right, top) in enumerate(labels.tolist()):
+            image = torch.randint(60, (20, 20), generator=generator)
+            image[:, 2:6] += 160 * left
+            image[:, 14:18] += 160 * right
+            image[2:5] += 30 * top
+            Image.fromarray(image.byte().numpy()).save(root / split / f"{i}.png")
+            lines.append(f"{i}.png,{left},{right},{top}")
+        (root / split / "labels.csv").write_text("\n".join(lines))
+    return root
+
+
+def test_several_classes(tmp_path, recipe, capsys, monkeypatch):
+    """Trained, measured, pruned and exported: what is counted is the exact match, and it is called so."""
+    monkeypatch.chdir(tmp_path)
+    make_several_classes(tmp_path / "bars")
+    options = (
+        "--dataset bars --policy fixed --epochs 12 --lr 0.003 --batch-size 16 --amp none --device cpu --output run"
+    )
+    model = "--model-kwargs conv_dim=16 num_types=2"
+    assert recipe("train").main([*options.split(), *model.split()]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("run/result.json").read_text())
+    assert "images show several classes: exact is" in out and out.count(" eval exact ") == 12 and "top1 0" not in out
+    precision = result["test_mean_average_precision"]
+    assert f"test exact {result['test_top1']:.4f} mean average precision {precision:.4f}" in out
+    assert result["test_top1"] > 0.5 and precision > 0.9  # by chance an eighth, and a half
+    data = load_data("bars")
+    trained = capszoo.load_model("run/best.safetensors")
+    measured = evaluate(trained, Loader(data.test, 24, "cpu"))
+    assert measured.top1 == pytest.approx(result["test_top1"])
+    assert measured.mean_average_precision == pytest.approx(precision)
+
+    assert recipe("validate").main(["run/best.safetensors", "--json", "v.json", "--robustness", "--device", "cpu"]) == 0
+    out, found = capsys.readouterr().out, json.loads(Path("v.json").read_text())
+    assert f"exact match {measured.top1:.4f}  mean average precision {precision:.4f}" in out and "recall" in out
+    assert found["top1"] == measured.top1 and found["mean_average_precision"] == pytest.approx(precision)
+    assert found["class_confusion"]["top"] == measured.class_confusion[2].tolist() and "confusion" not in found
+    assert found["average_precision"]["left"] == pytest.approx(float(measured.average_precision[0]))
+    assert 0 <= found["top1_shift_6"] <= 1
+
+    monkeypatch.setattr(capszoo, "list_pretrained", lambda: [])
+    also = ["--all", "--also", "run/best.safetensors", "--results-dir", ".", "--no-robustness", "--device", "cpu"]
+    assert recipe("validate").main(also) == 0
+    (row,) = csv.DictReader(Path("results-bars.csv").open())
+    assert float(row["mean_average_precision"]) == pytest.approx(precision) and float(row["top1"]) == measured.top1
+
+    options = "run/best.safetensors --keep types=1 --epochs 1 --amp none --device cpu --output pruned"
+    assert recipe("prune").main(options.split()) == 0
+    assert "images show several classes: top1 is" in capsys.readouterr().out
+    pruned = json.loads(Path("pruned/result.json").read_text())
+    assert pruned["types"] == 1 and 0 < pruned["test_mean_average_precision"] <= 1
+
+    assert recipe("export").main(["hub", "run/best.safetensors", "--output", "hub"]) == 0
+    card = Path("hub/README.md").read_text()
+    assert f"**Test exact-match accuracy (float32):** {result['test_top1']:.4f}" in card
+    assert f"**Test mean average precision (float32):** {precision:.4f}" in card and "top-1" not in card
+
+
 def test_lr_finder(tmp_path):
     out = run("train.py", *SMALL, "--policy", "lr_finder", "--steps-per-decade", 20, "--output", "run", cwd=tmp_path)
     rows = list(csv.DictReader((tmp_path / "run/lr_finder.csv").open()))
@@ -343,7 +410,7 @@ def test_validate_refuses_what_does_not_fit(trained, bad_folder, monkeypatch, ca
         ([str(bad_folder / "truncated.safetensors")], "truncated.safetensors"),
         ([str(bad_folder / "capsnet8.safetensors")], "does not say what model"),
         ([str(folder / "best.safetensors"), "--dataset", "mnist"], "data set 'mnist'"),
-        ([str(folder / "best.safetensors"), "--model", "capsnet"], "weights of"),
+        ([str(folder / "best.safetensors"), "--model", "capsnet"], "weights of the model 'capsnet_tiny'"),
     ):
         with pytest.raises(SystemExit) as ended:
             capszoo.command_line.run(lambda: validate.main(arguments))  # noqa: B023
