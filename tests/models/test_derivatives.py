@@ -1,4 +1,4 @@
-"""Derivatives of whole models: transforms of torch.func and second derivatives, against first ones and the plain form."""
+"""Derivatives of whole models by torch.func and of second order, against first derivatives and the plain form."""
 
 import pytest
 import timm
