@@ -43,8 +43,7 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _no_autocast(x: Tensor) -> torch.autocast:
     """An operator chooses its precision itself; the matrix products in it are not for autocast to lower."""
-    device_type = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # the meta device has none
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has none
 
 
 @functools.cache
@@ -365,8 +364,7 @@ def dynamic_routing(
         ValueError: If a shape, a dtype, a device or `num_iters` does not fit; the message names it and the remedy.
     """
     if has_torch_function_variadic(x, weight, bias):
-        tensors = (x, weight, bias)
-        return handle_torch_function(dynamic_routing, tensors, *tensors, num_iters, approximate_squash)
+        return handle_torch_function(dynamic_routing, (x, weight, bias), x, weight, bias, num_iters, approximate_squash)
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, I, K], but it has {x.dim()} dimensions: flatten its capsules")
     if weight.dim() != 4:

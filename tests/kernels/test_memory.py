@@ -98,3 +98,17 @@ def test_cpu_allocates_a_twentieth_of_the_plain_form(sizes):
     ours, plain = recomputing_form(cpu, sizes, "cpu"), stored_form(plain_form(), sizes)
     print(f"CPU {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
     assert ours * 20 <= plain
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_training_saves_nothing_for_higher_derivatives(approximate):
+    """A forward pass keeps its inputs and the sums of votes, a backward pass nothing."""
+    x, weight, bias, _ = (t.normal_().requires_grad_() for t in make_inputs(2, 3, 2, 4, 5, 7, "cpu"))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        v = ops.squash(x, approximate)
+        assert saved == [(2, 6, 4)]
+        v = ops.dynamic_routing(v, weight, bias, 3, approximate)
+        assert saved == [(2, 6, 4), (2, 6, 4), (3, 4, 5, 7), (5, 7), (3, 2, 5, 7)]
+        gradients = torch.autograd.grad(v, [x, weight, bias], torch.ones_like(v))
+        assert len(saved) == 5 and not any(gradient.requires_grad for gradient in gradients)

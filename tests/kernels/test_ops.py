@@ -192,6 +192,27 @@ def test_script_and_its_file(approximate, tmp_path):
     torch.testing.assert_close(torch.autograd.grad(loaded(x).sum(), x), expected, rtol=0, atol=0)
 
 
+def test_symbolic_trace():
+    module, (x, _, _) = Capsules(True), make_inputs()
+    traced = torch.fx.symbolic_trace(module)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [squash, dynamic_routing]
+    assert torch.equal(traced(x), module(x))
+
+
+def test_subclasses_and_modes_of_torch_functions():
+    class Labelled(torch.Tensor):
+        pass
+
+    x, weight, bias = (t.detach() for t in make_inputs())
+    expected = dynamic_routing(squash(x), weight, bias)
+    found = dynamic_routing(squash(x.as_subclass(Labelled)), weight, bias)
+    assert type(found) is Labelled and torch.equal(found.as_subclass(torch.Tensor), expected)
+    with torch.device("cpu"):
+        assert torch.equal(dynamic_routing(squash(x), weight, bias), expected)
+        compiled = torch.compile(lambda x: dynamic_routing(squash(x), weight, bias), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), expected)
+
+
 def test_shapes_on_the_meta_device():
     x, weight, bias = (t.to("meta") for t in make_inputs())
     v = dynamic_routing(squash(x), weight, bias)
