@@ -19,7 +19,7 @@ from torch import nn
 
 from . import models
 from .checkpoint import CheckpointError, _first_line, check_weights, load_weights, read_metadata
-from .layers import set_fused_routing, use_fused_routing
+from .layers import set_fused_routing
 
 __all__ = [
     "ModelInfo",
@@ -306,15 +306,13 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     parameter = next(model.parameters())
     image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
-    was_training, was_fused = model.training, use_fused_routing()
+    was_training = model.training
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.capszoo.dynamic_routing: _routing_flops})
     model.eval()
-    set_fused_routing(True)
     try:
-        with torch.no_grad(), counter:
+        with set_fused_routing(True), torch.no_grad(), counter:
             model(image)
     finally:
-        set_fused_routing(was_fused)
         model.train(was_training)
     weights = list_pretrained(name) if timm_is_model(name) else []
     return ModelInfo(

@@ -7,6 +7,9 @@ import torch
 from timm.layers import _assert
 from torch import Tensor, nn
 
+from capszoo.kernels import reference
+
+from .config import FollowsFusedRouting
 from .functional import dynamic_routing
 
 __all__ = ["ClassCaps", "DynamicRouting", "create_routing", "list_routings"]
@@ -15,7 +18,7 @@ __all__ = ["ClassCaps", "DynamicRouting", "create_routing", "list_routings"]
 _MAX_ITERS = 100
 
 
-class DynamicRouting(nn.Module):
+class DynamicRouting(FollowsFusedRouting, nn.Module):
     """Routing by agreement with a softmax over the classes (Sabour, Frosst and Hinton 2017, procedure 1).
 
     Args:
@@ -37,6 +40,8 @@ class DynamicRouting(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Route capsules ``[B, I, K]`` with ``weight [T, K, J, D]`` and ``bias [J, D]`` to ``[B, J, D]``."""
+        if torch.jit.is_scripting() and not self.fused:
+            return reference.dynamic_routing(x, weight, bias, self.num_iters, self.approximate_squash)
         return dynamic_routing(x, weight, bias, self.num_iters, self.approximate_squash)
 
     def extra_repr(self) -> str:

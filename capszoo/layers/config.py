@@ -5,24 +5,55 @@ import os
 import torch
 from timm.layers import is_exportable
 
-__all__ = ["set_fused_routing", "use_fused_routing"]
+__all__ = ["FollowsFusedRouting", "set_fused_routing", "use_fused_routing"]
 
 _USE_FUSED_ROUTING = os.environ.get("CAPSZOO_FUSED_ROUTING", "1") != "0"
 
 
-def set_fused_routing(enable: bool = True) -> None:
+class set_fused_routing:
     """Choose between the fused operators (the default) and the plain PyTorch reference, for every model.
 
-    The environment variable ``CAPSZOO_FUSED_ROUTING=0`` does the same from outside, as ``TIMM_FUSED_ATTN`` does
-    for attention in timm. The reference computes the same numbers to rounding, slower and with far more memory.
+    A call sets it for good, a ``with`` statement restores the former choice at its end. The environment variable
+    ``CAPSZOO_FUSED_ROUTING=0`` does the same from outside, as ``TIMM_FUSED_ATTN`` does for attention in timm. The
+    reference computes the same numbers to rounding, slower and with far more memory.
+
+    Files of torch.export, AOTInductor and torch.jit hold what was chosen when they were made. With the fused operators
+    they need ``import capszoo`` where they are loaded, with the reference only PyTorch:
+
+        ```python
+        with capszoo.set_fused_routing(False):
+            torch.export.save(torch.export.export(model, (images,)), "model.pt2")
+        ```
 
     Args:
         enable: True for the fused operators, False for the reference.
     """
-    global _USE_FUSED_ROUTING
-    _USE_FUSED_ROUTING = bool(enable)
+
+    def __init__(self, enable: bool = True) -> None:
+        global _USE_FUSED_ROUTING
+        self._before = _USE_FUSED_ROUTING
+        _USE_FUSED_ROUTING = bool(enable)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        global _USE_FUSED_ROUTING
+        _USE_FUSED_ROUTING = self._before
 
 
 def use_fused_routing() -> bool:
     """Whether models call the fused operators now. ONNX has no such operators, so its export gets the reference."""
     return _USE_FUSED_ROUTING and not is_exportable() and not torch.onnx.is_in_onnx_export()
+
+
+class FollowsFusedRouting:
+    """For a module that tells torch.jit.script what is chosen: `fused`, a constant when the module is compiled."""
+
+    __constants__ = ["fused"]
+    __jit_unused_properties__ = ["fused"]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the fused operators are chosen now."""
+        return use_fused_routing()

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from capszoo.kernels import reference
+
+from .config import FollowsFusedRouting
 from .functional import squash
 
 __all__ = ["PrimaryCaps"]
 
 
-class PrimaryCaps(nn.Module):
+class PrimaryCaps(FollowsFusedRouting, nn.Module):
     """Convolution to ``num_types`` capsule types of dimension ``caps_dim`` at every position, squashed.
 
     The map keeps timm's ``[B, C, H, W]`` layout with channel ``t * K + k``; :meth:`to_capsules` orders the capsules
@@ -52,7 +55,10 @@ class PrimaryCaps(nn.Module):
         """Squash each capsule of a map ``[B, T*K, H, W]``."""
         # In channels_last memory the permutation is free and K is the innermost dimension already.
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_types, self.caps_dim))
-        x = squash(x, self.approximate_squash)
+        if torch.jit.is_scripting() and not self.fused:
+            x = reference.squash(x, self.approximate_squash)
+        else:
+            x = squash(x, self.approximate_squash)
         return x.flatten(-2).permute(0, 3, 1, 2)
 
     def to_capsules(self, x: Tensor) -> Tensor:
