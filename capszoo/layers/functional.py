@@ -1,12 +1,14 @@
 """The capsule operators as models call them: fused or reference, opaque to torch.fx, scriptable.
 
-``torch.fx`` cannot trace a choice that depends on where and how a model runs, so each function here is a leaf of the
-traced graph, as timm's own such functions are.
+``torch.fx`` cannot trace a choice that depends on where and how a model runs, so each such function here is a leaf of
+the traced graph: it hands the tracer's proxies back to the tracer, as PyTorch's own functions do, and is registered
+with timm, whose tracers ask by name.
 """
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
 
@@ -18,6 +20,8 @@ __all__ = ["capsule_lengths", "dynamic_routing", "squash"]
 @register_notrace_function
 def squash(x: Tensor, approximate: bool = False) -> Tensor:
     """Squash the vectors of the last dimension, see :func:`capszoo.kernels.squash`."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(squash, (x,), x, approximate)
     if torch.jit.is_scripting():
         return torch.ops.capszoo.squash(x, approximate)
     if use_fused_routing():
@@ -30,6 +34,8 @@ def dynamic_routing(
     x: Tensor, weight: Tensor, bias: Tensor, num_iters: int = 3, approximate_squash: bool = False
 ) -> Tensor:
     """Route capsules ``[B, I, K]`` to class capsules ``[B, J, D]``, see :func:`capszoo.kernels.dynamic_routing`."""
+    if has_torch_function_variadic(x, weight, bias):
+        return handle_torch_function(dynamic_routing, (x, weight, bias), x, weight, bias, num_iters, approximate_squash)
     if torch.jit.is_scripting():
         return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash)[0]
     if use_fused_routing():
@@ -38,5 +44,7 @@ def dynamic_routing(
 
 
 def capsule_lengths(x: Tensor) -> Tensor:
-    """Euclidean lengths of capsules ``[..., D]``, shape ``[...]``; the gradient at a zero capsule is zero, not NaN."""
-    return torch.linalg.vector_norm(x, dim=-1)
+    """Euclidean lengths of capsules ``[..., D]``, shape ``[...]``; all derivatives at a zero capsule count as zero."""
+    zero = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) == 0
+    lengths = torch.linalg.vector_norm(torch.where(zero, 1.0, x), dim=-1)
+    return torch.where(zero.squeeze(-1), 0.0, lengths)

@@ -68,3 +68,22 @@ def test_lengths():
     assert lengths.tolist() == [[5.0, 0.0]]
     lengths.sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([[[0.6, 0.8], [0.0, 0.0]]]))
+
+
+def test_higher_derivatives_of_lengths():
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(capsule_lengths, x[1:].detach().requires_grad_())
+    result = capsule_lengths(x).sum()
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(result, x, create_graph=True)
+        assert not gradient[0].any() and gradient[1].all()
+        result = (gradient * torch.tensor([1.0, -0.5])).sum()
+
+
+def test_lengths_of_any_shape_and_value():
+    for shape in (2, 0, 3), (2, 3, 0), (4,):
+        x = torch.ones(shape, requires_grad=True)
+        torch.testing.assert_close(capsule_lengths(x), torch.linalg.vector_norm(x.detach(), dim=-1))
+        assert torch.autograd.grad(capsule_lengths(x).sum(), x)[0].shape == shape
+    assert capsule_lengths(torch.tensor([[float("nan"), 0.0], [0.0, float("inf")]])).isnan().tolist() == [True, False]
+    assert capsule_lengths(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16

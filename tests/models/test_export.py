@@ -1,6 +1,8 @@
 """Every model through every way out of eager PyTorch: scripts, traced graphs, exported programs, ONNX, compilation."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -43,6 +45,36 @@ def test_script(name, decoder, train, tmp_path):
     assert torch.equal(torch.jit.load(tmp_path / "model.pt")(images(3)), model(images(3)))
 
 
+VARIANTS = [
+    *((name, kwargs) for name in capszoo.list_models("capsnet*") for kwargs in ({}, {"decoder": True})),
+    *((name, {}) for name in capszoo.list_models("cnn*")),
+    ("capsnet", {"num_types": 4, "keep_capsules": [1, 6, 9]}),
+    ("capsnet_ws", {"num_types": 4, "keep_capsules": [1, 6, 9], "squash": "approx"}),
+    ("capsnet_tiny", {"num_classes": 0}),
+]
+
+
+@pytest.mark.parametrize("name, kwargs", VARIANTS)
+def test_symbolic_trace(name, kwargs):
+    model = small(name, **kwargs)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(images(3)), model(images(3)))
+    if "capsnet" in name:
+        targets = [node.target for node in traced.graph.nodes]
+        assert targets.count(capszoo.layers.squash) == 1  # leaves, so that a switch of the operators still counts
+        assert targets.count(capszoo.layers.dynamic_routing) == (kwargs.get("num_classes") != 0)
+    if kwargs.get("num_classes") != 0:
+        with pytest.raises(AssertionError, match="make the model for this img_size"):
+            traced(torch.rand(1, 1, 22, 22))
+
+
+@pytest.mark.parametrize("name", ["capsnet_tiny", "cnn_baseline_tiny"])
+def test_symbolic_trace_of_a_checkpointed_model(name):
+    model = small(name)
+    model.set_grad_checkpointing()
+    assert torch.equal(torch.fx.symbolic_trace(model)(images()), model(images()))
+
+
 @every_model
 def test_trace(name):
     model = small(name)
@@ -76,6 +108,56 @@ def test_torch_export(name, strict, decoder, tmp_path):
     assert torch.equal(program.module()(images(3)), model(images(3)))
     torch.export.save(program, tmp_path / "model.pt2")
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(images()), model(images()))
+
+
+WITHOUT_CAPSZOO = """
+import sys, torch
+folder, *files = sys.argv[1:]
+x, expected = torch.load(f"{folder}/tensors.pt")
+for file in files:
+    if file.startswith("export"):
+        model = torch.export.load(f"{folder}/{file}").module()
+    elif file.startswith("aoti"):
+        model = torch._inductor.aoti_load_package(f"{folder}/{file}")
+    else:
+        model = torch.jit.load(f"{folder}/{file}")
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    print(file)
+assert "capszoo" not in sys.modules
+"""
+
+
+def load_without_capszoo(folder, *files):
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_CAPSZOO, str(folder), *files]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_files_for_processes_without_capszoo(tmp_path):
+    """Of the plain form; those of the fused operators say which they lack."""
+    model = small("capsnet_ws", num_types=4, keep_capsules=[1, 6, 9])
+    torch.save((images(3), model(images(3)).detach()), tmp_path / "tensors.pt")
+    batch = ({0: torch.export.Dim("batch")},)
+    with capszoo.set_fused_routing(False):
+        torch.export.save(torch.export.export(model, (images(),), dynamic_shapes=batch), tmp_path / "export.pt2")
+        torch.jit.save(torch.jit.script(model), tmp_path / "script.pt")
+        torch.jit.save(torch.jit.trace(model, images()), tmp_path / "trace.pt")
+    torch.jit.save(torch.jit.script(model), tmp_path / "fused.pt")
+    run = load_without_capszoo(tmp_path, "export.pt2", "script.pt", "trace.pt", "fused.pt")
+    assert run.stdout.split() == ["export.pt2", "script.pt", "trace.pt"], run.stderr
+    assert "capszoo::squash" in run.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_files_for_processes_without_capszoo(tmp_path):
+    model = small("capsnet_tiny")
+    torch.save((images(), model(images()).detach()), tmp_path / "tensors.pt")
+    with capszoo.set_fused_routing(False), torch.no_grad():
+        program = torch.export.export(model, (images(),))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "aoti.pt2"))
+    run = load_without_capszoo(tmp_path, "aoti.pt2")
+    assert run.stdout.split() == ["aoti.pt2"], run.stderr
 
 
 @every_model
