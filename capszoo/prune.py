@@ -495,7 +495,6 @@ def _rebuild(model: CapsNet, tensors: dict[str, Tensor], **changes: Any) -> Caps
     smaller.pretrained_cfg = smaller.default_cfg = model.pretrained_cfg
     state = {key: tensors.get(key, value).detach().clone() for key, value in model.state_dict().items()}
     smaller.load_state_dict(state, assign=True)
-    smaller.init_non_persistent_buffers(smaller.class_caps.weight.device)
     return smaller
 
 

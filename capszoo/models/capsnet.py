@@ -183,7 +183,7 @@ class CapsNet(nn.Module):
         self.num_primary = num_capsules  # made by the convolution, kept or not
         self.keep_capsules = _resolve_keep_capsules(keep_capsules, num_capsules, self.img_size)
         self.share_weights = share_weights
-        self.init_non_persistent_buffers(device)
+        self.init_non_persistent_buffers()
         if self.capsule_index is not None:
             num_capsules = len(self.capsule_index)
         self._class_caps_args: dict[str, Any] = dict(
@@ -204,6 +204,7 @@ class CapsNet(nn.Module):
                 small=small_decoder,
             )
         self._build_head(num_classes, **dd)
+        self.register_load_state_dict_post_hook(_place_capsule_index)
 
     @torch.jit.ignore
     def _build_head(self, num_classes: int, **dd: Any) -> None:
@@ -221,8 +222,8 @@ class CapsNet(nn.Module):
         )
 
     @torch.jit.ignore
-    def init_non_persistent_buffers(self, device: torch.device | str | None = None) -> None:
-        """Make the index of the capsules that remain, which no checkpoint holds; after leaving the meta device too.
+    def init_non_persistent_buffers(self) -> None:
+        """Make the index of the capsules that remain, which no checkpoint holds, where the weights are.
 
         Own matrices take the kept capsules as they come. A shared matrix serves equally many capsules of each type:
         types that keep fewer are filled up with a capsule of zeros, whose vote is zero and adds nothing.
@@ -237,13 +238,15 @@ class CapsNet(nn.Module):
             index = [i for kept in types for i in kept + [self.num_primary] * (longest - len(kept))]
         # Read by `to_capsules`: the place after the last capsule is the capsule of zeros.
         self.fill_capsules = self.num_primary in index
-        self.register_buffer("capsule_index", torch.tensor(index, device=device) if index else None, persistent=False)
+        tensor = torch.tensor(index, device=self.conv1.weight.device) if index else None
+        self.register_buffer("capsule_index", tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsNet":
-        was_meta = self.capsule_index is not None and self.capsule_index.is_meta
+        index = self.capsule_index
         super()._apply(fn, recurse)
-        if was_meta and not self.capsule_index.is_meta:
-            self.init_non_persistent_buffers(self.capsule_index.device)
+        # Whatever moved it: `to_empty` gives memory without the values.
+        if self.capsule_index is not index and not self.capsule_index.is_meta:
+            self.init_non_persistent_buffers()
         return self
 
     @torch.jit.ignore
@@ -418,6 +421,12 @@ class CapsNet(nn.Module):
         if target is None:
             target = capsule_lengths(capsules).argmax(dim=1)
         return self.decoder(capsules, target)
+
+
+def _place_capsule_index(model: CapsNet, incompatible_keys: object) -> None:
+    """Follow the weights: `load_state_dict(assign=True)` takes those of another device, and no index."""
+    if model.capsule_index is not None and model.capsule_index.device != model.conv1.weight.device:
+        model.init_non_persistent_buffers()
 
 
 def _is_frozen(module: nn.Module | None) -> bool:

@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
 from timm.models import group_parameters
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.task import ClassificationTask
 
@@ -251,6 +252,55 @@ def test_meta_device(name):
     model = model.to_empty(device="cpu")
     model.load_state_dict(small(name, decoder=True).state_dict())
     assert torch.equal(model(images()), small(name)(images()))
+
+
+class Holder(torch.nn.Module):
+    """What wraps a model (a task, an ensemble) calls `_apply` of its parts, and not their `to_empty`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_chosen_capsules_follow_the_weights(share_weights):
+    """Their index is in no state dict: whoever moves or fills the model makes it anew."""
+    kwargs = dict(num_types=4, keep_capsules=[3, 9, 10], share_weights=share_weights)
+    source = small("capsnet", **kwargs)
+    expected, weights = source(images()), source.state_dict()
+    assert "capsule_index" not in weights
+
+    def check(model):
+        assert model.capsule_index.device == model.conv1.weight.device
+        assert torch.equal(model.capsule_index, source.capsule_index) and torch.equal(model(images()), expected)
+
+    model = small("capsnet", device="meta", **kwargs)
+    model.load_state_dict(weights, assign=True)
+    check(model)
+    holder = Holder(small("capsnet", device="meta", **kwargs))
+    holder.load_state_dict({f"model.{key}": value for key, value in weights.items()}, assign=True)
+    check(holder.model)
+
+    for device in ("meta", "cpu"):  # memory that to_empty does not fill
+        for model in (small("capsnet", device=device, **kwargs), copy.deepcopy(small("capsnet", **kwargs))):
+            model.capsule_index.fill_(-1)
+            Holder(model).to_empty(device="cpu")
+            model.load_state_dict(weights)
+            check(model)
+
+    model = small("capsnet", device="meta", **kwargs)
+    assert reinit_non_persistent_buffers(model) == ["(root)"] and model.capsule_index.is_meta
+    model.load_state_dict(weights, assign=True)
+    model.capsule_index.fill_(0)
+    reinit_non_persistent_buffers(model)  # as timm does after it has filled a model
+    check(model)
+
+    index = model.capsule_index
+    assert model.to("cpu").capsule_index is index and model.double().capsule_index is index
+    model.load_state_dict({key: value.to("meta") for key, value in weights.items()}, assign=True)
+    assert model.capsule_index.is_meta
+    check(pickle.loads(pickle.dumps(source)))
+    check(copy.deepcopy(source))
 
 
 @every_model
