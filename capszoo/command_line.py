@@ -370,7 +370,11 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.
     except (ImportError, AssertionError, TypeError, ValueError) as error:
         raise UsageError(f"optimizer {args.opt!r} cannot be made: {error}") from None
     if getattr(optimizer, "is_second_order", False):
-        raise UsageError(f"optimizer {args.opt!r} needs second derivatives, which the fused routing has not: use adam")
+        # timm has one such, Adahessian, whose generator is not in its state_dict.
+        raise UsageError(
+            f"optimizer {args.opt!r} draws random numbers that no checkpoint holds, so that no run can be resumed: "
+            f"use adam, or a loop of your own with backward(create_graph=True)"
+        )
     return optimizer
 
 

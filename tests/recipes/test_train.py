@@ -255,6 +255,7 @@ BAD = {
     "unknown data set": (["--dataset", "mnits"], "did you mean 'mnist'"),
     "unknown policy": (["--policy", "warm_adabatch"], "did you mean 'warm_ada_batch'"),
     "unknown optimizer": (["--opt", "adma"], "adma"),
+    "optimizer of second order": (["--opt", "adahessian"], "draws random numbers that no checkpoint holds"),
     "option of another policy": (["--policy", "fixed", "--warm-epochs", "3"], "warm_epochs"),
     "missing data folder": (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
     "missing data": (["--dataset", "mnist", "--data-dir", "."], "train-images-idx3-ubyte"),
