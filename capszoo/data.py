@@ -104,7 +104,7 @@ class DataSplits:
             assert train.reader is not None and train.indices is not None
             some = torch.randperm(len(train), generator=seeded_generator(0))[:_STATISTICS_IMAGES].sort().values
             images = train.reader.read(train.indices[some].tolist())
-        values = torch.arange(256, dtype=torch.float64) / 255
+        values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
         mean, std = [], []
         for channel in images.unbind(1):
             share = torch.bincount(channel.flatten(), minlength=256).double().cpu() / channel.numel()

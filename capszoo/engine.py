@@ -183,6 +183,8 @@ def evaluate(
     Raises:
         TrainingError: If there are no images.
     """
+    if isinstance(loader, Loader):
+        _check_statistics(model, loader.split)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -93,13 +93,13 @@ def measure_robustness(
     model.eval()
     count, right = 0, dict.fromkeys(ROBUSTNESS_COLUMNS, 0.0)
     generator = seeded_generator(seed)  # on the CPU and image by image: the same shifts whatever device and batch size
-    normalization = Normalization(model, next(model.parameters()).device)
     for images, labels in loader:
+        normalization = Normalization(model, images.device)
         pixels = normalization.undo(images)  # zeros from outside are black
         shifts = draw_shifts(len(labels), generator)
         count += len(labels)
 
-        def score(changed: Tensor, labels: Tensor = labels) -> float:
+        def score(changed: Tensor, labels: Tensor = labels, normalization: Normalization = normalization) -> float:
             with autocast(changed.device, amp):
                 return float(right_answers(model(normalization(changed)), labels).sum())
 

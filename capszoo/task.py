@@ -128,6 +128,11 @@ class CapsuleTask(TrainingTask):
         """Wrap the network in DistributedDataParallel."""
         from torch.nn.parallel import DistributedDataParallel
 
+        # Ranks may take unequal numbers of forward passes, and buffers that no training changes need not travel.
+        changing = any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trainable_module.modules()
+        )
+        ddp_kwargs.setdefault("broadcast_buffers", changing)
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 

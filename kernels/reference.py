@@ -37,11 +37,13 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
     # Also as zero vectors count those whose third derivative would overflow.
     nonzero = largest.pow(-3) < float("inf")
     scaled = poses / torch.where(nonzero, largest, 1.0)
-    # A square root has no derivative at 0: zero vectors take the root of 1, and meet the factor 0 of `length`.
+    # A square root has no derivative at 0: vectors that count as zero take a constant for theirs.
     norm = torch.where(nonzero, scaled.square().sum(dim=-1, keepdim=True), 1.0).sqrt()
+    constant = (poses.detach() / torch.where(largest > 0, largest, 1.0)).square().sum(dim=-1, keepdim=True).sqrt()
+    norm = torch.where(nonzero, norm, constant)
     length = small * norm  # |x| / large
     if approximate:
-        v = torch.where(length <= 2 / large, poses / 2, scaled / norm)
+        v = torch.where(length <= 2 / large, poses / 2, scaled / torch.where(nonzero, norm, 1.0))
     else:
         v = length / (large.reciprocal().square() + length.square()) * (poses / large)
     return v.to(x.dtype)

@@ -93,7 +93,7 @@ def several_classes(split, num_classes=10):
 
 def test_evaluate_several_classes_against_plain_code(digits):
     torch.manual_seed(0)
-    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True)
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True, start="plain")
     with torch.no_grad():
         model.class_caps.weight *= 20  # lengths on both sides of 0.5
     split = several_classes(digits.val)

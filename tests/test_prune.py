@@ -603,7 +603,7 @@ def test_wrong_models(model, message):
     "kept, message",
     [
         ([], "keep_capsules is empty"),
-        (5, "keep_capsules=5 is not possible: give the indices"),
+        (5, "keep_capsules=5 is not possible: give a list"),
         ([1, 2, 1], "keep_capsules holds 1 twice"),
         ([0, 24], "keep_capsules holds 24: give indices from 0 to 23, of the 24 capsules of 20x22 images"),
         ([-1], "keep_capsules holds -1"),

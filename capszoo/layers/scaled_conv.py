@@ -64,8 +64,8 @@ class ScaledConv2d(nn.Conv2d):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale={scale} of a convolution is not possible: give a number above 0, such as 1/32")
         super().__init__(in_channels, out_channels, kernel_size, stride, device=device, dtype=dtype)
-        self.init_gain = init_gain
         self.register_buffer("scale", torch.full((), scale, device=device, dtype=self.weight.dtype))
+        self.init_factor = init_gain / scale
         self._rescale()
 
     def reset_parameters(self) -> None:
@@ -76,14 +76,11 @@ class ScaledConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def _rescale(self) -> None:
-        self.weight.mul_(self.init_gain / self.scale)
+        self.weight.mul_(self.init_factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._conv_forward(x, self.weight, None)
-        bias = self.bias
-        assert bias is not None  # torch.jit.script takes it for one that may be
-        # Under autocast the sum comes in half precision, and stays in it.
-        return torch.addcmul(bias.to(x.dtype)[:, None, None], x, self.scale.to(x.dtype))
+        # Not the sum is multiplied but the weights, as float16 could not hold all sums.
+        return self._conv_forward(x, self.weight * self.scale, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:

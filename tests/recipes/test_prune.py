@@ -124,6 +124,7 @@ def test_accuracies_are_those_of_the_saved_weights(finished):
         ("round-0/best", "val", rows[0]["val_top1"]),
     ]:
         model = capszoo.load_model(finished / f"{name}.safetensors")
+        data.normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
         assert evaluate(model, Loader(getattr(data, split), 256, "cpu")).top1 == pytest.approx(float(expected))
 
 
