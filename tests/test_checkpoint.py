@@ -210,3 +210,10 @@ def test_mean_and_std_of_the_images_come_with_the_weights(model, tmp_path):
     for header in ({"mean": "0.25"}, {"std": "[0]"}, {"mean": "[]"}, {"std": '["a"]'}, {"mean": "[NaN]"}):
         save_weights(path, model, header)
         assert "is damaged (its '" in message(load_weights, model, path)
+
+
+def test_what_is_not_a_file_is_never_replaced(model, tmp_path):
+    for path in (tmp_path, os.devnull):
+        with pytest.raises(checkpoint.WriteError, match="is there and is not a file: give another path"):
+            save_weights(path, model, {})
+    assert not os.path.isfile(os.devnull)
