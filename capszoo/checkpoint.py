@@ -67,8 +67,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: s
         WriteError: If it cannot be written (full disk, read-only folder); what was at `path` stays.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # renamed over a device such as /dev/null, a file would take its place
-        raise WriteError(f"{str(path)!r} is there and is not a file: give another path")
+    # Renamed over a device such as /dev/null, a file would take its place.
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise WriteError(f"{str(path)!r} cannot be written (it is not a file): give another path")
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # which a folder such as '.' has too
     try:
         write(temporary)

@@ -212,8 +212,7 @@ def test_mean_and_std_of_the_images_come_with_the_weights(model, tmp_path):
         assert "is damaged (its '" in message(load_weights, model, path)
 
 
-def test_what_is_not_a_file_is_never_replaced(model, tmp_path):
-    for path in (tmp_path, os.devnull):
-        with pytest.raises(checkpoint.WriteError, match="is there and is not a file: give another path"):
-            save_weights(path, model, {})
+def test_what_is_not_a_file_is_never_replaced(model):
+    with pytest.raises(checkpoint.WriteError, match="cannot be written .it is not a file.: give another path"):
+        save_weights(os.devnull, model, {})
     assert not os.path.isfile(os.devnull)

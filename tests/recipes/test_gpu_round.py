@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bare_python(tmp_path):
-    """A Python with all that capszoo needs, and without capszoo: a path file does not bring the editable installation."""
+    """A Python with all that capszoo needs, and without it: a path file does not bring the editable installation."""
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     site = subprocess.run(
