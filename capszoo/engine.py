@@ -213,7 +213,7 @@ def evaluate(
         if multi_label:
             rows.append(torch.cat([lengths, labels], dim=1))  # an average precision is that of all images
         else:
-            place = labels * num_classes + lengths.argmax(dim=1)
+            place = labels.long() * num_classes + lengths.argmax(dim=1)
             confusion.index_add_(0, place, torch.ones_like(place))  # `bincount` would wait for a GPU
     model.train(was_training)
     ranks.sum_(sums)

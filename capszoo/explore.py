@@ -109,7 +109,8 @@ class Solution:
         name: Its policy, or the name of its row in a grid; "baseline" for the network and training of the original.
         state: 'complete', 'stopped' (early), 'failed', 'running' or 'waiting'.
         options: Options of recipes/train.py that differ from the defaults.
-        accuracy: Best top-1 on the validation split, a fraction.
+        accuracy: Best top-1 on the validation split, a fraction; the exact-match accuracy where images show several
+            classes (:class:`capszoo.engine.Evaluation`).
         seconds: Time spent in training steps.
         parameters: Trainable parameters, those of the decoder included.
         seconds_to_best: Training seconds until the end of the best epoch.

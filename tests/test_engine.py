@@ -76,6 +76,8 @@ def test_evaluate_against_plain_code(digits):
         assert result.margin_loss == pytest.approx(margin_loss(lengths, labels).item(), rel=1e-5)
         drawn = model.reconstruct(images)
         assert result.reconstruction_error == pytest.approx(reconstruction_loss(drawn, images).item(), rel=1e-5)
+    few = type(digits.val)(images=digits.val.images, labels=digits.val.labels.to(torch.uint8))
+    assert torch.equal(evaluate(model, Loader(few, 50, "cpu")).confusion, result.confusion)
     for true, predicted in itertools.product(range(10), repeat=2):
         count = ((labels == true) & (lengths.argmax(1) == predicted)).sum()
         assert result.confusion[true, predicted] == count
