@@ -5,11 +5,13 @@ their errors are found where there is none. The CPU's operators compute the numb
 """
 
 import contextlib
+import itertools
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def storages(values):
@@ -37,14 +39,14 @@ class Graph(TorchDispatchMode):
         self.calls.append((function, args, kwargs, results))
         return results
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def restore(self):
         """Undo what the capture has written."""
         for tensor, before in reversed(self.overwritten):
             tensor.copy_(before)
         self.overwritten.clear()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def replay(self):
         for function, args, kwargs, results in self.calls:
             inputs, again = storages((args, kwargs)), function(*args, **kwargs)
@@ -101,3 +103,124 @@ def pretend_graphs(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, replacement)
     return graphs
+
+
+# ---- as a plugin ----
+
+
+class OnCPU(TorchFunctionMode):
+    """Puts what is meant for a GPU on the CPU, and says of tensors that they lie on the GPU."""
+
+    facts = {torch.Tensor.device.__get__: torch.device("cuda", 0), torch.Tensor.is_cuda.__get__: True}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.facts and not args[0].is_meta:
+            return self.facts[function]
+        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        kwargs = kwargs or {}
+        if function is not torch.device:
+            args, kwargs = tree_map(self.on_cpu, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def on_cpu(value):
+        if isinstance(value, torch.device) and value.type == "cuda":
+            return torch.device("cpu")
+        return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+
+class Event:
+    """`torch.cuda.Event`: what is timed first takes the least."""
+
+    times = (10 * 1.5**n for n in itertools.count())
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return next(self.times)
+
+
+def pytest_configure():
+    torch.cuda.is_available = lambda: True  # asked when the tests are collected
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operators_of_the_gpu():
+    """Register for the CPU's tensors what is registered for CUDA's."""
+    from capszoo.kernels import ops
+
+    for name in ("squash", "squash_backward", "dynamic_routing", "dynamic_routing_backward"):
+        kernel = getattr(ops, f"_{name.replace('dynamic_', '')}_cuda")
+        getattr(ops, f"{name}_op").register_kernel("cpu")(kernel)
+
+
+@pytest.fixture(autouse=True)
+def cuda_on_cpu(request, monkeypatch):
+    """Run a test on the CPU, and let it think that it is on a GPU."""
+    from capszoo.kernels import ops
+
+    pretend_graphs(monkeypatch)
+    peaks = (2**10 * 32**n for n in itertools.count())  # what is measured first takes the least
+    for name, replacement in {
+        "Event": Event,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "empty_cache": lambda: None,
+        "get_device_capability": lambda device=None: (7, 5),  # has no TF32
+        "get_device_name": lambda device=None: "pretended GPU",
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "is_current_stream_capturing": lambda: False,
+        "max_memory_allocated": lambda device=None: next(peaks),
+        "mem_get_info": lambda device=None: (2**36, 2**36),
+        "memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "set_device": lambda device: None,
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "synchronize": lambda device=None: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        monkeypatch.setattr(torch.optim.Optimizer, name, lambda optimizer: None, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+
+    # The operators take the path of a GPU as far as to the launchers of the kernels.
+    monkeypatch.setattr(ops.triton_squash, "squash_forward", ops._squash)
+    monkeypatch.setattr(ops.triton_squash, "squash_backward", ops._squash_backward)
+    monkeypatch.setattr(ops.triton_routing, "dynamic_routing", ops._routing)
+    monkeypatch.setattr(ops.triton_routing, "dynamic_routing_backward", routing_backward)
+
+    if hasattr(request.module, "make_inputs"):
+        monkeypatch.setattr(request.module, "make_inputs", smaller_inputs(request.module.make_inputs))
+    if hasattr(request.module, "benchmark"):
+        for name in ("routing_step", "training_step", "inference_step", "layer_step"):
+            step = smaller_step(getattr(request.module.benchmark, name))
+            monkeypatch.setattr(request.module.benchmark, name, step)
+    with OnCPU():
+        yield
+
+
+def routing_backward(grad, x, weight, sums, approximate, tf32):
+    from capszoo.kernels import ops
+
+    bias = sums.new_zeros(sums.shape[2:])  # gives its gradient the type
+    return ops._routing_backward(grad, x, weight, bias, sums, approximate, tf32)
+
+
+def smaller_inputs(make_inputs):
+    """Make the inputs of a test of the operators no larger than a CPU takes well."""
+    most = 4, 8, 3, 300, 10, 16  # B, T, P, K, J, D
+    return lambda *sizes, **options: make_inputs(*map(min, sizes, most), *sizes[6:], **options)
+
+
+def smaller_step(make_step):
+    """Make a step that recipes/benchmark.py times; its last two arguments are batch size and device."""
+    return lambda *args: make_step(*args[:-2], min(args[-2], 3), args[-1])
