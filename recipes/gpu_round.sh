@@ -24,6 +24,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 round=$work/round
 mkdir -p "$round" "$work/data/MNIST/raw"
+rm -f "$out"/best.safetensors.[0-9]* # of an earlier round, which may have had more pieces
 # The packages are found from the root, which has links where an installation has folders.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
 export TRITON_PRINT_AUTOTUNING=1 # the tile sizes chosen, in the logs

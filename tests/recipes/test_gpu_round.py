@@ -75,12 +75,15 @@ def test_every_part(bare_python, tmp_path):
 
 
 def test_a_round_without_time_or_data_leaves_its_versions_behind(bare_python, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "best.safetensors.03").write_bytes(b"of an earlier round")
     result = run(bare_python, tmp_path / "out", tmp_path / "nothing", ROUND_SECONDS="0")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("torch ")
     for part in ("benchmark-main", "tests", "benchmark"):
         assert f"{part}: left out, no time" in result.stdout
     assert "training: left out, no MNIST" in result.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["round.tar.gz"]
     with tarfile.open(tmp_path / "out" / "round.tar.gz") as archive:
         assert {"round/versions.txt", "round/parts.txt"} <= set(archive.getnames())
 
