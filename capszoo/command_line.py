@@ -61,7 +61,10 @@ _LONGEST_YAML = 1 << 17
 _DEEPEST_YAML = 20
 _FULL = (errno.ENOSPC, errno.EPIPE, errno.EDQUOT, errno.EFBIG)
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("micro_batch", "eval_batch_size"), ("1 or more, below 2^31", lambda value: 1 <= value < 2**31)),
+    **dict.fromkeys(
+        ("micro_batch", "eval_batch_size", "grace"), ("1 or more, below 2^31", lambda value: 1 <= value < 2**31)
+    ),
+    **dict.fromkeys(("epochs", "seeds", "trials"), ("1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)),
     **dict.fromkeys(("workers", "save_every", "translate"), ("0 or more", lambda value: value >= 0)),
     "seed": ("0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
     **dict.fromkeys(("drop_rate", "momentum"), ("0 or more, below 1", lambda value: 0 <= value < 1)),

@@ -479,7 +479,7 @@ class Exploration:
             else:
                 self.study.set_user_attr("facts", facts)
                 self._fill_queue(trials, seeds)
-                seed = int(self.options.get("seed", 0))
+                seed = int(self.options.get("seed", 0)) % 2**32  # NumPy takes no larger one
         self.study.sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
         if not is_grid:
             # So that all workers draw from one space.
@@ -965,7 +965,7 @@ def _open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:
         for attempt in range(10):
             try:
                 storage = Storage(
-                    url,
+                    url.replace("{", "{{").replace("}", "}}"),  # which Optuna formats
                     engine_kwargs=engine,
                     heartbeat_interval=heartbeat,
                     grace_period=grace,

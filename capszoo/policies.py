@@ -108,7 +108,9 @@ class Policy:
         self._check_whole("batch_size", self.base_batch_size, least=1)
         self._check_whole("epochs", self.epochs, least=1)
         if self.epochs > _MOST_EPOCHS:
-            raise ValueError(f"policy '{self.name}' got epochs={self.epochs}: pass {_MOST_EPOCHS:,} or fewer")
+            raise ValueError(
+                f"policy '{self.name}' got epochs={self.epochs}: pass a whole number, {_MOST_EPOCHS:,} or less"
+            )
         self._check_whole("num_images", self.num_images, least=1)
         self._check_whole("warmup_steps", self.warmup_steps, least=0)
 

@@ -37,6 +37,7 @@ from capszoo.command_line import (
     StopSignal,
     UsageError,
     check_folder,
+    check_ranges,
     choose_device,
     default_folder,
     key_value,
@@ -465,9 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=piped, width=180 if piped else None)
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True
-    for name in ("trials", "seeds", "epochs", "grace"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)} is not possible: give 1 or more")
+    check_ranges(args)
     if args.budget is None and args.trials is None and not args.grid:
         args.budget = duration("30m")
 
@@ -491,9 +490,14 @@ def main(argv: list[str] | None = None) -> int:
     else:
         args.model = options.setdefault("model", "capsnet_tiny")
         args.dataset = options.setdefault("dataset", "digits")
-    data = load_splits(options_from(options, "--set"))
+    of_all = options_from(options, "--set")
+    check_ranges(of_all)
+    if of_all.seed >= 2**31:  # Optuna keeps numbers as floats
+        raise UsageError(f"--seed {of_all.seed} is out of range: give 0 to 2^31 - 1")
+    data = load_splits(of_all)
     for row in rows:
         of_row = options_from({**options, **row.options}, f"grid row {row.name!r}")
+        check_ranges(of_row)
         make_policy(of_row, len(data.train))
         capszoo.create_model(of_row.model, device="meta", **model_arguments(of_row, data))
     plan = rows or plan_search(args, options, data, device)

@@ -307,7 +307,7 @@ def test_names_are_listed_and_near_matches_offered():
     [
         ("lr", [0, -0.1, math.nan, math.inf, "1e-3", None, True]),
         ("batch_size", [0, -1, 2.0, "128", None, True]),
-        ("epochs", [0, -1, 30.0, "30", None, True]),
+        ("epochs", [0, -1, 30.0, "30", None, True, 10**20]),
         ("num_images", [0, -1, 1e4, None]),
     ],
 )

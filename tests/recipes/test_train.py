@@ -412,7 +412,7 @@ BAD = {
     "classes": (["--model-kwargs", "num_classes=3"], "contradicts the images of 'digits', num_classes=10: leave it"),
     "size": (["--model-kwargs", "img_size=[20, 32]"], "img_size=(28, 28): use --img-size 20 32"),
     "three sizes": (["--img-size", "20", "32", "1"], "give one number, or height and width"),
-    "too many epochs": (["--epochs", "9" * 20], "pass 1,000,000 or fewer"),
+    "too many epochs": (["--epochs", "9" * 20], "is out of range: give 1 to 1,000,000"),
     "too large a micro batch": (["--micro-batch", "9" * 20], "--micro-batch 99999999999999999999 is out of range"),
     "momentum": (["--opt", "sgd", "--momentum", "nan"], "--momentum nan is out of range: give 0 or more, below 1"),
     "no memory": (["--model-kwargs", f"num_types={10**12}"], "'capsnet_tiny' cannot be made ("),
