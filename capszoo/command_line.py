@@ -406,12 +406,14 @@ def parse_resumable(
         raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
     resumed, _ = build_parser().parse([f"--config={saved}"])
     resumed.output = str(folder)
-    for name in changed_options(args, resumed, given - may_change - {"config"}):
-        absent = f"no {parser.words(name, True)[0]}"
-        ours, theirs = (" ".join(parser.words(name, getattr(options, name))) or absent for options in (args, resumed))
+    changed = changed_options(args, resumed, given - may_change - {"config"})
+    if changed:
+        absent = f"no {parser.words(changed[0], True)[0]}"
+        values = [getattr(options, changed[0]) for options in (args, resumed)]
+        ours, theirs = (" ".join(parser.words(changed[0], value)) or absent for value in values)
         raise UsageError(
-            f"{ours} cannot change when a run is resumed: the run has {theirs}; leave it out, or start a new run with "
-            f"--output"
+            f"{ours} cannot change when a run is resumed: the run has {theirs}; leave it out, or start a new run "
+            f"with --output"
         )
     for name in given & may_change:
         setattr(resumed, name, getattr(args, name))

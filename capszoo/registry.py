@@ -324,11 +324,13 @@ def model_keywords(name: str) -> set[str]:
     Raises:
         ValueError: If the name or its tag is unknown, or its folder describes no model.
     """
-    return set(_model_annotations(_check_source(name, None) if ":" in name else name))
+    return set(_annotations(name))
 
 
-def _model_annotations(name: str) -> dict[str, Any]:
+def _annotations(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """Types of the arguments of a model's constructor, by keyword."""
+    if ":" in name:
+        name = _check_source(name, cache_dir)
     _check_name(name)
     family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
     parameters = inspect.signature(family, eval_str=True).parameters
@@ -351,7 +353,7 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If a keyword is unknown, or a value is of the wrong type.
     """
-    annotations = _model_annotations(_check_source(name, kwargs.get("cache_dir")) if ":" in name else name)
+    annotations = _annotations(name, kwargs.get("cache_dir"))
     checked = dict(kwargs)
     for key, value in kwargs.items():
         if key in annotations:
@@ -373,9 +375,9 @@ def _check_value(key: str, value: Any, annotation: Any) -> Any:
         shown = " ".join(reprlib.repr(value).split())  # arrays take lines
     except ValueError:
         shown = "(thousands of digits)"
-    meant = _numbers(value) if isinstance(value, str) else []
-    hints = [item for item in (*meant[: len(meant) == 1], meant) if meant and _is_kind(item, annotation)]
-    hint = f", {key}={hints[0]}" if hints else ""
+    numbers = _numbers(value) if isinstance(value, str) else []
+    meant = [item for item in ([*numbers, numbers] if len(numbers) == 1 else [numbers]) if _is_kind(item, annotation)]
+    hint = f", {key}={meant[0]}" if numbers and meant else ""
     raise ValueError(f"{key}={shown} is not possible: give {_describe(annotation)}{hint}")
 
 
@@ -393,9 +395,9 @@ def _is_kind(value: Any, annotation: Any) -> bool:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return any(_is_kind(value, kind) for kind in inner)
-    if origin is tuple:
+    if origin is tuple and inner[-1] is not Ellipsis:
         return type(value) is list and len(value) == len(inner) and all(map(_is_kind, value, inner))
-    if origin is Sequence:
+    if origin in (tuple, list, Sequence):
         return type(value) is list and all(_is_kind(item, inner[0]) for item in value)
     if annotation is float:
         return _is_kind(value, int) or (isinstance(value, float) and math.isfinite(value))
@@ -413,8 +415,8 @@ def _describe(annotation: Any) -> str:
     origin, inner = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
     if origin in (Union, UnionType):
         return " or ".join(map(_describe, inner))
-    if origin in (tuple, Sequence):
-        count = f"{len(inner)} " if origin is tuple else ""
+    if origin in (tuple, list, Sequence):
+        count = f"{len(inner)} " if origin is tuple and inner[-1] is not Ellipsis else ""
         return f"a list of {count}{_describe(inner[0]).removeprefix('a ')}s"
     return _KINDS[annotation]
 
