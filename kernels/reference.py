@@ -34,8 +34,8 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
     # summed. What they are divided by cancels out, and is a constant to autograd. The pad gives D = 0 a largest number.
     largest = F.pad(poses.detach().abs(), (0, 1)).amax(dim=-1, keepdim=True)
     small, large = largest.clamp(max=1), largest.clamp(min=1)
-    # Also as zero vectors count those whose third derivative would overflow.
-    nonzero = largest.pow(-3) < float("inf")
+    # Vectors shorter than about 1e-19, the square of which float32 cannot invert, count as zero vectors too.
+    nonzero = largest.pow(-2) < float("inf")
     scaled = poses / torch.where(nonzero, largest, 1.0)
     # A square root has no derivative at 0: vectors that count as zero take a constant for theirs.
     norm = torch.where(nonzero, scaled.square().sum(dim=-1, keepdim=True), 1.0).sqrt()
