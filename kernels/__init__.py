@@ -1,7 +1,8 @@
 """The operators of capsule networks: `squash` and `dynamic_routing`, fused and recomputing, on any device.
 
 `reference` holds the same functions in plain PyTorch, to read and to compare with. Importing this package registers the
-operators `torch.ops.capszoo.*`; files saved by torch.export or torch.jit need that before they are loaded.
+operators `torch.ops.capszoo.*`; files saved by torch.export or torch.jit need that before they are
+loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them.
 """
 
 from . import reference

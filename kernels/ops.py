@@ -78,7 +78,7 @@ def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way."""
+    """Whether one of them carries a derivative of forward mode."""
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
