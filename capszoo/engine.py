@@ -32,7 +32,6 @@ from .checkpoint import (
 )
 from .data import DataError, Loader, Split
 from .distributed import ALONE, Ranks
-from .layers import capsule_lengths
 from .loader import seeded_generator
 from .losses import margin_loss, reconstruction_loss
 from .metrics import average_precision, right_answers, shows
@@ -202,8 +201,7 @@ def evaluate(
             if decoder is None:
                 lengths, drawn = model(images), None
             else:
-                capsules = model.forward_capsules(images)
-                lengths = capsule_lengths(capsules)
+                capsules, lengths = model.forward_capsules(images)
                 drawn = decoder(capsules, lengths.argmax(dim=1))
         sums[0] += margin_loss(lengths, labels) * len(labels)
         if drawn is not None:

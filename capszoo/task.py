@@ -7,7 +7,6 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from .layers import capsule_lengths
 from .losses import MarginLoss, check_target, reconstruction_loss
 from .pretrained import image_statistics
 
@@ -70,9 +69,8 @@ class _CapsuleForward(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.model.decoder is None:
             return self.model(input), None
-        capsules = self.model.forward_capsules(input)
-        lengths = capsule_lengths(capsules)
-        return lengths, self.model.decoder(capsules, class_to_reconstruct(lengths, target))
+        capsules, scores = self.model.forward_capsules(input)
+        return scores, self.model.decoder(capsules, class_to_reconstruct(scores, target))
 
 
 class CapsuleTask(TrainingTask):

@@ -2,8 +2,8 @@
 
     python tests/test_recorded_runs.py     # adds those of this machine to recorded_runs.json
 
-The hash `steps` is of what the steps are made of (learning rate, labels, images): the same on every machine. `weights` is
-of the weights after the run, the same with equal versions of torch on processors of one kind.
+The hash `steps` is of what the steps are made of (learning rate, labels, images): the same on every machine. `weights`
+is of the weights after the run, the same with equal versions of torch on processors of one kind.
 """
 
 import hashlib

@@ -442,8 +442,8 @@ class CapsNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
-    def forward_capsules(self, x: Tensor) -> Tensor:
-        """Map images ``[B, C, H, W]`` to class capsules ``[B, J, D]``.
+    def forward_capsules(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images ``[B, C, H, W]`` to class capsules ``[B, J, D]`` and class scores ``[B, J]``, their lengths.
 
         Raises:
             RuntimeError: If the model has no class capsules (`num_classes=0`).
@@ -453,7 +453,8 @@ class CapsNet(nn.Module):
         x = self.forward_features(x)
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return self.class_caps(self.to_capsules(x))
+        capsules = self.class_caps(self.to_capsules(x))
+        return capsules, capsule_lengths(capsules)
 
     @torch.jit.ignore
     def reconstruct(self, x: Tensor, target: Tensor | None = None) -> Tensor:
@@ -471,9 +472,9 @@ class CapsNet(nn.Module):
         """
         if self.decoder is None:
             raise RuntimeError("this model has no decoder: make it with create_model(..., decoder=True)")
-        capsules = self.forward_capsules(x)
+        capsules, scores = self.forward_capsules(x)
         if target is None:
-            target = capsule_lengths(capsules).argmax(dim=1)
+            target = scores.argmax(dim=1)
         return self.decoder(capsules, target)
 
 
