@@ -7,6 +7,7 @@
 Importing capszoo also registers its models with timm, so that `timm.create_model("capsnet_ws")` works.
 """
 
+from . import _moved
 from ._version import __version__
 from .layers import set_fused_routing
 from .registry import (
@@ -19,6 +20,8 @@ from .registry import (
     model_info,
     save_model,
 )
+
+_moved.install()
 
 __all__ = [
     "ModelInfo",

@@ -31,13 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import WriteError
-from .command_line import format_error, unknown_name
 from .data import DataSplits
-from .engine import Stopped, Trainer, TrainingError, drop_state, resolve_amp, write_csv
-from .policies import list_policies
-from .registry import create_model, model_keywords
-from .training import (
+from .engine import Trainer
+from .engine.options import (
     MODEL_OPTIONS,
     make_policy,
     make_trainer,
@@ -46,6 +42,12 @@ from .training import (
     options_from,
     write_options,
 )
+from .engine.run_folder import drop_state
+from .errors import Stopped, TrainingError, WriteError, first_line, unknown_name
+from .files import write_csv
+from .policies import list_policies
+from .precision import resolve_amp
+from .registry import create_model, model_keywords
 
 if TYPE_CHECKING:
     import optuna
@@ -329,7 +331,7 @@ def seconds_of_an_epoch(args: argparse.Namespace, data: DataSplits, device: torc
     """Estimate the training seconds of the first epoch from the median of its first steps.
 
     Args:
-        args: Options of the run, see :mod:`capszoo.training`.
+        args: Options of the run, see :mod:`capszoo.engine.options`.
         data: The data set.
         device: Where to train.
         limit: Seconds after which the measurement ends, two steps at least.
@@ -654,9 +656,9 @@ class Exploration:
             raise
         except (WriteError, OSError) as error:  # of this worker's disk: another one may have room
             self._hand_back(trial)
-            raise _WorkerFault(format_error(error)) from error
+            raise _WorkerFault(first_line(error)) from error
         except _ERRORS_OF_A_TRIAL as error:
-            trial.set_user_attr("reason", format_error(error))
+            trial.set_user_attr("reason", first_line(error))
             raise
 
     def _hand_back(self, trial: "optuna.Trial") -> None:
@@ -721,7 +723,7 @@ class Exploration:
         try:
             trial.set_user_attr("history", history)
         except optuna.exceptions.StorageInternalError as error:  # the next epoch writes all of it again
-            _logger.warning(f"the storage cannot be reached, training goes on: {format_error(error)}")
+            _logger.warning(f"the storage cannot be reached, training goes on: {first_line(error)}")
 
     def _why_stop(self, trial: "optuna.Trial", trainer: Trainer, peers: list[Solution]) -> str:
         """Why a trial is not worth more time; empty if it is, as the baseline always is.
@@ -957,7 +959,7 @@ def _open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:
             try:
                 super().record_heartbeat(trial_id)
             except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-                _logger.warning(f"the storage cannot be reached, the next heartbeat may: {format_error(error)}")
+                _logger.warning(f"the storage cannot be reached, the next heartbeat may: {first_line(error)}")
 
     if url.startswith("postgresql"):
         engine["connect_args"] = {"connect_timeout": 10}

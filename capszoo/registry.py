@@ -23,15 +23,8 @@ from torch import Tensor, nn
 
 from . import models
 from ._version import __version__
-from .checkpoint import (
-    CheckpointError,
-    WriteError,
-    _first_line,
-    check_weights,
-    load_weights,
-    read_metadata,
-    save_weights,
-)
+from .checkpoint import check_weights, load_weights, read_metadata, save_weights
+from .errors import CheckpointError, WriteError, first_line
 from .layers import set_fused_routing
 
 __all__ = [
@@ -146,9 +139,9 @@ def create_model(
                 f"no weights are shipped for {name!r} (there are: {known}): use pretrained=False"
             ) from None
         if pretrained:  # a damaged file shows as any exception
-            raise ValueError(f"the weights of {name!r} cannot be loaded ({_first_line(error)}): use others") from error
+            raise ValueError(f"the weights of {name!r} cannot be loaded ({first_line(error)}): use others") from error
         if isinstance(error, (RuntimeError, TypeError, OverflowError)):  # no such device, no memory, sizes beyond it
-            raise ValueError(f"{name!r} cannot be made ({_first_line(error)}): check its arguments") from error
+            raise ValueError(f"{name!r} cannot be made ({first_line(error)}): check its arguments") from error
         raise
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path)
@@ -235,7 +228,7 @@ def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
     except CheckpointError:
         raise
     except Exception as error:  # what a file says of its model may be anything
-        raise CheckpointError(f"{str(path)!r} holds no model that can be made: {_first_line(error)}") from error
+        raise CheckpointError(f"{str(path)!r} holds no model that can be made: {first_line(error)}") from error
 
 
 def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dict[str, Any]:
@@ -295,7 +288,7 @@ def _check_source(name: str, cache_dir: str | Path | None) -> str:
             raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(model_args[key])} from a file")
         size = sum(value.numel() for value in timm.create_model(name, device="meta", cache_dir=cache_dir).parameters())
     except Exception as error:  # timm takes the file for granted
-        raise ValueError(f"{name!r} describes no model that can be made: {_first_line(error)}") from error
+        raise ValueError(f"{name!r} describes no model that can be made: {first_line(error)}") from error
     if size > _MAX_DESCRIBED:
         raise ValueError(f"{name!r} describes a model of {size:,} weights, more than {_MAX_DESCRIBED:,}: check it")
     return arch

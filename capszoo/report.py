@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import write_atomically
+from .files import write_atomically
 from .plots import accuracy_limits
 
 if TYPE_CHECKING:

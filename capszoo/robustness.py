@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engine import autocast
-from .loader import seeded_generator
-from .metrics import right_answers
-from .task import Normalization
+from .data.loader import seeded_generator
+from .engine.metrics import right_answers
+from .engine.task import Normalization
+from .precision import autocast
 
 __all__ = ["ROBUSTNESS_COLUMNS", "draw_shifts", "measure_robustness", "transform"]
 
@@ -82,7 +82,7 @@ def measure_robustness(
 
     Returns:
         Top-1 accuracy (the exact-match accuracy where labels are weights of the classes, see
-        :func:`capszoo.metrics.right_answers`) by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30
+        :func:`capszoo.engine.metrics.right_answers`) by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30
         degrees (each the mean of both directions), a shift of up to 6 pixels each way along both axes, and a size of
         0.8 and 1.2.
 

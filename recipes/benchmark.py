@@ -48,24 +48,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import capszoo
-from capszoo.command_line import (
-    OptionParser,
-    UsageError,
-    choose_device,
-    device_name,
-    format_error,
-    read_rows,
-    results_folder,
-    run,
-)
-from capszoo.data import DataError, DataSplits, load_data
-from capszoo.engine import Trainer, autocast, resolve_amp, write_csv
+from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.data import DataSplits, load_data
+from capszoo.engine import Trainer
+from capszoo.engine.task import CapsuleTask
+from capszoo.errors import DataError, UsageError, first_line
+from capszoo.files import read_rows, write_csv
 from capszoo.kernels import dynamic_routing
 from capszoo.layers import capsule_lengths
 from capszoo.losses import margin_loss, reconstruction_loss
 from capszoo.plots import plot_layers, plot_memory, plot_speedup
 from capszoo.policies import create_policy
-from capszoo.task import CapsuleTask
+from capszoo.precision import autocast, choose_device, device_name, resolve_amp
 
 SUBJECTS = ("routing", "training", "inference", "layer", "large", "epoch")
 COLUMNS = (
@@ -444,7 +438,7 @@ def measure_epoch(facts: dict, data: DataSplits, amp: torch.dtype | None, device
     return [{
         **facts,
         "variant": "fused",
-        "graph": int(trainer.cuda_graphs),
+        "graph": int(trainer.step.cuda_graphs),
         "rounds": 1,
         "median_ms": digits(1000 * second["epoch_seconds"]),
         "images_per_second": digits(second["images_per_second"]),
@@ -613,7 +607,7 @@ def draw(rows: list[dict], folder: Path, stem: str) -> int:
         try:
             plot(rows, path)
         except (ImportError, ValueError) as error:
-            print(f"{path.name} is not drawn: {format_error(error)}")
+            print(f"{path.name} is not drawn: {first_line(error)}")
         else:
             print(f"drawn {path}")
             drawn += 1
@@ -691,7 +685,7 @@ def measure_all(args: argparse.Namespace, path: Path, machine: dict) -> list[dic
         try:
             data = load_data("mnist", args.data_dir, val_fraction=0)
         except DataError as error:
-            print(f"no epoch is timed: {format_error(error)}")
+            print(f"no epoch is timed: {first_line(error)}")
             groups = [group for group in groups if group.makers]
     for place, group in enumerate(groups):
         seconds = time.monotonic() - started

@@ -31,24 +31,12 @@ from rich.table import Table
 
 import capszoo
 from capszoo import plots
-from capszoo.checkpoint import write_atomically
-from capszoo.command_line import (
-    OptionParser,
-    StopSignal,
-    UsageError,
-    check_folder,
-    check_ranges,
-    choose_device,
-    default_folder,
-    key_value,
-    make_default_folder,
-    parse_resumable,
-    read_yaml,
-    run,
-    start_folder,
-)
+from capszoo.command_line import OptionParser, StopSignal, key_value, parse_resumable, run
 from capszoo.data import DataSplits
-from capszoo.engine import Trainer, resolve_amp, write_csv
+from capszoo.engine import Trainer
+from capszoo.engine.options import check_ranges, load_splits, make_policy, model_arguments, options_from
+from capszoo.engine.run_folder import check_folder, default_folder, make_default_folder, start_folder
+from capszoo.errors import UsageError
 from capszoo.explore import (
     CLOCKS,
     OBJECTIVES,
@@ -62,9 +50,10 @@ from capszoo.explore import (
     seconds_of_an_epoch,
     write_solutions,
 )
+from capszoo.files import read_yaml, write_atomically, write_csv
 from capszoo.policies import list_policies, policy_options
+from capszoo.precision import choose_device, resolve_amp
 from capszoo.report import write_report
-from capszoo.training import load_splits, make_policy, model_arguments, options_from
 
 GRIDS = Path(__file__).parent / "configs"
 PUBLISHED = Path(__file__).parent / "results/paper-published.csv"

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
-from capszoo.command_line import OptionParser, UsageError, check_kinds, format_error, read_json, read_yaml, run
-from capszoo.engine import write_json
+from capszoo.command_line import OptionParser, run
+from capszoo.errors import UsageError, first_line
+from capszoo.files import check_kinds, read_json, read_yaml, write_json
 from capszoo.layers import unfold_scales
 from capszoo.registry import model_header, model_keywords
 
@@ -93,7 +94,7 @@ def read_card(file: Path) -> dict[str, Any]:
         if not all(isinstance(label, str) for label in card.get("class_names") or []):
             raise ValueError("class_names are no texts")
     except ValueError as error:
-        raise UsageError(f"the header of {str(file)!r} is damaged ({format_error(error)}): give another file") from None
+        raise UsageError(f"the header of {str(file)!r} is damaged ({first_line(error)}): give another file") from None
     result_file = file.with_name("result.json")
     if result_file.is_file():
         measured = ("eval_top1", "test_top1", "test_mean_average_precision", "amp")

@@ -28,44 +28,29 @@ import torch
 from rich.console import Console
 
 import capszoo
-from capszoo.checkpoint import read_metadata, save_weights, write_atomically
+from capszoo.checkpoint import read_metadata, save_weights
 from capszoo.command_line import (
     OptionParser,
     StopSignal,
-    UsageError,
     add_policy_options,
     add_result,
-    check_kinds,
-    check_ranges,
     check_results,
-    choose_device,
-    create_optimizer,
-    default_folder,
-    format_error,
-    hold_folder,
     key_value,
     parse_resumable,
-    policy_from,
-    read_json,
-    read_rows,
     run,
 )
 from capszoo.data import DataSplits, Loader, default_translate, load_data
-from capszoo.engine import (
-    SUMMARY_COLUMNS,
-    Evaluation,
-    Trainer,
-    drop_state,
-    evaluate,
-    resolve_amp,
-    write_csv,
-    write_json,
-)
+from capszoo.engine import Evaluation, Trainer, evaluate
+from capszoo.engine.options import check_ranges, create_optimizer, policy_from
+from capszoo.engine.run_folder import SUMMARY_COLUMNS, default_folder, drop_state, hold_folder
+from capszoo.engine.task import CapsuleTask
+from capszoo.errors import UsageError, first_line
+from capszoo.files import check_kinds, read_json, read_rows, write_atomically, write_csv, write_json
 from capszoo.policies import Policy, list_policies
+from capszoo.precision import choose_device, resolve_amp
 from capszoo.pretrained import image_statistics, read_table
 from capszoo.prune import PARTS, SCORES, cost, count_parts, prune, target_counts
 from capszoo.registry import model_header
-from capszoo.task import CapsuleTask
 
 # Options that only say where and how a run is computed may change when it is resumed.
 MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "workers", "quiet", "save_every", "results"}
@@ -345,7 +330,7 @@ class Run:
             check_kinds(before, {"top1": float, "loss": float})
         except (AttributeError, ValueError, RecursionError) as error:
             raise UsageError(
-                f"the header of {str(start)!r} is damaged ({format_error(error)}): delete it, and it is made again"
+                f"the header of {str(start)!r} is damaged ({first_line(error)}): delete it, and it is made again"
             ) from None
         return model, before
 

@@ -23,13 +23,15 @@ import torch
 from rich.console import Console
 
 import capszoo
-from capszoo.command_line import OptionParser, choose_device, device_name, read_rows, results_folder, run
+from capszoo.command_line import OptionParser, results_folder, run
 from capszoo.data import DataSplits, Split, load_data
-from capszoo.engine import evaluate, write_csv
-from capszoo.loader import Loader, seeded_generator
+from capszoo.data.loader import Loader, seeded_generator
+from capszoo.engine import evaluate
+from capszoo.engine.options import make_trainer, options_from
+from capszoo.engine.watch import measure_saturation
+from capszoo.files import read_rows, write_csv
 from capszoo.policies import list_policies
-from capszoo.training import make_trainer, options_from
-from capszoo.watch import measure_saturation
+from capszoo.precision import choose_device, device_name
 
 # Whether images are normalised, and keywords of the model.
 STARTS: dict[str, tuple[bool, dict[str, Any]]] = {

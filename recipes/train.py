@@ -23,26 +23,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capszoo.checkpoint import WriteError
-from capszoo.command_line import (
-    StopSignal,
-    UsageError,
-    add_result,
-    changed_options,
-    check_results,
-    choose_device,
-    default_folder,
-    format_error,
-    hold_folder,
-    parse_resumable,
-    read_yaml,
-    run,
-)
-from capszoo.data import DataError, DataSplits
-from capszoo.distributed import Ranks, RanksError, is_lost_connection, join_ranks, leave_ranks, reach, wait_for
-from capszoo.engine import Stopped, Trainer, find_lr, write_csv
+from capszoo.command_line import StopSignal, add_result, changed_options, check_results, parse_resumable, run
+from capszoo.data import DataSplits
+from capszoo.engine import Trainer, find_lr
+from capszoo.engine.distributed import Ranks, is_lost_connection, join_ranks, leave_ranks, reach, wait_for
+from capszoo.engine.options import build_parser, load_splits, make_trainer, measure_test, options_from, options_text
+from capszoo.engine.run_folder import default_folder, hold_folder
+from capszoo.errors import DataError, RanksError, Stopped, UsageError, WriteError, first_line
+from capszoo.files import read_yaml, write_csv
 from capszoo.policies import Policy, suggest_lr
-from capszoo.training import build_parser, load_splits, make_trainer, measure_test, options_from, options_text
+from capszoo.precision import choose_device
 
 # Options that only say where and how a run is computed may change when it is resumed.
 MAY_CHANGE_ON_RESUME = {
@@ -188,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.count == 1 or not is_lost_connection(error):
             raise
         raise RanksError(
-            f"another process of this run has died or cannot be reached ({format_error(error)}): go on from the "
+            f"another process of this run has died or cannot be reached ({first_line(error)}): go on from the "
             f"last checkpoint with --resume, or let torchrun do it with --max-restarts and --output"
         ) from None
     finally:

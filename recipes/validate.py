@@ -27,9 +27,12 @@ from rich.table import Table
 
 import capszoo
 from capszoo.checkpoint import read_metadata
-from capszoo.command_line import OptionParser, UsageError, choose_device, results_folder, run
+from capszoo.command_line import OptionParser, results_folder, run
 from capszoo.data import DataSplits, Loader, Split, load_data
-from capszoo.engine import Evaluation, autocast, evaluate, resolve_amp, write_csv, write_json
+from capszoo.engine import Evaluation, evaluate
+from capszoo.errors import UsageError
+from capszoo.files import write_csv, write_json
+from capszoo.precision import autocast, choose_device, resolve_amp
 from capszoo.pretrained import image_statistics, read_table
 from capszoo.registry import header_arguments, model_keywords
 from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness

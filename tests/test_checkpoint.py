@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 import capszoo
 from capszoo import checkpoint
-from capszoo.checkpoint import CheckpointError, load_state, load_weights, save_state, save_weights
+from capszoo.checkpoint import load_weights, save_weights
+from capszoo.engine.run_state import load_state, save_state
+from capszoo.errors import CheckpointError
 
 
 @pytest.fixture

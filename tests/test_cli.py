@@ -100,7 +100,7 @@ def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
     return real(name)
 importlib.metadata.version = version
-from capszoo.cli import main
+from capszoo.command_line.main import main
 sys.exit(main(["doctor"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -5,16 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from capszoo.command_line import (
-    OptionParser,
-    SizeAction,
-    UsageError,
-    hold_folder,
-    key_value,
-    parse_resumable,
-    read_yaml,
-    run,
-)
+from capszoo.command_line import OptionParser, SizeAction, key_value, parse_resumable, run
+from capszoo.engine.run_folder import hold_folder
+from capszoo.errors import UsageError
+from capszoo.files import read_yaml
 
 
 def build_parser():

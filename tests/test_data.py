@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from capszoo.data import DataError, Loader, _stratified, list_datasets, load_data
+from capszoo.data import Loader, list_datasets, load_data
+from capszoo.data.sets import _stratified
+from capszoo.errors import DataError
 
 
 def raises(*parts):
@@ -716,7 +718,7 @@ def test_unreadable_folder(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     write_folder(tmp_path)
-    monkeypatch.setattr("capszoo.readers._entries", refuse)
+    monkeypatch.setattr("capszoo.data.readers._entries", refuse)
     with raises("Permission denied", tmp_path / "train"):
         load_data(tmp_path)
 

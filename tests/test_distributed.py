@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from capszoo.distributed import ALONE, Ranks, RanksError, join_ranks
-from capszoo.engine import Trainer, TrainingError
-from capszoo.loader import Loader, Split
+from capszoo.data.loader import Loader, Split
+from capszoo.engine import Trainer
+from capszoo.engine.distributed import ALONE, Ranks, join_ranks
+from capszoo.engine.task import CapsuleTask
+from capszoo.errors import RanksError, TrainingError
 from capszoo.policies import create_policy
-from capszoo.task import CapsuleTask
 
 ROOT = Path(__file__).parents[1]
 POLICIES = {
@@ -34,11 +35,11 @@ TRAIN = textwrap.dedent("""
     import torch, torch.distributed as dist
     from torch import nn
     import capszoo
-    from capszoo.distributed import join_ranks, leave_ranks
+    from capszoo.engine.distributed import join_ranks, leave_ranks
     from capszoo.engine import Trainer, evaluate
-    from capszoo.loader import Loader, Split
+    from capszoo.data.loader import Loader, Split
     from capszoo.policies import create_policy
-    from capszoo.task import CapsuleTask
+    from capszoo.engine.task import CapsuleTask
     from safetensors.torch import save_file
 
     def train(policy, options, ranks, batch_size=16, several_classes=False, **kwargs):

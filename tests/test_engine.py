@@ -9,13 +9,18 @@ import torch
 from sklearn.metrics import average_precision_score, multilabel_confusion_matrix
 
 import capszoo
-from capszoo import checkpoint, engine
+from capszoo import checkpoint
 from capszoo.data import Loader, load_data
-from capszoo.distributed import ALONE, Ranks
-from capszoo.engine import SUMMARY_COLUMNS, Trainer, TrainingError, evaluate, find_lr, resolve_amp
+from capszoo.engine import Trainer, evaluate, find_lr, graphs
+from capszoo.engine.distributed import ALONE, Ranks
+from capszoo.engine.run_folder import SUMMARY_COLUMNS
+from capszoo.engine.run_state import load_state
+from capszoo.engine.task import CapsuleTask
+from capszoo.engine.warm_up import warm_up
+from capszoo.errors import TrainingError
 from capszoo.losses import margin_loss, reconstruction_loss
 from capszoo.policies import create_policy
-from capszoo.task import CapsuleTask
+from capszoo.precision import resolve_amp
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +289,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(few, tmp_
     trainer.on_epoch = spoil
     with pytest.raises(TrainingError, match="epoch 2"):
         trainer.fit()
-    state = checkpoint.load_state(tmp_path / "resume.safetensors")
+    state = load_state(tmp_path / "resume.safetensors")
     assert state["position"]["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
@@ -318,10 +323,10 @@ def test_resolve_amp():
 def test_captured_steps_take_every_batch_and_rate(few, pretended_graphs):
     plain, captured = make_trainer(few, drop_rate=0.0), make_trainer(few, drop_rate=0.0)
     plain.fit()
-    captured.cuda_graphs = True
+    captured.step.cuda_graphs = True
     captured.fit()
     # 50 images: three full batches and one of two in each epoch; the fourth full one is captured.
-    assert captured.cuda_graphs and len(pretended_graphs) == 1 and captured._captured.images.shape[0] == 16
+    assert captured.step.cuda_graphs and len(pretended_graphs) == 1 and captured.step.captured.images.shape[0] == 16
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(captured)[key], value, rtol=1e-4, atol=1e-6)
     for row, expected in zip(captured.history, plain.history, strict=True):
@@ -333,21 +338,21 @@ def test_a_graph_for_each_batch_size(few, pretended_graphs):
     trainer.policy = create_policy(
         "warm_ada_batch", lr=1e-4, batch_size=8, epochs=3, num_images=50, warm_epochs=1, warm_batch=4, first_batch=8
     )
-    trainer.cuda_graphs = True
+    trainer.step.cuda_graphs = True
     trainer.fit()
-    assert trainer.cuda_graphs and len(pretended_graphs) == 2 and trainer._captured.batch_size == 8
+    assert trainer.step.cuda_graphs and len(pretended_graphs) == 2 and trainer.step.captured.batch_size == 8
 
 
 def test_a_step_that_cannot_be_captured_is_taken_as_it_is(few, pretended_graphs, monkeypatch, caplog):
     def fail(step):
-        raise engine._CaptureError("not permitted")
+        raise graphs.CaptureError("not permitted")
 
     plain, trainer = make_trainer(few, drop_rate=0.0), make_trainer(few, drop_rate=0.0)
     plain.fit()
-    trainer.cuda_graphs = True
-    monkeypatch.setattr(engine, "_capture", fail)
+    trainer.step.cuda_graphs = True
+    monkeypatch.setattr(graphs, "_capture", fail)
     trainer.fit()
-    assert not trainer.cuda_graphs and len([r for r in caplog.records if "CUDA graphs" in r.getMessage()]) == 1
+    assert not trainer.step.cuda_graphs and len([r for r in caplog.records if "CUDA graphs" in r.getMessage()]) == 1
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(trainer)[key], value, rtol=1e-4, atol=1e-6)
 
@@ -362,11 +367,11 @@ def losses_of(splits, captured, folder=None, stop_after=None, **kwargs):
     trainer = make_trainer(
         splits, folder, drop_rate=0.0, on_step=note, should_stop=lambda: len(losses) == stop_after, **kwargs
     )
-    trainer.cuda_graphs = captured
+    trainer.step.cuda_graphs = captured
     if folder is not None:
         trainer.resume()
     trainer.fit()
-    assert trainer.cuda_graphs == captured
+    assert trainer.step.cuda_graphs == captured
     return trainer, losses
 
 
@@ -419,7 +424,7 @@ def test_captured_step_whose_loss_is_not_finite_ends_the_run(few, pretended_grap
             trainer.task.model.conv1.weight.data.fill_(float("nan"))
 
     trainer = make_trainer(few, on_step=spoil)
-    trainer.cuda_graphs = True
+    trainer.step.cuda_graphs = True
     with pytest.raises(TrainingError, match="the loss is nan at step 2 of epoch 3"):
         trainer.fit()
 
@@ -428,9 +433,9 @@ def test_find_lr_sees_the_losses_of_captured_steps(few, pretended_graphs):
     found = []
     for captured in (False, True):
         trainer = make_trainer(few, epochs=3, policy="lr_finder", drop_rate=0.0)
-        trainer.cuda_graphs = captured
+        trainer.step.cuda_graphs = captured
         found.append(find_lr(trainer, max_steps=10))
-        assert trainer.cuda_graphs == captured
+        assert trainer.step.cuda_graphs == captured
     assert found[1][0] == found[0][0] and found[1][1] == pytest.approx(found[0][1], rel=1e-3)
 
 
@@ -451,10 +456,10 @@ def test_warm_up_changes_nothing(few, micro_batch):
         torch.rand(3)
         if warm:
             before, random = weights(trainer), torch.get_rng_state()
-            trainer._warm_up()
+            warm_up(trainer)
             assert_same_bits(weights(trainer), before)
             assert torch.equal(torch.get_rng_state(), random)
-            assert all(p.grad is None for p in model.parameters()) and trainer.sums.eq(0).all()
+            assert all(p.grad is None for p in model.parameters()) and trainer.step.sums.eq(0).all()
         trainer.fit()
         states.append((weights(trainer), untimed(trainer.history)))
     assert_same_bits(states[1][0], states[0][0])
@@ -475,7 +480,7 @@ def test_warm_up_meets_every_size_of_the_run(few, micro_batch, ranks, monkeypatc
     model = trainer.task.model
     forward = model.forward_capsules
     monkeypatch.setattr(model, "forward_capsules", lambda x: sizes[model.training].add(len(x)) or forward(x))
-    trainer._warm_up()
+    warm_up(trainer)
     warm = {training: set(found) for training, found in sizes.items()}
     for found in sizes.values():
         found.clear()
@@ -489,20 +494,20 @@ def test_warm_up_meets_every_size_of_the_run(few, micro_batch, ranks, monkeypatc
 def test_captured_steps_on_a_gpu(few, policy, tmp_path, caplog):
     """Graphs change the order of nothing: the losses are those of steps launched one kernel at a time."""
     histories = []
-    for name, graphs in (("plain", False), ("captured", True)):
+    for name, captured in (("plain", False), ("captured", True)):
         (tmp_path / name).mkdir()
-        trainer = make_trainer(few, tmp_path / name, epochs=6, policy=policy, device="cuda", cuda_graphs=graphs)
-        assert trainer.cuda_graphs == graphs
+        trainer = make_trainer(few, tmp_path / name, epochs=6, policy=policy, device="cuda", cuda_graphs=captured)
+        assert trainer.step.cuda_graphs == captured
         trainer.fit()
-        assert trainer.cuda_graphs == graphs, caplog.text
+        assert trainer.step.cuda_graphs == captured, caplog.text
         histories.append(untimed(trainer.history))
     # Later epochs drift apart: cuDNN adds in no fixed order, and Adam at batch 1 amplifies it.
     assert histories[1][0]["train_loss"] == pytest.approx(histories[0][0]["train_loss"], rel=5e-2)
     assert all(row["train_loss"] < 2 for row in histories[1])
-    assert trainer._captured.replay is not None
+    assert trainer.step.captured.replay is not None
     # The state of a captured run is taken up on either side.
-    for graphs in (True, False):
-        again = make_trainer(few, tmp_path / "captured", epochs=7, policy=policy, device="cuda", cuda_graphs=graphs)
+    for captured in (True, False):
+        again = make_trainer(few, tmp_path / "captured", epochs=7, policy=policy, device="cuda", cuda_graphs=captured)
         assert again.resume() and again.fit()
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import capszoo.explore
 from capszoo import checkpoint
-from capszoo.command_line import UsageError
 from capszoo.data import load_data
+from capszoo.engine.options import make_model, make_policy, model_arguments, options_from
+from capszoo.errors import UsageError
 from capszoo.explore import (
     OBJECTIVES,
     Exploration,
@@ -33,7 +34,6 @@ from capszoo.explore import (
     seconds_of_an_epoch,
     write_solutions,
 )
-from capszoo.training import make_model, make_policy, model_arguments, options_from
 
 optuna = pytest.importorskip("optuna")
 

@@ -22,14 +22,18 @@ from PIL import Image
 from torch import nn
 
 import capszoo
-from capszoo import checkpoint, engine
-from capszoo.checkpoint import CheckpointError, UnreadableError, WriteError, load_state, load_tensors
-from capszoo.command_line import StopSignal, UsageError, create_optimizer
-from capszoo.data import DataError, Split, load_data
-from capszoo.engine import STATE_FILES, Trainer, TrainingError
+from capszoo import checkpoint
+from capszoo.checkpoint import load_tensors
+from capszoo.command_line import StopSignal
+from capszoo.data import Split, load_data, seeded_generator
+from capszoo.engine import Trainer, watch
+from capszoo.engine.options import create_optimizer
+from capszoo.engine.run_folder import STATE_FILES
+from capszoo.engine.run_state import load_state
+from capszoo.engine.task import CapsuleTask
+from capszoo.errors import CheckpointError, DataError, TrainingError, UnreadableError, UsageError, WriteError
 from capszoo.losses import MarginLoss
 from capszoo.policies import create_policy
-from capszoo.task import CapsuleTask
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, STEPS = 3, 4  # of 16 images, 50 in all
@@ -149,7 +153,7 @@ KILLS = textwrap.dedent("""
         for path in folder.glob("[!.]*.safetensors"):
             load_tensors(path)  # what has its own name is whole
         trainer = make_trainer(splits, folder)
-        path, state = trainer._find_state()
+        path, state = trainer.run_folder.find_state()
         found = (0, 0) if state is None else (state["position"]["epoch"], state["position"]["step"])
         assert found >= saved, f"{saved} was saved, {found} is found"
         if os.WIFSIGNALED(status):
@@ -445,7 +449,7 @@ def test_loss_that_is_not_finite(value, splits, whole, tmp_path):
         trainer.fit()
     facts = json.loads((folder / "nonfinite.json").read_text())
     assert (facts["epoch"], facts["step"], facts["loss"]) == (2, 2, str(value))
-    order = torch.randperm(50, generator=engine.seeded_generator(0, 1, 0))
+    order = torch.randperm(50, generator=seeded_generator(0, 1, 0))
     assert facts["images"] == order[16:32].tolist()
     first = ", ".join(map(str, facts["images"][:4]))
     assert f"the loss is {value} at step 2 of epoch 2 (lr=" in str(caught.value)
@@ -489,11 +493,11 @@ def test_steps_in_float16_can_be_left_out(clip_grad, splits, tmp_path):
     )
     assert trainer.fit()
     assert [row["skipped_steps"] for row in trainer.history] == [2, 0, 0]
-    assert trainer.scaler.get_scale() == 65536  # the data were at fault
+    assert trainer.step.scaler.get_scale() == 65536  # the data were at fault
 
 
 def test_steps_are_not_left_out_for_ever(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_MOST_SKIPPED_IN_A_ROW", 5)
+    monkeypatch.setattr(watch, "_MOST_SKIPPED_IN_A_ROW", 5)
     trainer = make_trainer(splits, tmp_path / "run", PoisonedLoss(range(3, 100)), nonfinite="skip")
     with pytest.raises(TrainingError, match="5 steps one after the other were .*, the last at step 3 of epoch 2"):
         trainer.fit()

@@ -41,22 +41,14 @@ from timm.models import save_for_hf
 
 import capszoo
 from capszoo import pretrained
-from capszoo.checkpoint import (
-    check_resume_state,
-    load_state,
-    load_tensors,
-    load_weights,
-    random_state,
-    read_metadata,
-    save_state,
-    save_weights,
-)
+from capszoo.checkpoint import load_tensors, load_weights, read_metadata, save_weights
 from capszoo.command_line import add_result, key_value, parse_resumable
 from capszoo.data import load_data
-from capszoo.engine import write_csv
+from capszoo.engine.options import build_parser
+from capszoo.engine.run_state import check_resume_state, load_state, random_state, save_state
+from capszoo.files import write_csv
 from capszoo.models.capsnet import _cfg
 from capszoo.recipes import benchmark, export, prune
-from capszoo.training import build_parser
 
 ROOT = Path(__file__).parents[1]
 MEMORY = 3 << 30  # the largest image that PIL reads takes about 1.5 GiB

@@ -13,12 +13,14 @@ from timm.models import save_for_hf
 
 import capszoo
 from capszoo import pretrained
-from capszoo.checkpoint import check_resume_state, load_state, load_tensors, save_state, save_tensors, save_weights
-from capszoo.command_line import OptionParser, add_result, key_value, read_yaml
+from capszoo.checkpoint import load_tensors, save_tensors, save_weights
+from capszoo.command_line import OptionParser, add_result, key_value
 from capszoo.data import load_data
 from capszoo.engine import Trainer
+from capszoo.engine.run_state import check_resume_state, load_state, save_state
+from capszoo.engine.task import CapsuleTask
+from capszoo.files import read_yaml
 from capszoo.policies import create_policy
-from capszoo.task import CapsuleTask
 
 SMALL = dict(img_size=8, kernel_size=3, conv_dim=3, num_types=2, decoder_dims=[3, 4])
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capszoo.data import DataError, Loader, Split
-from capszoo.readers import ArrayReader
+from capszoo.data import Loader, Split
+from capszoo.data.readers import ArrayReader
+from capszoo.errors import DataError
 
 
 def make_split(count=50, channels=1, height=6, width=5, streamed=False, seed=0):

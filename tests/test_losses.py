@@ -5,14 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capszoo.losses import (
-    MarginLoss,
-    ReconstructionLoss,
-    SpreadLoss,
-    margin_loss,
-    reconstruction_loss,
-    spread_loss,
-)
+from capszoo.losses import MarginLoss, ReconstructionLoss, SpreadLoss, margin_loss, reconstruction_loss, spread_loss
 
 # Lengths are below 1 by squash; 1.25 shows that nothing depends on it.
 lengths_and_targets = st.integers(1, 4).flatmap(

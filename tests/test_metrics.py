@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from capszoo.metrics import average_precision, right_answers
+from capszoo.engine.metrics import average_precision, right_answers
 
 
 def test_right_answers():

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from capszoo.engine.options import load_splits, make_trainer, options_from
 from capszoo.policies import list_policies
-from capszoo.training import load_splits, make_trainer, options_from
 
 RECORDS = Path(__file__).with_name("recorded_runs.json")
 POLICIES = [name for name in list_policies() if name != "lr_finder"]

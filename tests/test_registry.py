@@ -13,7 +13,8 @@ from torch import nn
 
 import capszoo
 from capszoo import ModelInfo
-from capszoo.checkpoint import CheckpointError, WriteError, load_tensors, read_metadata, save_weights
+from capszoo.checkpoint import load_tensors, read_metadata, save_weights
+from capszoo.errors import CheckpointError, WriteError
 from capszoo.models import CapsNet
 from capszoo.prune import prune
 from capszoo.registry import check_arguments

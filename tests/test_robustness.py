@@ -119,7 +119,7 @@ def test_measures_count_the_right_answers():
     result = measure_robustness(model, [(x[:7], labels[:7]), (x[7:], labels[7:])])
     assert model.training and model.seen == 10 * 7
     assert tuple(result) == ROBUSTNESS_COLUMNS
-    unmoved = (draw_shifts(10, capszoo.loader.seeded_generator(0)) == 0).all(dim=1)
+    unmoved = (draw_shifts(10, capszoo.data.loader.seeded_generator(0)) == 0).all(dim=1)
     assert not unmoved.any()
     assert result == dict.fromkeys(ROBUSTNESS_COLUMNS, 0.4)
 

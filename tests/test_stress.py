@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import capszoo
+from capszoo.engine.task import CapsuleTask
 from capszoo.kernels import dynamic_routing, reference, squash
 from capszoo.layers import set_fused_routing, use_fused_routing
 from capszoo.registry import model_keywords
-from capszoo.task import CapsuleTask
 
 MODELS = capszoo.list_models()
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

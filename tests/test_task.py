@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import capszoo
+from capszoo.engine.task import CapsuleTask, Normalization, class_to_reconstruct
 from capszoo.losses import MarginLoss, SpreadLoss, margin_loss, reconstruction_loss
-from capszoo.task import CapsuleTask, Normalization, class_to_reconstruct
 
 
 def make(**kwargs):

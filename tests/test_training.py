@@ -1,13 +1,12 @@
-"""capszoo.training: a run from a flat set of options."""
+"""capszoo.engine.options: a run from a flat set of options."""
 
 import pytest
 import torch
 import yaml
 
 from capszoo.checkpoint import load_weights
-from capszoo.command_line import UsageError
 from capszoo.engine import evaluate
-from capszoo.training import (
+from capszoo.engine.options import (
     build_parser,
     load_splits,
     make_model,
@@ -18,6 +17,7 @@ from capszoo.training import (
     options_from,
     write_options,
 )
+from capszoo.errors import UsageError
 
 SMALL = {"model_kwargs": {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}, "amp": "none"}
 
@@ -63,7 +63,7 @@ def test_options_reach_what_they_name(digits):
     assert [phase.batch_size for phase in trainer.policy.phases()] == [1, 16] and trainer.policy.warmup_steps == 1000
     assert trainer.optimizer.defaults["momentum"] == 0.5 and trainer.optimizer.defaults["lr"] == 0.002
     assert trainer.task.model.arguments()["num_routing"] == 2 and trainer.task.reconstruction_weight == 0.25
-    assert (trainer.translate, trainer.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)
+    assert (trainer.translate, trainer.step.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)
     assert trainer.metadata["model_args"]["conv_dim"] == 8 and trainer.metadata["policy"] == "warm_ada_batch"
 
 

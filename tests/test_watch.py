@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import capszoo
-from capszoo.watch import Saturation, measure_saturation
+from capszoo.engine.watch import Saturation, measure_saturation
 
 
 def images(count=16):

@@ -7,6 +7,7 @@ from typing_extensions import assert_type
 import capszoo
 from capszoo.data import DataSplits, Loader, load_data
 from capszoo.engine import Evaluation, Trainer, evaluate
+from capszoo.engine.task import CapsuleTask
 from capszoo.explore import Solution, pareto_front
 from capszoo.kernels import dynamic_routing, squash
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps
@@ -14,7 +15,6 @@ from capszoo.losses import margin_loss, reconstruction_loss, spread_loss
 from capszoo.models import CapsNet
 from capszoo.policies import Policy, create_policy
 from capszoo.prune import PruneReport, cost, prune
-from capszoo.task import CapsuleTask
 
 model = capszoo.create_model("capsnet_tiny", num_classes=10, decoder=True)
 assert_type(model, nn.Module)

@@ -96,7 +96,9 @@ def test_zero_is_the_mean_of_second_derivatives_around_a_zero_vector(approximate
 
 
 @pytest.mark.parametrize("approximate", [False, True])
-@pytest.mark.parametrize("length", [1e-42, 1e-30, 1e-20, 1e-18, 1e-14, 1e-12, 1e-6, 0.5, 1.99, 2.01, 1e6, 1e18, 1e30, 1e38])
+@pytest.mark.parametrize(
+    "length", [1e-42, 1e-30, 1e-20, 1e-18, 1e-14, 1e-12, 1e-6, 0.5, 1.99, 2.01, 1e6, 1e18, 1e30, 1e38]
+)
 def test_derivatives_at_any_length(length, approximate):
     x = length * torch.tensor([[0.6, 0.0, -0.8]], dtype=torch.float64)
     found = derivatives_of_squash(x.float(), approximate, orders=3)

@@ -18,9 +18,9 @@ from timm.utils.onnx import onnx_export
 
 import capszoo
 from capszoo.engine import evaluate
+from capszoo.engine.task import CapsuleTask
 from capszoo.losses import margin_loss
 from capszoo.models import CNNBaseline
-from capszoo.task import CapsuleTask
 
 NAMES = ["cnn_baseline", "cnn_baseline_tiny"]
 every_model = pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import capszoo
-from capszoo.training import make_model, options_from
+from capszoo.engine.options import make_model, options_from
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("plotly")

@@ -13,7 +13,8 @@ from safetensors import safe_open
 import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, save_tensors, save_weights
-from capszoo.command_line import UsageError, run
+from capszoo.command_line import run
+from capszoo.errors import UsageError
 
 CARD = {
     "capszoo_version",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import capszoo
 from capszoo.checkpoint import read_metadata, save_weights
+from capszoo.engine.step import TrainingStep
 from capszoo.prune import cost, count_parts
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +186,7 @@ def test_killed_and_resumed_to_the_same_bits(moment, given, finished, tmp_path, 
         elif moment == "while pruning":
             patch.setattr(recipe, "prune_once", kill_at_call(recipe.prune_once, 2))
         elif moment == "in the first round":
-            patch.setattr(recipe.Trainer, "_step", kill_at_call(recipe.Trainer._step, 10))
+            patch.setattr(TrainingStep, "__call__", kill_at_call(TrainingStep.__call__, 10))
         elif moment == "between epochs":
             patch.setattr(recipe.Run, "show_epoch", kill_at_call(recipe.Run.show_epoch, 3))
         else:

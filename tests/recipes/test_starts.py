@@ -7,8 +7,8 @@ import torch
 
 from capszoo.data import DataSplits, Loader, Split
 from capszoo.engine import evaluate
-from capszoo.training import make_trainer, options_from
-from capszoo.watch import measure_saturation
+from capszoo.engine.options import make_trainer, options_from
+from capszoo.engine.watch import measure_saturation
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import capszoo
-import capszoo.training
-from capszoo.command_line import UsageError, _lock
+import capszoo.engine.options
 from capszoo.data import Loader, load_data
 from capszoo.engine import evaluate
+from capszoo.engine.run_folder import _lock
+from capszoo.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 # Small enough for a few seconds a run; float32, where a CPU gives the same bits each time.
@@ -490,7 +491,7 @@ def test_every_policy_configuration_is_accepted():
     train = load_recipe("train")
     for path in sorted((ROOT / "recipes/configs").glob("*.yaml")):
         args = train.parse_args(["--config", str(path)])
-        assert capszoo.training.make_policy(args, 60_000).epochs == args.epochs
+        assert capszoo.engine.options.make_policy(args, 60_000).epochs == args.epochs
         overridden = train.parse_args(["--config", str(path), "--epochs", "7"])
         assert overridden.epochs == 7 and overridden.policy == args.policy
 

@@ -9,7 +9,7 @@ this zoo have some million parameters: sharding them (FSDP) would save nothing.
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from capszoo.errors import RanksError, first_line
+
 __all__ = ["ALONE", "Ranks", "RanksError", "is_lost_connection", "join_ranks", "leave_ranks", "reach", "wait_for"]
 
 # Waiting longer for another rank than this, it is taken for dead; torchrun then starts the ranks again.
 _TIMEOUT = timedelta(minutes=10)
 _LONG_TIMEOUT = timedelta(hours=12)
+# Ranks ask each other so often whether one of them shall stop; each question waits for the slowest.
+_STEPS_BETWEEN_QUESTIONS = 10
 # Where processes meet that do not work at the same pace.
 _store: dist.Store | None = None
-
-
-class RanksError(ValueError):
-    """Processes that cannot train together; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,29 @@ class Ranks:
 ALONE = Ranks()
 
 
+class StopVote:
+    """Several ranks must stop after the same step, and agree on it now and then: every second at least."""
+
+    def __init__(self, ranks: Ranks, device: torch.device | str = "cpu"):
+        self.ranks, self.device = ranks, device
+        self._steps_asked = self._steps_to_question = 1
+        self._last_question = time.monotonic()
+
+    def __call__(self, should_stop: Callable[[], bool]) -> bool:
+        """Asked after each step: whether all ranks stop after this one."""
+        if self.ranks.count == 1:
+            return should_stop()
+        self._steps_to_question -= 1
+        if self._steps_to_question:
+            return False
+        now = time.monotonic()
+        pace, self._last_question = now - self._last_question, now
+        answers = torch.tensor([float(should_stop()), pace / self._steps_asked], device=self.device)
+        stop, seconds = self.ranks.max_(answers).tolist()
+        self._steps_asked = self._steps_to_question = max(1, min(_STEPS_BETWEEN_QUESTIONS, int(1 / max(seconds, 1e-9))))
+        return bool(stop)
+
+
 def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tuple[Ranks, torch.device | None]:
     """Join the processes that torchrun started; alone where it did not.
 
@@ -145,7 +168,7 @@ def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tupl
     except RanksError:
         raise
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise RanksError(f"the other processes cannot be reached ({reason}): start all of them with torchrun") from None
     return ranks, torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
 

@@ -7,8 +7,8 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from .losses import MarginLoss, check_target, reconstruction_loss
-from .pretrained import image_statistics
+from capszoo.losses import MarginLoss, check_target, reconstruction_loss
+from capszoo.pretrained import image_statistics
 
 __all__ = ["CapsuleTask", "Normalization", "class_to_reconstruct"]
 

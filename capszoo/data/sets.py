@@ -28,18 +28,9 @@ from timm.layers import to_2tuple
 from torch import Tensor
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from capszoo.loader import Loader, Split, seeded_generator
-from capszoo.readers import (
-    ArrayReader,
-    DataError,
-    Reader,
-    Size,
-    TimmReader,
-    image_folder,
-    one_line,
-    sizes_differ,
-    to_uint8,
-)
+from capszoo.data.loader import Loader, Split, seeded_generator
+from capszoo.data.readers import ArrayReader, Reader, Size, TimmReader, image_folder, sizes_differ, to_uint8
+from capszoo.errors import DataError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -164,7 +155,7 @@ def load_data(
             of a torchvision (`torch/kmnist`) or Hugging Face (`hfds/user/set`) data set. An image folder holds
             `train/<class>/<image>` and `test/<class>/<image>`. `val` or `validation` takes the place of a missing
             `test`; beside `test` it is the validation split, and then none is taken from the training images. With a
-            `labels.csv` in each of them images may show several classes, see :func:`capszoo.readers.image_folder`.
+            `labels.csv` in each of them images may show several classes, see :func:`capszoo.data.readers.image_folder`.
         data_dir: Folder with the data: by default `data` for torchvision's sets, Hugging Face's cache for its own, and
             the working directory for an image folder.
         img_size: Height and width to resize images to (bilinear, antialiased), or one number for both. By default

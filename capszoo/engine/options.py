@@ -5,48 +5,31 @@ recipes/train.py runs one of these from the command line, capszoo.explore many o
 """
 
 import argparse
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 
-from ._version import __version__
-from .checkpoint import load_weights, write_atomically
-from .command_line import (
-    OptionParser,
-    SizeAction,
-    UsageError,
-    add_policy_options,
-    check_ranges,
-    create_optimizer,
-    key_value,
-    policy_from,
-)
-from .data import DataSplits, Loader, default_translate, load_data
-from .distributed import ALONE, Ranks
-from .engine import Trainer, evaluate, resolve_amp, until_stopped, write_json
-from .losses import MarginLoss
-from .policies import Policy, list_policies
-from .pretrained import image_statistics
-from .registry import check_arguments, create_model, model_header, model_keywords
-from .task import CapsuleTask
+from capszoo._version import __version__
+from capszoo.checkpoint import load_weights
+from capszoo.command_line.parser import OptionParser, SizeAction, add_policy_options, key_value
+from capszoo.data import DataSplits, Loader, default_translate, load_data
+from capszoo.errors import UsageError
+from capszoo.files import write_atomically, write_json
+from capszoo.losses import MarginLoss
+from capszoo.policies import Policy, create_policy, list_policies, policy_options
+from capszoo.precision import resolve_amp
+from capszoo.pretrained import image_statistics
+from capszoo.registry import check_arguments, create_model, model_header, model_keywords
 
-__all__ = [
-    "MODEL_OPTIONS",
-    "build_parser",
-    "load_splits",
-    "make_model",
-    "make_policy",
-    "make_trainer",
-    "measure_test",
-    "model_arguments",
-    "options_from",
-    "options_text",
-    "write_options",
-]
+from .distributed import ALONE, Ranks
+from .evaluate import evaluate, until_stopped
+from .task import CapsuleTask
+from .trainer import Trainer
 
 # Options that are keywords of models.
 MODEL_OPTIONS = ("decoder", "num_routing", "routing", "squash", "drop_rate", "start")
@@ -227,7 +210,7 @@ def make_trainer(
         data: From :func:`load_splits`.
         device: Where to train.
         folder: Run folder, which must exist; None keeps nothing. It may also be set later, before the training.
-        ranks: The processes that train together, from :func:`capszoo.distributed.join_ranks`.
+        ranks: The processes that train together, from :func:`capszoo.engine.distributed.join_ranks`.
         kwargs: More for :class:`capszoo.engine.Trainer`: `on_step`, `on_epoch`, `should_stop`.
 
     Raises:
@@ -343,3 +326,67 @@ def _describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module
         epochs=policy.epochs,
         seed=args.seed,
     )
+
+
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("micro_batch", "eval_batch_size", "grace"), ("1 or more, below 2^31", lambda value: 1 <= value < 2**31)
+    ),
+    **dict.fromkeys(("epochs", "seeds", "trials"), ("1 to 1,000,000", lambda value: 1 <= value <= 1_000_000)),
+    **dict.fromkeys(("workers", "save_every", "translate"), ("0 or more", lambda value: value >= 0)),
+    "seed": ("0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+    **dict.fromkeys(("drop_rate", "momentum"), ("0 or more, below 1", lambda value: 0 <= value < 1)),
+    "clip_grad": ("a number above 0", lambda value: 0 < value < math.inf),
+    **dict.fromkeys(("weight_decay", "reconstruction_weight"), ("0 or more", lambda value: 0 <= value < math.inf)),
+}
+
+
+def policy_from(args: argparse.Namespace, num_images: int) -> Policy:
+    """Make the policy of --policy and its options; fill in those whose defaults depend on it or on the data set."""
+    if args.batch_size is None:  # of few images there are few steps
+        args.batch_size = 128 if num_images >= 10_000 else 16 if num_images >= 1000 else 8
+    # The first steps of Adam at batch 1 follow single images, see warmup_steps in capszoo.policies.
+    if args.warmup_steps is None and args.policy in ("ada_batch", "warm_ada_batch"):
+        args.warmup_steps = 1000
+    names = {name for policy in list_policies() for name in policy_options(policy)}
+    options = {name: value for name in sorted(names) if (value := getattr(args, name, None)) is not None}
+    return create_policy(
+        args.policy, lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, num_images=num_images, **options
+    )
+
+
+def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of --opt, --lr, --weight-decay and, where the recipe has it, --momentum.
+
+    Raises:
+        UsageError: If there is no such optimizer, or it does not take these options.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if args.opt not in list_optimizers():
+        raise UsageError(f"unknown optimizer {args.opt!r}: see timm.optim.list_optimizers()")
+    extra: dict[str, Any] = {"fused": True} if args.opt in ("adam", "adamw") else {}
+    extra.update({"momentum": args.momentum} if "momentum" in args else {})
+    try:
+        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, **extra)
+    except (ImportError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {args.opt!r} cannot be made: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        # timm has one such, Adahessian, whose generator is not in its state_dict.
+        raise UsageError(
+            f"optimizer {args.opt!r} draws random numbers that no checkpoint holds, so that no run can be resumed: "
+            f"use adam, or a loop of your own with backward(create_graph=True)"
+        )
+    return optimizer
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Check the numbers that options of training give, of those that a recipe has.
+
+    Raises:
+        UsageError: If one is out of range.
+    """
+    for name, (what, right) in _RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not right(value):
+            raise UsageError(f"--{name.replace('_', '-')} {value} is out of range: give {what}")

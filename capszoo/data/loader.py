@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from capszoo.readers import DataError, Reader
+from capszoo.data.readers import Reader
+from capszoo.errors import DataError
 
 __all__ = ["Loader", "Split"]
 

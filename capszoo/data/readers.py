@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 from timm.utils.misc import natural_key
 from torch import Tensor
 
+from capszoo.errors import DataError, one_line
+
 Size = tuple[int, int]  # height, width
 
 _FOLDER_LAYOUT = "expected train/<class>/<image> and test/<class>/<image> (val or validation will do for test)"
@@ -34,13 +36,6 @@ _EXIF_ORIENTATION = 0x0112
 
 # Without those that run another program (EPS) or that nobody keeps images for training in.
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
-class DataError(ValueError):
-    """A data set that is not there, damaged or not what was asked for. The message is one line with the remedy."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # names of files may have line breaks
 
 
 class Reader(Protocol):
@@ -406,8 +401,3 @@ def sizes_differ(what: str, one: Size, other: Size) -> DataError:
         f"{what} has images of different sizes ({one[0]}x{one[1]} and {other[0]}x{other[1]}): give --img-size, to "
         "which all are resized"
     )
-
-
-def one_line(error: Exception) -> str:
-    """Return an exception's type and message without line breaks, for an error message."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__
-from .command_line import OptionParser, UsageError, run, unknown_name
-from .engine import resolve_amp
-from .kernels import ops
-from .layers import use_fused_routing
-from .pretrained import read_table
-from .registry import create_model, is_model, list_models, list_pretrained, model_info
+from capszoo import __version__
+from capszoo.command_line import OptionParser, UsageError, run, unknown_name
+from capszoo.kernels import ops
+from capszoo.layers import use_fused_routing
+from capszoo.precision import resolve_amp
+from capszoo.pretrained import read_table
+from capszoo.registry import create_model, is_model, list_models, list_pretrained, model_info
 
 __all__ = ["main", "routing_backend"]
 

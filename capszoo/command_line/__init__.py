@@ -1,0 +1,34 @@
+"""Command lines: options, signals, results and errors of the recipes."""
+
+from capszoo.errors import UsageError, unknown_name
+from capszoo.errors import first_line as format_error
+from capszoo.files import check_kinds, read_json, read_rows, read_yaml
+from capszoo.precision import choose_device, device_name
+
+from .console import add_result, check_results, results_folder, run
+from .parser import OptionParser, SizeAction, add_policy_options, key_value
+from .resume import changed_options, parse_resumable
+from .signals import StopSignal
+
+__all__ = [
+    "OptionParser",
+    "SizeAction",
+    "StopSignal",
+    "UsageError",
+    "add_policy_options",
+    "add_result",
+    "changed_options",
+    "check_kinds",
+    "check_results",
+    "choose_device",
+    "device_name",
+    "format_error",
+    "key_value",
+    "parse_resumable",
+    "read_json",
+    "read_rows",
+    "read_yaml",
+    "results_folder",
+    "run",
+    "unknown_name",
+]
