@@ -4,8 +4,12 @@ A model's file holds its weights under their own names and readable metadata in 
 code of it.
 """
 
+import contextlib
 import json
+import logging
 import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 from .errors import CheckpointError, UnreadableError, WriteError, first_line
 from .files import write_atomically
 from .layers import unfold_scales
+
+_logger = logging.getLogger(__name__)
 
 # Others cannot be copied into a model's weights, or lose most of their values there.
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,22 +71,58 @@ def storable(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     return stored
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file into CPU tensors and its header metadata.
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a safetensors file holds, read once.
+
+    Attributes:
+        path: The file.
+        tensors: Its tensors by name, on the CPU.
+        metadata: The metadata in its header.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_file(path: "str | Path | WeightsFile") -> WeightsFile:
+    """Read a safetensors file; one that has been read is given back as it is.
 
     Raises:
         CheckpointError: If there is no such file, or it is damaged or no safetensors file.
         UnreadableError: If it cannot be read, and may be sound.
     """
+    if isinstance(path, WeightsFile):
+        return path
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return WeightsFile(Path(path), tensors, dict(file.metadata() or {}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file into CPU tensors and its header metadata; raises as :func:`read_file`."""
+    file = read_file(path)
+    return file.tensors, file.metadata
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read the header metadata of a safetensors file alone; raises as :func:`read_file`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """Open a safetensors file; whatever goes wrong in the block is an error of the file."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {str(path)!r}: check the path")
     try:
-        with open(path, "rb") as file:
-            file.read(8)
+        with open(path, "rb") as bare:
+            bare.read(8)
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata
+            yield file
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UnreadableError(
@@ -90,11 +132,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{str(path)!r} is damaged or no safetensors file ({first_line(error)}): use another checkpoint"
         ) from None
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the header metadata of a safetensors file alone."""
-    return load_tensors(path)[1]
 
 
 def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -> None:
@@ -120,11 +157,15 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
     save_tensors(path, model.state_dict(), header)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
+def load_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, str]:
     """Load a model's weights from a safetensors file; a decoder that the model does not have is left out.
 
     The `mean` and `std` of the images that they were trained on, if the header has them, go into the model's
     `pretrained_cfg`.
+
+    Args:
+        model: The model, not wrapped.
+        path: The file, or what :func:`read_file` gave.
 
     Returns:
         The file's header metadata.
@@ -132,14 +173,14 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     Raises:
         CheckpointError: If the file is missing or damaged, or the weights are those of another model.
     """
-    tensors, metadata = load_tensors(path)
-    fitting = _fitting(model, tensors, metadata, path)
-    normalisation = _read_normalisation(path, metadata, getattr(model, "in_chans", 1))
+    file = read_file(path)
+    fitting = check_weights(model, file)
+    normalisation = _read_normalisation(file.path, file.metadata, getattr(model, "in_chans", 1))
     model.load_state_dict(fitting)
     if normalisation:
         cfg: Any = {**(getattr(model, "pretrained_cfg", None) or {}), **normalisation}
         model.pretrained_cfg = model.default_cfg = cfg
-    return metadata
+    return file.metadata
 
 
 def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:
@@ -162,32 +203,104 @@ def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int)
     return found
 
 
-def check_weights(model: nn.Module, path: str | Path) -> None:
-    """Raise the CheckpointError of :func:`load_weights` without loading; `model` may be on the meta device."""
-    _fitting(model, *load_tensors(path), path)
+def check_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, Tensor]:
+    """Return the tensors of a file that a model takes, after a check that they are all it needs.
 
+    Args:
+        model: The model; it may be on the meta device.
+        path: The file, or what :func:`read_file` gave.
 
-def _fitting(
-    model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path
-) -> dict[str, Tensor]:
-    """Return the tensors of a file that the model takes, after a check that they are all it needs."""
-    own, tensors = model.state_dict(), unfold_scales(tensors, model)
-    wanted_by = f"the model {metadata['model']!r}" if "model" in metadata else "another model"
-    for key, value in own.items():
-        if key not in tensors:
+    Raises:
+        CheckpointError: As :func:`load_weights`.
+    """
+    file = read_file(path)
+    tensors, named = unfold_scales(file.tensors, model), repr(str(file.path))
+    wanted_by = f"the model {file.metadata['model']!r}" if "model" in file.metadata else "another model"
+    own, misfit = model.state_dict(), compare_weights(tensors, model)
+    for key in own:
+        if key in misfit.missing:
             if key.startswith("decoder."):
-                raise CheckpointError(f"{str(path)!r} holds no decoder: make the model without decoder=True")
-            raise CheckpointError(f"{str(path)!r} holds weights of {wanted_by}: it lacks {key!r}")
-        if tensors[key].shape != value.shape:
+                raise CheckpointError(f"{named} holds no decoder: make the model without decoder=True")
+            raise CheckpointError(f"{named} holds weights of {wanted_by}: it lacks {key!r}")
+        if key in misfit.reshaped:
             raise CheckpointError(
-                f"{str(path)!r} holds weights of {wanted_by}: {key!r} has shape {tuple(tensors[key].shape)}, this "
-                f"model needs {tuple(value.shape)} (other num_classes, in_chans, img_size or architecture)"
+                f"{named} holds weights of {wanted_by}: {key!r} has shape {tuple(tensors[key].shape)}, this "
+                f"model needs {tuple(own[key].shape)} (other num_classes, in_chans, img_size or architecture)"
             )
-        if tensors[key].dtype not in _WEIGHT_TYPES:
+        if key in misfit.mistyped:
             raise CheckpointError(
-                f"{str(path)!r} holds {key!r} as {tensors[key].dtype}, no type of weights: use another checkpoint"
+                f"{named} holds {key!r} as {tensors[key].dtype}, no type of weights: use another checkpoint"
             )
-    for key in tensors:
-        if key not in own and not key.startswith("decoder."):
-            raise CheckpointError(f"{str(path)!r} holds weights of {wanted_by}: this model has no {key!r}")
+    for key in misfit.unknown:
+        raise CheckpointError(f"{named} holds weights of {wanted_by}: this model has no {key!r}")
     return {key: value for key, value in tensors.items() if key in own}
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Names of the tensors by which weights and a model differ, in their order.
+
+    Attributes:
+        missing: Those that the model has and the weights have not.
+        unknown: Those of the weights that the model has not, a decoder's left out.
+        reshaped: Those of another shape.
+        mistyped: Those whose values the model cannot take: of no floating-point type, or for a buffer of integers not
+            of its own type.
+    """
+
+    missing: list[str]
+    unknown: list[str]
+    reshaped: list[str]
+    mistyped: list[str]
+
+
+def compare_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> Misfit:
+    """Say in what weights differ from those that a model holds: the one place that decides whether they fit."""
+    own = model.state_dict()
+    shared = {key: (tensors[key], value) for key, value in own.items() if key in tensors}
+    return Misfit(
+        missing=[key for key in own if key not in tensors],
+        unknown=[key for key in tensors if key not in own and not key.startswith("decoder.")],
+        reshaped=[key for key, (given, value) in shared.items() if given.shape != value.shape],
+        mistyped=[
+            key
+            for key, (given, value) in shared.items()
+            if given.dtype not in (_WEIGHT_TYPES if value.is_floating_point() else (value.dtype,))
+        ],
+    )
+
+
+def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Collection[str]) -> dict[str, Tensor]:
+    """Fit weights to a model of other classes, channels or image size; keep all that can be kept.
+
+    What has another shape keeps the model's own initialisation, and a log line says so. The bias of the classifier
+    and the first convolution are left to timm, which drops the one and adapts the other.
+
+    Args:
+        state_dict: The weights.
+        model: The model, with `decoder` a module or None.
+        may_differ: Names of the weights whose shape may be another one in this model.
+
+    Raises:
+        ValueError: If the weights are those of another architecture.
+    """
+    cfg = model.pretrained_cfg
+    says = f"these weights do not fit {cfg['architecture']!r}"
+    left_to_timm = (f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.bias")
+    own, misfit = model.state_dict(), compare_weights(state_dict, model)
+    for key in misfit.unknown:
+        if model.num_classes or not key.startswith(f"{cfg['classifier']}."):
+            raise ValueError(f"{says}: it has no {key!r}")
+    for key in misfit.reshaped:
+        if key not in may_differ:
+            raise ValueError(
+                f"{says}: {key!r} has shape {tuple(state_dict[key].shape)}, the model needs {tuple(own[key].shape)}"
+            )
+    for key in misfit.missing:
+        if not key.startswith("decoder."):
+            raise ValueError(f"{says}: they lack {key!r}")
+    fresh = [key for key in misfit.reshaped if key not in left_to_timm] + misfit.missing
+    if fresh:
+        _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
+    kept = {key: value for key, value in state_dict.items() if key in own or key in misfit.unknown}
+    return {**kept, **{key: own[key] for key in fresh}}

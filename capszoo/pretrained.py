@@ -7,14 +7,15 @@ the models check it here before timm reads it. Files of users have no entry, and
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from timm.models import resolve_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
+
+from .checkpoint import fit_weights
 
 __all__ = [
     "check_shipped",
@@ -26,8 +27,6 @@ __all__ = [
     "shipped_cfgs",
     "weights_path",
 ]
-
-_logger = logging.getLogger(__name__)
 
 # Inside the package, so that a wheel has them and loading needs no network.
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -199,47 +198,3 @@ def check_shipped(
         f"the shipped weights {name!r} are damaged: {str(path)!r} has sha256 {found[:16]}..., not {expected[:16]}...: "
         f"install capszoo anew"
     )
-
-
-def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Collection[str]) -> dict[str, Tensor]:
-    """Fit weights to a model of other classes, channels or image size; keep all that can be kept.
-
-    What has another shape keeps the model's own initialisation, and a log line says so. The bias of the classifier
-    and the first convolution are left to timm, which drops the one and adapts the other.
-
-    Args:
-        state_dict: The weights.
-        model: The model, with `decoder` a module or None.
-        may_differ: Names of the weights whose shape may be another one in this model.
-
-    Raises:
-        ValueError: If the weights are those of another architecture.
-    """
-    cfg = model.pretrained_cfg
-    misfit = f"these weights do not fit {cfg['architecture']!r}"
-    left_to_timm = (f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.bias")
-    own = model.state_dict()
-    out, fresh = {}, []
-    for key, value in state_dict.items():
-        if key.startswith("decoder.") and model.decoder is None:
-            continue
-        if key not in own and not (model.num_classes == 0 and key.startswith(f"{cfg['classifier']}.")):
-            raise ValueError(f"{misfit}: it has no {key!r}")
-        if key in own and value.shape != own[key].shape:
-            if key not in may_differ:
-                raise ValueError(
-                    f"{misfit}: {key!r} has shape {tuple(value.shape)}, the model needs {tuple(own[key].shape)}"
-                )
-            if key not in left_to_timm:
-                value = own[key]
-                fresh.append(key)
-        out[key] = value
-    for key in own:
-        if key not in out:
-            if not key.startswith("decoder."):
-                raise ValueError(f"{misfit}: they lack {key!r}")
-            out[key] = own[key]
-            fresh.append(key)
-    if fresh:
-        _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
-    return out

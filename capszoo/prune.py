@@ -33,11 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .costs import model_info
 from .engine.task import Normalization, class_to_reconstruct
 from .layers import ClassCaps, DynamicRouting, ScaledConv2d, capsule_lengths, squash
 from .losses import margin_loss, present_classes, reconstruction_loss
 from .models import CapsNet
-from .registry import create_model, model_info
+from .registry import create_model
 
 __all__ = ["PARTS", "SCORES", "Cost", "PruneReport", "cost", "count_parts", "prune", "scores", "target_counts"]
 

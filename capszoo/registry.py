@@ -1,48 +1,40 @@
 """Create models by name and ask what there is."""
 
 import difflib
+import functools
 import inspect
 import json
-import math
-import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
-import numpy as np
 import timm
-import torch
 from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint, resolve_model_input_args
 from timm.models import is_model as timm_is_model
 from timm.utils.model import unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
-from . import models
+from . import models  # noqa: F401  (registers the models)
 from ._version import __version__
-from .checkpoint import check_weights, load_weights, read_metadata, save_weights
+from .arguments import check_value
+from .checkpoint import WeightsFile, check_weights, load_weights, read_file, save_weights
 from .errors import CheckpointError, WriteError, first_line
-from .layers import set_fused_routing
 
 __all__ = [
-    "ModelInfo",
     "check_arguments",
     "create_model",
+    "family_of",
     "is_model",
     "list_models",
     "list_pretrained",
     "load_model",
     "model_header",
-    "model_info",
     "model_keywords",
     "save_model",
 ]
 
-# timm's registry keys models by the last part of the module's name, and counts model families of its own too.
-_FAMILIES = {"capsnet": models.CapsNet, "cnn_baseline": models.CNNBaseline}
 
 # Keywords that timm takes for any model, beside those of the model's constructor.
 _TIMM_KEYWORDS = {
@@ -61,16 +53,6 @@ _TIMM_KEYWORDS = {
 # Of a model that a config.json describes: before its weights are read, nothing else bounds what it asks for.
 _MAX_DESCRIBED = 1 << 28
 
-# What an argument takes, by the types that annotations name.
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    torch.device: "a device",
-    torch.dtype: "a floating-point torch.dtype",
-}
-
 
 def list_models(
     filter: str | list[str] = "", pretrained: bool = False, exclude_filters: str | list[str] = ""
@@ -82,7 +64,28 @@ def list_models(
         pretrained: Only models whose weights are shipped, with their tags.
         exclude_filters: Wildcards that a name must not match.
     """
-    return timm.list_models(filter, module=list(_FAMILIES), pretrained=pretrained, exclude_filters=exclude_filters)
+    names = timm.list_models(filter, pretrained=pretrained, exclude_filters=exclude_filters)
+    return [name for name in names if family_of(name) is not None]
+
+
+def family_of(name: str) -> type[nn.Module] | None:
+    """The class of a model that is registered with timm and keeps the contract of :mod:`capszoo.contract`, else None.
+
+    Whoever registered it: the return annotation of its entrypoint names the class.
+
+    Args:
+        name: Name of a model, with or without a tag.
+    """
+    arch = name.split(".")[0]
+    return _family(model_entrypoint(arch)) if timm_is_model(arch) else None
+
+
+@functools.cache
+def _family(entrypoint: Callable[..., Any]) -> type[nn.Module] | None:
+    returned = entrypoint.__annotations__.get("return")
+    if isinstance(returned, str):  # as under `from __future__ import annotations`
+        returned = entrypoint.__globals__.get(returned)
+    return returned if isinstance(returned, type) and hasattr(returned, "arguments") else None
 
 
 def list_pretrained(filter: str | list[str] = "", exclude_filters: str | list[str] = "") -> list[str]:
@@ -96,7 +99,7 @@ def is_model(name: str) -> bool:
 
 
 def create_model(
-    name: str, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
+    name: str, pretrained: bool = False, checkpoint_path: str | Path | WeightsFile | None = None, **kwargs: Any
 ) -> nn.Module:
     """Create a capsule network by name, as `timm.create_model` does, with errors that say what to do.
 
@@ -104,7 +107,8 @@ def create_model(
         name: Such as `"capsnet_ws"`, `"capsnet_ws.mnist"` (with the tag of its weights), `"local-dir:FOLDER"` or
             `"hf-hub:OWNER/NAME"`.
         pretrained: Load the weights that belong to the name.
-        checkpoint_path: Load this safetensors file instead, such as the `best.safetensors` of a run.
+        checkpoint_path: Load this safetensors file instead, such as the `best.safetensors` of a run, or what
+            :func:`capszoo.checkpoint.read_file` gave of it.
         **kwargs: `num_classes`, `in_chans`, `img_size`, `decoder`, `num_routing` and others, see
             :class:`capszoo.models.CapsNet`; `features_only` and other keywords of timm.
 
@@ -128,6 +132,7 @@ def create_model(
     try:
         if checkpoint_path is not None:
             # Without memory for the weights first: `kwargs` may come from the file, and ask for more than it holds.
+            checkpoint_path = read_file(checkpoint_path)
             check_weights(timm.create_model(name, **{**kwargs, "device": "meta"}), checkpoint_path)
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except ValueError:
@@ -203,14 +208,15 @@ def model_header(model: nn.Module, /, **metadata: Any) -> dict[str, Any]:
     return {"capszoo_version": __version__, "model": name, "model_args": arguments, **normalisation, **metadata}
 
 
-def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
+def load_model(path: str | Path | WeightsFile, **kwargs: Any) -> nn.Module:
     """Make the model that a file of :func:`save_model` or a checkpoint of the recipes holds, and load it.
 
     Weights become float32, whatever dtype they have in the file, unless `dtype` is given. What the header says of the
     `mean` and `std` of the images goes into the model's `pretrained_cfg`.
 
     Args:
-        path: A safetensors file such as `runs/NAME/best.safetensors`, whose header says what model it holds.
+        path: A safetensors file such as `runs/NAME/best.safetensors`, whose header says what model it holds, or what
+            :func:`capszoo.checkpoint.read_file` gave of it.
         **kwargs: Keywords of :func:`create_model` that take the place of the header's, such as `decoder=False` or
             `dtype=torch.float16`.
 
@@ -218,13 +224,14 @@ def load_model(path: str | Path, **kwargs: Any) -> nn.Module:
         CheckpointError: If the file is missing or damaged, its header names no model, or `img_size` is another one
             than that of single capsules that the model keeps.
     """
-    header = read_metadata(path)
+    file = read_file(path)
+    path, header = file.path, file.metadata
     if "model" not in header:
         raise CheckpointError(
             f"{str(path)!r} does not say what model it holds: use create_model(NAME, checkpoint_path=)"
         )
     try:
-        return _load_model(path, header["model"], header_arguments(path, header["model"], header), kwargs)
+        return _load_model(file, header["model"], header_arguments(path, header["model"], header), kwargs)
     except CheckpointError:
         raise
     except Exception as error:  # what a file says of its model may be anything
@@ -259,16 +266,16 @@ def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dic
         raise CheckpointError(f"{str(path)!r} was made with arguments that cannot be used: {error}") from None
 
 
-def _load_model(path: str | Path, name: str, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+def _load_model(file: WeightsFile, name: str, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
     kwargs = check_arguments(name, kwargs)
     # The shapes may agree all the same, and every kept capsule would then look at another place of the image.
     size, wanted = (to_2tuple(values.get("img_size") or 28) for values in (model_args, {**model_args, **kwargs}))
     if model_args.get("keep_capsules") and tuple(size) != tuple(wanted):
         raise CheckpointError(
-            f"{str(path)!r} keeps single capsules of images of {size[0]}x{size[1]}: leave out "
+            f"{str(file.path)!r} keeps single capsules of images of {size[0]}x{size[1]}: leave out "
             f"img_size={kwargs['img_size']}"
         )
-    return create_model(name, checkpoint_path=path, **{**model_args, **kwargs})
+    return create_model(name, checkpoint_path=file, **{**model_args, **kwargs})
 
 
 def _check_source(name: str, cache_dir: str | Path | None) -> str:
@@ -325,8 +332,7 @@ def _annotations(name: str, cache_dir: str | Path | None = None) -> dict[str, An
     if ":" in name:
         name = _check_source(name, cache_dir)
     _check_name(name)
-    family = _FAMILIES[model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]]
-    parameters = inspect.signature(family, eval_str=True).parameters
+    parameters = inspect.signature(family_of(name), eval_str=True).parameters
     return {key: parameter.annotation for key, parameter in parameters.items()}
 
 
@@ -350,7 +356,7 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     checked = dict(kwargs)
     for key, value in kwargs.items():
         if key in annotations:
-            checked[key] = _check_value(key, value, annotations[key])
+            checked[key] = check_value(key, value, annotations[key])
         elif key not in _TIMM_KEYWORDS:
             known = sorted(annotations)
             near = difflib.get_close_matches(key, known, n=1)
@@ -359,132 +365,10 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _check_value(key: str, value: Any, annotation: Any) -> Any:
-    """Return an argument as Python's own numbers, lists and text, if it is what the annotation says."""
-    plain = _plain(value)
-    if plain is None or _is_kind(plain, annotation):
-        return plain
-    try:
-        shown = " ".join(reprlib.repr(value).split())  # arrays take lines
-    except ValueError:
-        shown = "(thousands of digits)"
-    numbers = _numbers(value) if isinstance(value, str) else []
-    meant = [item for item in ([*numbers, numbers] if len(numbers) == 1 else [numbers]) if _is_kind(item, annotation)]
-    hint = f", {key}={meant[0]}" if numbers and meant else ""
-    raise ValueError(f"{key}={shown} is not possible: give {_describe(annotation)}{hint}")
+def __getattr__(name: str) -> Any:
+    """`model_info` and `ModelInfo`, which were here before they had a module of their own."""
+    if name in ("ModelInfo", "model_info"):
+        from . import costs
 
-
-def _plain(value: Any) -> Any:
-    """Numbers and sequences, those of numpy and torch too, as Python's own numbers and lists; the rest as it is."""
-    if isinstance(value, (np.ndarray, np.generic, Tensor)):
-        return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _is_kind(value: Any, annotation: Any) -> bool:
-    """Whether a value, as `_plain` gives it, is of the type that an annotation names."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return any(_is_kind(value, kind) for kind in inner)
-    if origin is tuple and inner[-1] is not Ellipsis:
-        return type(value) is list and len(value) == len(inner) and all(map(_is_kind, value, inner))
-    if origin in (tuple, list, Sequence):
-        return type(value) is list and all(_is_kind(item, inner[0]) for item in value)
-    if annotation is float:
-        return _is_kind(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is torch.device:  # a number is that of a GPU
-        return isinstance(value, torch.device) or _is_kind(value, int)
-    if annotation is torch.dtype:
-        return value is float or (isinstance(value, torch.dtype) and value.is_floating_point)
-    return isinstance(value, annotation)
-
-
-def _describe(annotation: Any) -> str:
-    """What an annotation says that an argument takes, in words."""
-    origin, inner = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
-    if origin in (Union, UnionType):
-        return " or ".join(map(_describe, inner))
-    if origin in (tuple, list, Sequence):
-        count = f"{len(inner)} " if origin is tuple and inner[-1] is not Ellipsis else ""
-        return f"a list of {count}{_describe(inner[0]).removeprefix('a ')}s"
-    return _KINDS[annotation]
-
-
-def _numbers(text: str) -> list[int | float]:
-    """The numbers that a text such as '(20, 32)', '20x32' or '1e-3' stands for; none if it is anything else."""
-    try:
-        return [int(word) if word.isdecimal() else float(word) for word in re.split("[ ,x]+", text.strip("[( )]"))]
-    except ValueError:
-        return []
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a model weighs.
-
-    Attributes:
-        name: Name of the model.
-        parameters: Number of trainable values.
-        macs: Multiply-accumulate operations of one forward pass of one image.
-        input_size: (C, H, W) of the images.
-        weights: Names of the shipped weights.
-    """
-
-    name: str
-    parameters: int
-    macs: int
-    input_size: tuple[int, int, int]
-    weights: tuple[str, ...]
-
-
-def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
-    """Count the parameters and the work of a model.
-
-    Args:
-        model: A name, or a model made by `create_model`.
-        **kwargs: Keywords of `create_model`, where a name is given.
-    """
-    # Not at the top: where Triton is not installed, its import logs a warning that helps nobody.
-    from torch.utils.flop_counter import FlopCounterMode
-
-    if isinstance(model, str):
-        model = create_model(model, device="meta", **kwargs)
-    name = model.pretrained_cfg["architecture"]
-    input_size = (model.in_chans, *model.img_size)
-    parameter = next(model.parameters())
-    image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
-    was_training = model.training
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.capszoo.dynamic_routing: _routing_flops})
-    model.eval()
-    try:
-        with set_fused_routing(True), torch.no_grad(), counter:
-            model(image)
-    finally:
-        model.train(was_training)
-    weights = list_pretrained(name) if timm_is_model(name) else []
-    return ModelInfo(
-        name=name,
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        macs=counter.get_total_flops() // 2,
-        input_size=input_size,
-        weights=tuple(weights),
-    )
-
-
-def _routing_flops(
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    bias_shape: Sequence[int],
-    num_iters: int,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Two operations for every multiply-accumulate of the votes, the agreements and the weighted sums of votes."""
-    B, I, K = x_shape  # noqa: E741
-    _, _, J, D = weight_shape
-    return 2 * B * I * J * D * (K + (num_iters - 1) + num_iters)
+        return getattr(costs, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

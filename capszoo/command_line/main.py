@@ -18,11 +18,12 @@ import torch
 
 from capszoo import __version__
 from capszoo.command_line import OptionParser, UsageError, run, unknown_name
+from capszoo.costs import model_info
 from capszoo.kernels import ops
 from capszoo.layers import use_fused_routing
 from capszoo.precision import resolve_amp
 from capszoo.pretrained import read_table
-from capszoo.registry import create_model, is_model, list_models, list_pretrained, model_info
+from capszoo.registry import create_model, is_model, list_models, list_pretrained
 
 __all__ = ["main", "routing_backend"]
 

@@ -1,0 +1,80 @@
+"""What a model weighs, and the work of a forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import is_model as timm_is_model
+from torch import nn
+
+from .layers import set_fused_routing
+from .registry import create_model, list_pretrained
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model weighs.
+
+    Attributes:
+        name: Name of the model.
+        parameters: Number of trainable values.
+        macs: Multiply-accumulate operations of one forward pass of one image.
+        input_size: (C, H, W) of the images.
+        weights: Names of the shipped weights.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    input_size: tuple[int, int, int]
+    weights: tuple[str, ...]
+
+
+def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
+    """Count the parameters and the work of a model.
+
+    Args:
+        model: A name, or a model made by `create_model`.
+        **kwargs: Keywords of `create_model`, where a name is given.
+    """
+    # Not at the top: where Triton is not installed, its import logs a warning that helps nobody.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if isinstance(model, str):
+        model = create_model(model, device="meta", **kwargs)
+    name = model.pretrained_cfg["architecture"]
+    input_size = (model.in_chans, *model.img_size)
+    parameter = next(model.parameters())
+    image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
+    was_training = model.training
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.capszoo.dynamic_routing: _routing_flops})
+    model.eval()
+    try:
+        with set_fused_routing(True), torch.no_grad(), counter:
+            model(image)
+    finally:
+        model.train(was_training)
+    weights = list_pretrained(name) if timm_is_model(name) else []
+    return ModelInfo(
+        name=name,
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        macs=counter.get_total_flops() // 2,
+        input_size=input_size,
+        weights=tuple(weights),
+    )
+
+
+def _routing_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int],
+    num_iters: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Two operations for every multiply-accumulate of the votes, the agreements and the weighted sums of votes."""
+    B, I, K = x_shape  # noqa: E741
+    _, _, J, D = weight_shape
+    return 2 * B * I * J * D * (K + (num_iters - 1) + num_iters)
