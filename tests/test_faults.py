@@ -1,4 +1,4 @@
-"""What machines do to a training run. README.md has a table of these faults; each row names a test."""
+"""What machines do to a training run. docs/faults.md has a table of these faults; each row names a test."""
 
 import argparse
 import errno
@@ -665,7 +665,7 @@ def test_restarts_need_a_folder_that_is_named(monkeypatch, recipe):
 
 
 def test_table_of_faults_names_tests():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "faults.md").read_text()
     rows = re.findall(r"^\| .*\| `(test_\w+)`(?:, `(test_\w+)`)? \|$", text, re.MULTILINE)
     named = {name for row in rows for name in row if name}
     code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
