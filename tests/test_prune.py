@@ -1,6 +1,7 @@
 """Pruning: what is left computes what the whole computes with the rest held at zero; scores find what matters."""
 
 import copy
+import inspect
 import json
 import shutil
 import warnings
@@ -660,7 +661,10 @@ def test_onnx(kind, dynamo, tmp_path):
     path = str(tmp_path / "model.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), path, dynamo=dynamo, verbose=False)
+        # The newer exporter of torch 2.7 does not say that it runs.
+        says_so = "_is_onnx_exporting" in inspect.getsource(torch.onnx.is_in_onnx_export)
+        with capszoo.set_fused_routing(says_so or not dynamo):
+            torch.onnx.export(model, (x,), path, dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=0, atol=1e-5)

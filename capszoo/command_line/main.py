@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in RECIPES:
         # The outermost layer of all: what it runs must not be imported before it is asked for.
-        recipe = importlib.import_module(f"{__package__}.recipes.{argv[0]}")
+        recipe = importlib.import_module(f"capszoo.recipes.{argv[0]}")
         return recipe.main(argv[1:])
     if argv and not argv[0].startswith("-"):
         known = ["list", "info", "doctor", *RECIPES]
