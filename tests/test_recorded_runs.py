@@ -44,7 +44,9 @@ def run_policy(policy):
     """Hashes of the steps and of the weights of a short run."""
     args = options_from({**OPTIONS, "policy": policy, **OF_POLICY.get(policy, {})})
     data = load_splits(args)
-    data.train.images, data.train.labels = data.train.images[:200], data.train.labels[:200]
+    # Images of their own: those of digits are resized, and versions of torch round differently.
+    data.train.images = (torch.arange(200 * 28 * 28) * 7919 % 251).to(torch.uint8).view(200, 1, 28, 28)
+    data.train.labels = data.train.labels[:200]
     steps = hashlib.sha256()
     trainer = make_trainer(args, data, torch.device("cpu"))
 
