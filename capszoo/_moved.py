@@ -1,11 +1,12 @@
-"""Modules that had another name: importing the old one gives the new one."""
+"""Modules and names that were elsewhere: importing the old one gives the new one."""
 
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 _MOVED = {
     "capszoo.cli": "capszoo.command_line.main",
@@ -17,6 +18,27 @@ _MOVED = {
     "capszoo.training": "capszoo.engine.options",
     "capszoo.watch": "capszoo.engine.watch",
 }
+
+# By the module that had them: names, and the module that has them now.
+_NAMES = {
+    "capszoo.checkpoint": dict.fromkeys(("load_state", "save_state"), "capszoo.engine.run_state"),
+    "capszoo.command_line": {
+        **dict.fromkeys(("check_ranges", "create_optimizer", "policy_from"), "capszoo.engine.options"),
+        **dict.fromkeys(("check_folder", "hold_folder", "start_folder"), "capszoo.engine.run_folder"),
+    },
+    "capszoo.registry": dict.fromkeys(("ModelInfo", "model_info"), "capszoo.costs"),
+}
+
+
+def getter(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module some of whose names have moved to modules that import it."""
+
+    def get(name: str) -> Any:
+        if name not in _NAMES[module]:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_NAMES[module][name]), name)
+
+    return get
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

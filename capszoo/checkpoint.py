@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import _moved
 from .errors import CheckpointError, UnreadableError, WriteError, first_line
 from .files import write_atomically
 from .layers import unfold_scales
@@ -304,3 +305,6 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
         _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
     kept = {key: value for key, value in state_dict.items() if key in own or key in misfit.unknown}
     return {**kept, **{key: own[key] for key in fresh}}
+
+
+__getattr__ = _moved.getter(__name__)

@@ -16,7 +16,7 @@ from timm.models import is_model as timm_is_model
 from timm.utils.model import unwrap_model
 from torch import nn
 
-from . import models  # noqa: F401  (registers the models)
+from . import _moved, models  # noqa: F401  (registers the models)
 from ._version import __version__
 from .arguments import check_value
 from .checkpoint import WeightsFile, check_weights, load_weights, read_file, save_weights
@@ -365,10 +365,4 @@ def check_arguments(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def __getattr__(name: str) -> Any:
-    """`model_info` and `ModelInfo`, which were here before they had a module of their own."""
-    if name in ("ModelInfo", "model_info"):
-        from . import costs
-
-        return getattr(costs, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _moved.getter(__name__)

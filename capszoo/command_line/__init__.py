@@ -1,5 +1,6 @@
 """Command lines: options, signals, results and errors of the recipes."""
 
+from capszoo import _moved
 from capszoo.errors import UsageError, unknown_name
 from capszoo.errors import first_line as format_error
 from capszoo.files import check_kinds, read_json, read_rows, read_yaml
@@ -32,3 +33,5 @@ __all__ = [
     "run",
     "unknown_name",
 ]
+
+__getattr__ = _moved.getter(__name__)

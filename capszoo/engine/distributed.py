@@ -25,7 +25,7 @@ __all__ = ["ALONE", "Ranks", "RanksError", "is_lost_connection", "join_ranks", "
 _TIMEOUT = timedelta(minutes=10)
 _LONG_TIMEOUT = timedelta(hours=12)
 # Ranks ask each other so often whether one of them shall stop; each question waits for the slowest.
-_STEPS_BETWEEN_QUESTIONS = 10
+STEPS_BETWEEN_QUESTIONS = 10
 # Where processes meet that do not work at the same pace.
 _store: dist.Store | None = None
 
@@ -123,7 +123,7 @@ class StopVote:
         pace, self._last_question = now - self._last_question, now
         answers = torch.tensor([float(should_stop()), pace / self._steps_asked], device=self.device)
         stop, seconds = self.ranks.max_(answers).tolist()
-        self._steps_asked = self._steps_to_question = max(1, min(_STEPS_BETWEEN_QUESTIONS, int(1 / max(seconds, 1e-9))))
+        self._steps_asked = self._steps_to_question = max(1, min(STEPS_BETWEEN_QUESTIONS, int(1 / max(seconds, 1e-9))))
         return bool(stop)
 
 

@@ -12,6 +12,8 @@ from capszoo.errors import TrainingError
 from capszoo.layers import PrimaryCaps, capsule_lengths
 from capszoo.precision import autocast
 
+from .distributed import STEPS_BETWEEN_QUESTIONS
+
 if TYPE_CHECKING:
     from .trainer import Trainer
 
@@ -19,8 +21,6 @@ _logger = logging.getLogger(__name__)
 
 # On a GPU, where it means waiting, losses are looked at after so many steps; on a CPU after each.
 _STEPS_BETWEEN_CHECKS = 50
-# On a CPU with several ranks, where it means waiting for the slowest.
-_STEPS_BETWEEN_QUESTIONS = 10
 # So many steps left out one after the other are not bad luck.
 _MOST_SKIPPED_IN_A_ROW = 100
 # A gradient that overflows at such a scale is not one that float16 will ever hold.
@@ -82,7 +82,7 @@ class Watch:
     def __init__(self, trainer: "Trainer"):
         self.trainer = trainer
         device = trainer.device
-        looks = _STEPS_BETWEEN_QUESTIONS if trainer.ranks.count > 1 else 1
+        looks = STEPS_BETWEEN_QUESTIONS if trainer.ranks.count > 1 else 1
         # Losses of the steps since the last look at them.
         self._recent = torch.zeros(looks if device.type == "cpu" else _STEPS_BETWEEN_CHECKS, device=device)
         self._unseen = 0
