@@ -297,7 +297,7 @@ class Run:
         if not (folder / "round.json").exists():
             save_weights(folder / "best.safetensors", model, self.header(model, 0))
             measured = self.validate(capszoo.load_model(folder / "best.safetensors").to(self.device))
-            write_json(folder / "round.json", self.row(0, model, measured.top1, measured.margin_loss))
+            write_json(folder / "round.json", self.row(0, model, measured.top1, measured.loss))
         self.add_row(0)
 
     def train(self) -> bool:
@@ -322,7 +322,7 @@ class Run:
             batches = list(scored_images(self.args, self.data, self.device, number))
             model = prune_once(model, self.plan[number - 1], self.args.score, batches)
             measured = self.validate(model)
-            before = {"top1": measured.top1, "loss": measured.margin_loss}
+            before = {"top1": measured.top1, "loss": measured.loss}
             save_weights(start, model, {**self.header(model, number), "before": before})
         model = capszoo.load_model(start)
         try:
@@ -407,7 +407,7 @@ class Run:
             "eval_top1": row["val_top1"],
             "test_top1": test.top1,
             **({"test_mean_average_precision": test.mean_average_precision} if self.data.multi_label else {}),
-            "test_margin_loss": test.margin_loss,
+            "test_margin_loss": test.loss,
             "test_reconstruction_error": test.reconstruction_error,
             "total_seconds": sum(row["train_seconds"] for row in self.rows),
             "seed": args.seed,

@@ -173,7 +173,7 @@ def measure(
         "model": name,
         "top1": evaluation.top1,
         **({} if evaluation.confusion is not None else {PRECISION: evaluation.mean_average_precision}),
-        "margin_loss": evaluation.margin_loss,
+        "margin_loss": evaluation.loss,
         "reconstruction_error": evaluation.reconstruction_error,
         "param_count": total - decoder,
         "param_count_with_decoder": total,

@@ -18,7 +18,7 @@ from capszoo.engine.run_state import load_state
 from capszoo.engine.task import CapsuleTask
 from capszoo.engine.warm_up import warm_up
 from capszoo.errors import TrainingError
-from capszoo.losses import margin_loss, reconstruction_loss
+from capszoo.losses import MarginLoss, margin_loss, reconstruction_loss
 from capszoo.policies import create_policy
 from capszoo.precision import resolve_amp
 
@@ -149,6 +149,88 @@ def test_training_of_several_classes(few, tmp_path):
     capszoo.checkpoint.load_weights(trainer.task.model, tmp_path / "best.safetensors")
     measured = evaluate(trainer.task.model, Loader(val, 20, "cpu"))
     assert best["eval_top1"] == measured.top1 and best["eval_loss"] == pytest.approx(measured.margin_loss, rel=1e-6)
+
+
+def test_the_run_is_evaluated_by_its_own_criterion(few, tmp_path):
+    trainer = make_trainer(few, tmp_path, epochs=2)
+    trainer.task.criterion = MarginLoss(m_plus=0.6, m_minus=0.3)
+    assert trainer.fit()
+    capszoo.checkpoint.load_weights(trainer.task.model, tmp_path / "best.safetensors")
+    loader = Loader(few[1], len(few[1]), "cpu")
+    ((images, labels),) = loader
+    with torch.no_grad():
+        own = float(trainer.task.criterion(trainer.task.model.eval()(images), labels))
+    assert trainer.best["eval_loss"] == pytest.approx(own, rel=1e-5)
+    assert evaluate(trainer.task, loader).loss == pytest.approx(own, rel=1e-5)
+    by_default = evaluate(trainer.task.model, loader).loss
+    assert by_default == pytest.approx(float(margin_loss(trainer.task.model(images), labels)), rel=1e-5)
+    assert abs(by_default - own) > 0.01
+
+
+class WithBatchNorm(torch.nn.Module):
+    """A family of somebody else's: a stem with BatchNorm, and scores that are no lengths."""
+
+    num_classes, in_chans, img_size = 10, 1, (28, 28)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 9, stride=4), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        self.fc = torch.nn.Linear(100, 10)
+
+    def arguments(self):
+        return {}
+
+    def forward_features(self, x):
+        return self.stem(x)
+
+    def forward_head(self, x):
+        return self.fc(x.flatten(1)).sigmoid()
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def make_trainer_with_batch_norm(splits, folder=None, **kwargs):
+    torch.manual_seed(0)
+    model = WithBatchNorm()
+    policy = create_policy("fixed", lr=1e-3, batch_size=16, epochs=2, num_images=len(splits[0]))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    task = CapsuleTask(model, verbose=False)
+    return Trainer(task, optimizer, policy, *splits, folder=folder, **kwargs)
+
+
+def test_networks_with_batch_norm_load_back(few, tmp_path):
+    trainer = make_trainer_with_batch_norm(few, tmp_path)
+    assert trainer.fit() and trainer.best["eval_loss"] is not None
+    model = WithBatchNorm()
+    checkpoint.load_weights(model, tmp_path / "last.safetensors")
+    assert_same_bits(model.state_dict(), weights(trainer))
+    assert model.stem[1].num_batches_tracked == 8
+
+
+def test_steps_left_out_leave_the_statistics_of_batch_norm(few):
+    trainer = make_trainer_with_batch_norm(few, nonfinite="skip")
+    images, labels = next(iter(Loader(few[0], 16, "cpu")))
+    trainer.task.train()
+    before = weights(trainer)
+    trainer.step(torch.full_like(images, torch.nan), labels, 1e-3, 16, 16)
+    assert trainer.step.skipped == 1
+    assert_same_bits(weights(trainer), before)
+    trainer.step(images, labels, 1e-3, 16, 16)
+    assert trainer.task.model.stem[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "kwargs, match",
+    [
+        ({"micro_batch": 8}, "--micro-batch 8 would give BatchNorm the statistics of parts"),
+        ({"ranks": Ranks(0, 2)}, "cannot be shared by 2 processes on CPUs"),
+        ({"ranks": Ranks(0, 3), "device": "meta"}, "the last batch of an epoch has 2 of 16 images"),
+    ],
+)
+def test_batch_norm_is_refused_where_batches_are_computed_in_parts(few, kwargs, match):
+    with pytest.raises(TrainingError, match=match):
+        make_trainer_with_batch_norm(few, **kwargs)
 
 
 def test_evaluate_without_decoder_or_images(digits):

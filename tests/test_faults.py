@@ -56,6 +56,8 @@ class PoisonedLoss(nn.Module):
         self.loss = MarginLoss()
 
     def forward(self, lengths, target):
+        if not torch.is_grad_enabled():  # an evaluation
+            return self.loss(lengths, target)
         self.calls += 1
         loss = self.loss(lengths, target)
         if self.calls not in self.bad:

@@ -15,7 +15,7 @@ from capszoo.pretrained import image_statistics
 
 from .distributed import ALONE, Ranks
 from .metrics import average_precision, right_answers, shows
-from .task import Normalization
+from .task import CapsuleTask, Normalization
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Evaluation:
         top1: Fraction of images whose longest class capsule is the right one. Where labels are weights of the classes,
             the exact-match accuracy: the fraction of images of which just the classes present are predicted, see
             :mod:`capszoo.engine.metrics`.
-        margin_loss: Mean margin loss.
+        loss: Mean over images of the criterion that was trained with, the margin loss if none is known.
         reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
             capsule; None without decoder.
         confusion: Counts ``[J, J]``, true class by predicted class; None where labels are weights of the classes.
@@ -37,12 +37,17 @@ class Evaluation:
     """
 
     top1: float
-    margin_loss: float
+    loss: float
     reconstruction_error: float | None
     confusion: Tensor | None
     class_confusion: Tensor | None = None
     average_precision: Tensor | None = None
     mean_average_precision: float | None = None
+
+    @property
+    def margin_loss(self) -> float:
+        """The former name of `loss`."""
+        return self.loss
 
 
 def until_stopped(batches: Iterable[Any], should_stop: Callable[[], bool]) -> Iterator[Any]:
@@ -55,12 +60,13 @@ def until_stopped(batches: Iterable[Any], should_stop: Callable[[], bool]) -> It
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: torch.dtype | None = None, ranks: Ranks = ALONE
+    task: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: torch.dtype | None = None, ranks: Ranks = ALONE
 ) -> Evaluation:
     """Measure a model on labelled images.
 
     Args:
-        model: A capsule network; left in the mode it was in.
+        task: A task, whose criterion is measured; or a model alone, measured by the margin loss. Left in the mode it
+            was in.
         loader: Batches of images ``[B, C, H, W]``, normalised as the model's `pretrained_cfg` says, and labels, class
             indices ``[B]`` or weights of the classes ``[B, J]``, on the model's device.
         amp: Type for autocast.
@@ -69,6 +75,8 @@ def evaluate(
     Raises:
         TrainingError: If there are no images.
     """
+    is_task = isinstance(task, CapsuleTask)
+    model, criterion = (task.get_eval_model(), task.criterion) if is_task else (task, margin_loss)
     if isinstance(loader, Loader):
         check_statistics(model, loader.split)
     device = next(model.parameters()).device
@@ -76,7 +84,7 @@ def evaluate(
     model.eval()
     decoder, normalization = getattr(model, "decoder", None), Normalization(model, device)
     num_classes = model.num_classes
-    # Of the images: margin losses, reconstruction errors, right answers, number.
+    # Of the images: losses, reconstruction errors, right answers, number.
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     multi_label, rows = False, [torch.empty(0, 2 * num_classes, device=device)]
@@ -90,7 +98,7 @@ def evaluate(
             else:
                 capsules, lengths = model.forward_capsules(images)
                 drawn = decoder(capsules, lengths.argmax(dim=1))
-        sums[0] += margin_loss(lengths, labels) * len(labels)
+        sums[0] += criterion(lengths, labels) * len(labels)
         if drawn is not None:
             sums[1] += reconstruction_loss(drawn, normalization.undo(images)) * len(labels)
         sums[2] += right_answers(lengths, labels).sum()
@@ -105,7 +113,7 @@ def evaluate(
     *totals, count = sums.tolist()
     if count == 0:
         raise TrainingError("there are no images to evaluate on")
-    margin, reconstruction, top1 = (total / count for total in totals)
+    loss, reconstruction, top1 = (total / count for total in totals)
     by_class: dict[str, Any] = {}
     if multi_label:
         # One type, whatever that of the scores: a rank without images has none.
@@ -115,7 +123,7 @@ def evaluate(
         ranks.sum_(confusion)
     return Evaluation(
         top1=top1,
-        margin_loss=margin,
+        loss=loss,
         reconstruction_error=None if decoder is None else reconstruction,
         confusion=None if multi_label else confusion.view(num_classes, num_classes).cpu(),
         **by_class,

@@ -286,7 +286,7 @@ def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -
     """
     load_weights(trainer.task.model, trainer.folder / "best.safetensors")
     loader = Loader(data.test, args.eval_batch_size, trainer.device, num_workers=args.workers)
-    test = evaluate(trainer.task.get_eval_model(), until_stopped(loader, trainer.should_stop), trainer.amp)
+    test = evaluate(trainer.task, until_stopped(loader, trainer.should_stop), trainer.amp)
     best = trainer.best
     result = {
         "model": args.model,
@@ -300,7 +300,7 @@ def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -
         "eval_top1": best["eval_top1"],
         "test_top1": test.top1,
         **({"test_mean_average_precision": test.mean_average_precision} if data.multi_label else {}),
-        "test_margin_loss": test.margin_loss,
+        "test_margin_loss": test.loss,
         "test_reconstruction_error": test.reconstruction_error,
         "total_seconds": trainer.position.total_seconds,
         "seed": args.seed,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from capszoo.precision import autocast
 
+from .batch_norm import batch_statistics
 from .distributed import ALONE, Ranks
 from .graphs import CapturedStep, CaptureError
 from .metrics import right_answers
@@ -65,6 +66,7 @@ class TrainingStep:
         self.captured: CapturedStep | None = None
         self._batch_images = 0  # of all ranks together, in the step being taken
         self.skipped = self.skipped_in_a_row = 0
+        self._statistics = batch_statistics(task.model) if skips else []
         self.loss = torch.zeros((), device=device)
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
@@ -109,6 +111,7 @@ class TrainingStep:
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.sums.clone() if self.skips else None
+        statistics = [buffer.clone() for buffer in self._statistics]
         count = len(labels)
         if not count:  # fewer images than ranks: the others still wait for this one's gradients, which are zero
             images, labels = (some.new_zeros(1, *some.shape[1:]) for some in (images, labels))
@@ -127,6 +130,8 @@ class TrainingStep:
             nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.clip_grad)
         if sums is not None and self._skip_step():
             self.sums.copy_(sums)
+            for buffer, before in zip(self._statistics, statistics, strict=True):
+                buffer.copy_(before)
             if self.scaler.is_enabled():  # the scale is not at fault
                 self.scaler.update(self.scaler.get_scale())
         else:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from capszoo.losses import MarginLoss, check_target, reconstruction_loss
 from capszoo.pretrained import image_statistics
 
+from .batch_norm import has_batch_norm
+
 __all__ = ["CapsuleTask", "Normalization", "class_to_reconstruct"]
 
 
@@ -67,7 +69,7 @@ class _CapsuleForward(nn.Module):
         self.model = model
 
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.model.decoder is None:
+        if getattr(self.model, "decoder", None) is None:
             return self.model(input), None
         capsules, scores = self.model.forward_capsules(input)
         return scores, self.model.decoder(capsules, class_to_reconstruct(scores, target))
@@ -108,7 +110,7 @@ class CapsuleTask(TrainingTask):
         verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        if not hasattr(model, "decoder"):
+        if not (hasattr(model, "decoder") or hasattr(model, "arguments")):
             raise ValueError(f"{type(model).__name__} is no capsule network: CapsuleTask needs a model of capszoo")
         if getattr(criterion, "reduction", None) == "none":
             raise ValueError(f"{type(criterion).__name__} has reduction='none': training needs a scalar, give 'mean'")
@@ -127,10 +129,10 @@ class CapsuleTask(TrainingTask):
         from torch.nn.parallel import DistributedDataParallel
 
         # Ranks may take unequal numbers of forward passes, and buffers that no training changes need not travel.
-        changing = any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trainable_module.modules()
-        )
+        changing = has_batch_norm(self.trainable_module)
         ddp_kwargs.setdefault("broadcast_buffers", changing)
+        if changing and device_ids:
+            self.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(self.trainable_module)
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 

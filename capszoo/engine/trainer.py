@@ -12,6 +12,7 @@ from capszoo.data import Loader, Split
 from capszoo.data.loader import seeded_generator
 from capszoo.errors import CheckpointError, DataError, Stopped, TrainingError
 
+from .batch_norm import check_batch_norm
 from .distributed import ALONE, Ranks, StopVote
 from .evaluate import check_statistics, evaluate, until_stopped
 from .run_folder import Position, RunFolder, share_state
@@ -97,6 +98,9 @@ class Trainer:
         if nonfinite not in ("stop", "skip"):
             raise TrainingError(f"unknown nonfinite={nonfinite!r}: give stop or skip")
         check_statistics(task.model, train)
+        batch_sizes = {policy.batch_size(epoch) for epoch in range(policy.epochs)}
+        on_cpu = self.device.type == "cpu"
+        check_batch_norm(task.model, ranks, micro_batch, batch_sizes, len(train), on_cpu)
         self.metadata = metadata or {}
         self.folder = None if folder is None else Path(folder)
         self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
@@ -251,7 +255,7 @@ class Trainer:
             loader = self.make_loader(self.val_split, self.eval_batch_size, share=share)
             batches = until_stopped(loader, lambda: self._vote(self.should_stop))
             try:
-                evaluation = evaluate(self.task.get_eval_model(), batches, self.amp, self.ranks)
+                evaluation = evaluate(self.task, batches, self.amp, self.ranks)
             except Stopped:
                 return False
         row = {
@@ -260,7 +264,7 @@ class Trainer:
             "train_margin_loss": means["margin_loss"],
             "train_reconstruction_loss": means["reconstruction_loss"],
             "train_top1": means["top1"],
-            "eval_loss": None if evaluation is None else evaluation.margin_loss,
+            "eval_loss": None if evaluation is None else evaluation.loss,
             "eval_top1": None if evaluation is None else evaluation.top1,
             "lr": self.lr,
             "batch_size": self.policy.batch_size(position.epoch),

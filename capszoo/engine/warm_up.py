@@ -27,7 +27,7 @@ def warm_up(trainer: "Trainer") -> None:
             loss.backward()
         for size in evaluated:
             batch = _blank_batch(trainer.val_split, size, device)
-            evaluate(task.get_eval_model(), [batch], trainer.amp)
+            evaluate(task, [batch], trainer.amp)
     task.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, before in buffers:
