@@ -28,6 +28,7 @@ from rich.table import Table
 import capszoo
 from capszoo.checkpoint import read_metadata
 from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.contract import auxiliary_modules
 from capszoo.data import DataSplits, Loader, Split, load_data
 from capszoo.engine import Evaluation, evaluate
 from capszoo.errors import UsageError
@@ -167,7 +168,8 @@ def measure(
 
     evaluation = evaluate(model, loader(), amp)
     total = sum(p.numel() for p in model.parameters())
-    decoder = 0 if model.decoder is None else sum(p.numel() for p in model.decoder.parameters())
+    auxiliary = [module for module in auxiliary_modules(model).values() if module is not None]
+    decoder = sum(p.numel() for module in auxiliary for p in module.parameters())
     height, width = model.img_size
     row = {
         "model": name,

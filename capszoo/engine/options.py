@@ -17,6 +17,7 @@ from timm.layers import to_2tuple
 from capszoo._version import __version__
 from capszoo.checkpoint import load_weights
 from capszoo.command_line.parser import OptionParser, SizeAction, add_policy_options, key_value
+from capszoo.contract import HasCriterion
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.errors import UsageError
 from capszoo.files import write_atomically, write_json
@@ -187,6 +188,22 @@ def make_model(args: argparse.Namespace, data: DataSplits) -> torch.nn.Module:
     return model
 
 
+def make_criterion(args: argparse.Namespace, model: torch.nn.Module) -> torch.nn.Module:
+    """Make the loss of the class scores: the model's own, or the margin loss of the options.
+
+    Raises:
+        UsageError: If an option of the margin loss is given for a model that trains on another loss.
+    """
+    if not isinstance(model, HasCriterion):
+        return MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
+    parser = build_parser()
+    for key in ("m_plus", "m_minus", "margin_lambda"):
+        if getattr(args, key) != parser.get_default(key):
+            given = " ".join(parser.words(key, getattr(args, key)))
+            raise UsageError(f"{given} is for the margin loss, and {args.model!r} trains on its own: leave it out")
+    return model.default_criterion()
+
+
 def make_policy(args: argparse.Namespace, num_images: int) -> Policy:
     """Make the policy."""
     return policy_from(args, num_images)
@@ -230,7 +247,7 @@ def make_trainer(
         # The paper's code halves the margin loss, and so its 0.0005 is twice that of ours.
         args.reconstruction_weight = 0.001 if args.start == "paper" else 0.0005
     optimizer = create_optimizer(args, model)
-    criterion = MarginLoss(args.m_plus, args.m_minus, args.margin_lambda)
+    criterion = make_criterion(args, model)
     task = CapsuleTask(model, criterion, args.reconstruction_weight, device=device, verbose=False)
     if ranks.count > 1:
         task.prepare_distributed([device.index] if device.type == "cuda" else None)

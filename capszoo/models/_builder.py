@@ -31,6 +31,7 @@ __all__ = [
     "prune_intermediate_layers",
     "reconstruct",
     "replace_head",
+    "reset_classifier",
     "set_grad_checkpointing",
     "trained_otherwise",
 ]
@@ -64,18 +65,19 @@ def check_drop_rate(drop_rate: float) -> None:
         raise ValueError(f"drop_rate={drop_rate} is not possible: it must be between 0 and 1")
 
 
-def check_pool(global_pool: str, features: str = "features") -> None:
+def check_pool(global_pool: str, features: str | None) -> None:
     """Check how features leave a model without classes.
 
     Args:
         global_pool: 'flat' or ''.
-        features: What the features are, for the error.
+        features: What the features are, for the error; None leaves them out.
 
     Raises:
         ValueError: If it is another one.
     """
     if global_pool not in ("flat", ""):
-        raise ValueError(f"global_pool={global_pool!r} is not possible: {features} are not pooled, use 'flat' or ''")
+        reason = "" if features is None else f"{features} are not pooled, "
+        raise ValueError(f"global_pool={global_pool!r} is not possible: {reason}use 'flat' or ''")
 
 
 def check_decoder_dims(decoder_dims: Sequence[int]) -> None:
@@ -256,6 +258,20 @@ def replace_head(model: nn.Module, names: Iterable[str], build: Callable[..., No
             module.requires_grad_(name not in frozen)
 
 
+def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
+    """Make a new head, of the same type and device, frozen if the old one was; a method of models with `_heads`.
+
+    Args:
+        self: The model.
+        num_classes: Classes of the new head; 0 removes it, and `forward` then gives the features.
+        global_pool: 'flat' or '', kept if None.
+    """
+    if global_pool is not None:
+        check_pool(global_pool, self._pooled)
+        self.global_pool = global_pool
+    replace_head(self, self._heads, lambda **dd: self._build_head(num_classes, **dd))
+
+
 def trained_otherwise(model: nn.Module) -> tuple[bool, bool, bool]:
     """Whether the weights of a configuration are of other classes, other channels and another image size."""
     cfg = model.pretrained_cfg
@@ -289,15 +305,15 @@ def digits_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def build_model(
-    cls: type[nn.Module], variant: str, pretrained: bool, filter_fn: Callable[..., Any], **kwargs: Any
+    cls: type[nn.Module], filter_fn: Callable[..., Any], variant: str, pretrained: bool = False, **kwargs: Any
 ) -> nn.Module:
     """Build a model as timm does; weights are checked before timm reads them.
 
     Args:
         cls: Its class, with three levels in `feature_info`.
+        filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
         variant: Name of the entrypoint.
         pretrained: Load its weights.
-        filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
         **kwargs: Keywords of the class and of timm.
 
     Raises:

@@ -20,15 +20,7 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from capszoo.layers import (
-    ClassCaps,
-    Decoder,
-    PrimaryCaps,
-    ScaledConv2d,
-    capsule_lengths,
-    select_caps,
-    unfold_scales,
-)
+from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, select_caps, unfold_scales
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 from . import _builder
@@ -41,6 +33,9 @@ _STARTS = ("default", "plain", "paper")
 
 class CapsNet(nn.Module):
     """Capsule network of Sabour, Frosst and Hinton 2017, with the reductions of FasTrCaps (section III)."""
+
+    _heads = ("class_caps", "decoder")
+    _pooled = None
 
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         # nn.Identity once `reset_classifier(0)` or `prune_intermediate_layers` took the layer away: whoever may meet
@@ -134,20 +129,14 @@ class CapsNet(nn.Module):
         _builder.check_decoder_dims(decoder_dims)
         height, width = to_2tuple(img_size)
         grid = _builder.conv_grid(height, width, kernel_size)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.img_size = (height, width)
-        self.global_pool = global_pool
-        self.drop_rate = drop_rate
+        self.in_chans, self.img_size = in_chans, (height, width)
+        self.global_pool, self.drop_rate = global_pool, drop_rate
         self.grad_checkpointing = False
         self.num_types = num_types
         self.keep_types = select_caps.resolve_keep_types(keep_types, num_types)
-        self._arguments = _builder.given_arguments(
-            given,
-            img_size=[height, width],
-            keep_types=list(self.keep_types) or keep_types,
-            decoder_dims=list(decoder_dims),
-        )
+        types = list(self.keep_types) or keep_types
+        replaced = dict(img_size=[height, width], keep_types=types, decoder_dims=list(decoder_dims))
+        self._arguments = _builder.given_arguments(given, **replaced)
         # By default a scale leaves what a fresh convolution gives as it is; the paper's divides it.
         fresh: dict[str, Any] = {}
         if start != "default":
@@ -162,15 +151,7 @@ class CapsNet(nn.Module):
         self.conv1 = ScaledConv2d(in_chans, conv_dim, kernel_size, scale=conv1_scale, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.primary_caps = PrimaryCaps(
-            conv_dim,
-            num_types,
-            caps_dim,
-            kernel_size,
-            stride=2,
-            scale=primary_scale,
-            approximate_squash=approximate,
-            **fresh,
-            **dd,
+            conv_dim, num_types, caps_dim, kernel_size, 2, primary_scale, approximate_squash=approximate, **fresh, **dd
         )
         if start == "paper":
             nn.init.zeros_(self.conv1.bias)
@@ -180,11 +161,10 @@ class CapsNet(nn.Module):
         self.head_hidden_size = self.num_features * grid[0] * grid[1]
         # Image size over map size, as timm checks it: without padding the maps of small images shrink by more than
         # the strides, 28 pixels to 20 and 6.
-        reduction = height // grid[0]
         self.feature_info = [
             dict(num_chs=conv_dim, reduction=height // (height - kernel_size + 1), module="act1"),
-            dict(num_chs=self.num_features, reduction=reduction, module="primary_caps.conv"),
-            dict(num_chs=self.num_features, reduction=reduction, module="primary_caps"),
+            dict(num_chs=self.num_features, reduction=height // grid[0], module="primary_caps.conv"),
+            dict(num_chs=self.num_features, reduction=height // grid[0], module="primary_caps"),
         ]
         num_capsules = num_types * grid[0] * grid[1]
         _builder.check_capsules(num_capsules, height, width, "set num_types")
@@ -206,12 +186,8 @@ class CapsNet(nn.Module):
         )
         self._decoder_args: dict[str, Any] | None = None
         if decoder:
-            self._decoder_args = dict(
-                class_dim=class_dim,
-                image_shape=(in_chans, height, width),
-                hidden_dims=tuple(decoder_dims),
-                small=small_decoder,
-            )
+            shape, widths = (in_chans, height, width), tuple(decoder_dims)
+            self._decoder_args = dict(class_dim=class_dim, image_shape=shape, hidden_dims=widths, small=small_decoder)
         self._build_head(num_classes, **dd)
         self.register_load_state_dict_post_hook(select_caps.place_capsule_index)
 
@@ -221,21 +197,18 @@ class CapsNet(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes} is not possible: it must be 0 or more")
         self.num_classes = num_classes
-        self.class_caps = (
-            ClassCaps(num_classes=num_classes, **self._class_caps_args, **dd) if num_classes else nn.Identity()
-        )
+        caps = ClassCaps(num_classes=num_classes, **self._class_caps_args, **dd) if num_classes else nn.Identity()
+        self.class_caps = caps
         # A registered None lets load_state_dict drop a decoder's weights silently where the model has none.
         has_decoder = num_classes > 0 and self._decoder_args is not None
-        self.register_module(
-            "decoder", Decoder(num_classes=num_classes, **self._decoder_args, **dd) if has_decoder else None
-        )
+        decoder = Decoder(num_classes=num_classes, **self._decoder_args, **dd) if has_decoder else None
+        self.register_module("decoder", decoder)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Make the index of the capsules that remain, which no checkpoint holds, where the weights are."""
-        index = select_caps.index_capsules(
-            self.keep_capsules, self.num_primary, self.primary_caps.num_types, self.share_weights
-        )
+        types = self.primary_caps.num_types
+        index = select_caps.index_capsules(self.keep_capsules, self.num_primary, types, self.share_weights)
         self.fill_capsules = self.num_primary in index  # the place after the last capsule
         tensor = torch.tensor(index, device=self.conv1.weight.device) if index else None
         self.register_buffer("capsule_index", tensor, persistent=False)
@@ -248,6 +221,7 @@ class CapsNet(nn.Module):
             self.init_non_persistent_buffers()
         return self
 
+    reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
@@ -266,6 +240,46 @@ class CapsNet(nn.Module):
         }
 
     @torch.jit.ignore
+    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
+        """Modules that only training uses: the decoder."""
+        return {"decoder": self.decoder}
+
+    @torch.jit.ignore
+    def capsule_layers(self) -> dict[str, nn.Module]:
+        """Layers that route: the class capsules."""
+        return {"class_caps": self.class_caps} if self.num_classes else {}
+
+    @torch.jit.ignore
+    def primary_capsules(self, features: Tensor) -> Tensor:
+        """Reorder features ``[B, T*K, H, W]`` into all primary capsules ``[B, I, K]``, kept by the network or not."""
+        return self.primary_caps.to_capsules(features)
+
+    @torch.jit.ignore
+    def prunable_parts(self) -> dict[str, int | tuple[int, int]]:
+        """How many filters, capsule types, capsules and units of the decoder there are to prune."""
+        if self.num_classes == 0:
+            return {}
+        types, capsules = self.primary_caps.num_types, len(self.keep_capsules) or self.num_primary
+        parts: dict[str, int | tuple[int, int]] = dict(conv1=self.conv1.out_channels, types=types, capsules=capsules)
+        if self.decoder is not None:
+            parts["decoder"] = (self.decoder.fc1.out_features, self.decoder.fc2.out_features)
+        return parts
+
+    @torch.jit.ignore
+    def search_space(self) -> dict[str, tuple[Any, ...]]:
+        """Keywords that a search may vary and their values, the unreduced one first (section V of FasTrCaps)."""
+        types, units = self.primary_caps.num_types, self._arguments["decoder_dims"]
+        return {
+            "share_weights": (False, True),
+            "decoder": (True, False),
+            "small_decoder": (False, True),
+            "decoder_dims": tuple([max(1, int(width * n)) for n in units] for width in (1.0, 0.5, 0.25)),
+            "keep_types": (None, *(max(1, round(share * types)) for share in (0.75, 0.5, 0.25))),
+            "num_routing": (3, 1, 2, 4),
+            "squash": ("exact", "approx"),
+        }
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves out."""
         return {"class_caps.bias"}
@@ -279,19 +293,6 @@ class CapsNet(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The class capsules."""
         return self.class_caps
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make new class capsules (and decoder), of the same type and device, frozen if the old ones were.
-
-        Args:
-            num_classes: Classes of the new head; 0 removes it, and `forward` then gives the features.
-            global_pool: 'flat' or '', kept if None.
-        """
-        if global_pool is not None:
-            if global_pool not in ("flat", ""):
-                raise ValueError(f"global_pool={global_pool!r} is not possible: use 'flat' or ''")
-            self.global_pool = global_pool
-        _builder.replace_head(self, ("class_caps", "decoder"), lambda **dd: self._build_head(num_classes, **dd))
 
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
@@ -368,8 +369,7 @@ _cfg = partial(_builder.digits_cfg, first_conv="conv1", classifier="class_caps")
 default_cfgs = generate_default_cfgs(shipped_cfgs(("capsnet", "capsnet_ws", "capsnet_pruned", "capsnet_tiny"), _cfg))
 
 
-def _create_capsnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CapsNet:
-    return _builder.build_model(CapsNet, variant, pretrained, checkpoint_filter_fn, **kwargs)
+_create_capsnet = partial(_builder.build_model, CapsNet, checkpoint_filter_fn)
 
 
 @register_model

@@ -26,11 +26,13 @@ __all__ = ["CNNBaseline"]
 class CNNBaseline(nn.Module):
     """Two convolutions with ReLU and a linear classifier with sigmoid."""
 
+    _heads = ("fc",)
+    _pooled = "features"
+
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         conv2: nn.Module
         act2: nn.Module
         fc: nn.Module
-        decoder: None
         # From timm's builder and from `create_model`.
         pretrained_cfg: dict[str, Any]
         default_cfg: dict[str, Any]
@@ -64,9 +66,10 @@ class CNNBaseline(nn.Module):
         Raises:
             ValueError: If the images are too small for the two convolutions, or an argument is out of its range.
         """
+        given = dict(locals())
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _builder.check_pool(global_pool)
+        _builder.check_pool(global_pool, "features")
         _builder.check_sizes(in_chans=in_chans, conv_dim=conv_dim, kernel_size=kernel_size)
         _builder.check_drop_rate(drop_rate)
         height, width = to_2tuple(img_size)
@@ -76,7 +79,7 @@ class CNNBaseline(nn.Module):
         self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self._arguments = dict(in_chans=in_chans, img_size=[height, width], conv_dim=conv_dim, kernel_size=kernel_size)
+        self._arguments = _builder.given_arguments(given, img_size=[height, width])
 
         self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
         self.act1 = nn.ReLU(inplace=True)
@@ -92,8 +95,6 @@ class CNNBaseline(nn.Module):
             dict(num_chs=conv_dim, reduction=height // grid[0], module="conv2"),
             dict(num_chs=conv_dim, reduction=height // grid[0], module="act2"),
         ]
-        # What trains and measures capsule networks asks for it.
-        self.register_module("decoder", None)
         self._build_head(num_classes, **dd)
 
     @torch.jit.ignore
@@ -104,6 +105,7 @@ class CNNBaseline(nn.Module):
         self.num_classes = num_classes
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
 
+    reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
@@ -119,6 +121,16 @@ class CNNBaseline(nn.Module):
         }
 
     @torch.jit.ignore
+    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
+        """Modules that only training uses: none."""
+        return {}
+
+    @torch.jit.ignore
+    def capsule_layers(self) -> dict[str, nn.Module]:
+        """Layers that route: none."""
+        return {}
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves out, beside the biases: none."""
         return set()
@@ -132,18 +144,6 @@ class CNNBaseline(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The linear classifier."""
         return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a new classifier, of the same type and device, frozen if the old one was.
-
-        Args:
-            num_classes: Classes of the new head; 0 removes it, and `forward` then gives the features.
-            global_pool: 'flat' or '', kept if None.
-        """
-        if global_pool is not None:
-            _builder.check_pool(global_pool)
-            self.global_pool = global_pool
-        _builder.replace_head(self, ("fc",), lambda **dd: self._build_head(num_classes, **dd))
 
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
@@ -210,8 +210,7 @@ _cfg = partial(_builder.digits_cfg, first_conv="conv1", classifier="fc")
 default_cfgs = generate_default_cfgs(shipped_cfgs(("cnn_baseline", "cnn_baseline_tiny"), _cfg))
 
 
-def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs: Any) -> CNNBaseline:
-    return _builder.build_model(CNNBaseline, variant, pretrained, checkpoint_filter_fn, **kwargs)
+_create_cnn_baseline = partial(_builder.build_model, CNNBaseline, checkpoint_filter_fn)
 
 
 @register_model
