@@ -15,21 +15,35 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 # Bytes of shared memory that one program may have.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {
+    "sm_75": 64 * 1024,
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 
 # Bytes that a thread may spill: compilers spill a few for more threads at a time, and only more than these cost time.
-SPILLS = 64
+# The products of "tf32x3" take three times the operands, and what route_kernel spills are the class capsules of its
+# samples, which it would read again from the same cache otherwise: its fastest tile on an H100 spills 300.
+SPILLS, SPILLS_OF_MANY = 64, 1024
 
 # The standard network, with a matrix for each capsule and with one for 36.
 OWN = {"P": 1, "T": 1152, "BLOCK_P": 1}
 SHARED = {"P": 36, "T": 32, "BLOCK_P": 4}
 
 # Sizes, precision of products, and element type of poses and matrices.
-EXACT, FAST, HALF = (OWN, "ieee", "fp32"), (OWN, "tf32", "fp32"), (SHARED, "tf32", "bf16")
-CASES = {"sm_80": (EXACT, HALF), "sm_90": (EXACT, FAST, HALF), "sm_100": (EXACT, HALF), "gfx942": (EXACT,)}
+EXACT, FAST, HALF = (OWN, "tf32x3", "fp32"), (OWN, "tf32", "fp32"), (SHARED, "tf32", "bf16")
+PLAIN = (OWN, "ieee", "fp32")
+CASES = {
+    "sm_80": (EXACT, HALF),
+    "sm_90": (EXACT, FAST, HALF),
+    "sm_100": (EXACT, HALF),
+    "gfx942": (PLAIN,),
+}
 
 # Arguments that can be 1, which Triton then compiles into the kernel.
-CAN_BE_ONE = {"B", "T", "P", "J", "R", "N", "num_parts"}
+CAN_BE_ONE = {"B", "T", "P", "J", "R", "N", "num_parts", "tiles_per_part", "capsules_per_part"}
 
 # Exit code of this file as a script where an AMD GPU's code cannot be linked.
 NO_LINKER = 77
@@ -55,7 +69,7 @@ def test_first_tiles_fit(target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(CASES))
-def test_all_tiles_compile_and_the_first_do_not_spill(target):
+def test_all_tiles_compile_and_fit(target):
     compile_all("all", target)
 
 
@@ -69,9 +83,17 @@ def rows(kernel, **constants):
     return [(kernel, None, {**sizes, "APPROXIMATE": approximate}) for approximate in (False, True)]
 
 
+def few_classes(kernel, sizes, precision, **flags):
+    """The launches of a kernel of all_classes.py, one for each configuration."""
+    constants = {"J": 10, "K": 8, "D": 16, "JA": 8, "JB": 2, "BLOCK_K": 16, "BLOCK_D": 16, "PRECISION": precision}
+    if kernel.fn.__name__ == "uniform_kernel":
+        constants |= {"BLOCK_K": 8, "BLOCK_T": 8, "BLOCK_P": sizes["BLOCK_P"]}
+    return [(kernel, config, {**constants, **flags, **config.kwargs}) for config in kernel.configs]
+
+
 def tiles(kernel, sizes, precision, **flags):
     """The launches of a kernel on tiles, one for each configuration."""
-    from capszoo.kernels.dynamic_routing import block_t
+    from capszoo.kernels.per_class import block_t
 
     constants = {"K": 8, "D": 16, "BLOCK_K": 8, "BLOCK_D": 16, "PRECISION": precision, **flags}
     constants["BLOCK_P"] = sizes["BLOCK_P"]
@@ -85,35 +107,40 @@ def tiles(kernel, sizes, precision, **flags):
 @functools.cache
 def launches(what, target):
     """Kernel, tile configuration or None, constants, element type of poses and matrices, arguments that are 1."""
-    from capszoo.kernels import ops
+    from capszoo.kernels import all_classes, ops, per_class
 
     routing, squash = ops.triton_routing, ops.triton_squash
     on_rows = [
-        *rows(routing.finish_kernel, FIRST=False, LAST=False),
+        *rows(routing.finish_kernel, FIRST=False, LAST=False, NUM_ADDED=16, BLOCK_N=4),
         *rows(routing.begin_backward_kernel),
-        *rows(routing.finish_backward_kernel, FIRST=False),
+        *rows(routing.finish_backward_kernel, FIRST=False, NUM_ADDED=16, BLOCK_N=4),
+        (routing.dbias_kernel, None, {"D": 16, "BLOCK_D": 16, "BLOCK_N": 128}),
         *rows(squash.squash_kernel, BLOCK_N=64),
         *rows(squash.squash_backward_kernel, BLOCK_N=64),
     ]
     passes = [
-        (routing.statistics_kernel, {"BACKWARD": False}),
-        (routing.statistics_kernel, {"BACKWARD": True}),
-        (routing.sum_kernel, {"UNIFORM": True, "BACKWARD": False}),
-        (routing.sum_kernel, {"UNIFORM": False, "BACKWARD": False}),
-        (routing.sum_kernel, {"UNIFORM": False, "BACKWARD": True}),
-        (routing.dposes_kernel, {}),
-        (routing.dweight_kernel, {}),
+        (tiles, per_class.statistics_kernel, {"BACKWARD": False}),
+        (tiles, per_class.statistics_kernel, {"BACKWARD": True}),
+        (tiles, per_class.sum_kernel, {"UNIFORM": True, "BACKWARD": False}),
+        (tiles, per_class.sum_kernel, {"UNIFORM": False, "BACKWARD": False}),
+        (tiles, per_class.sum_kernel, {"UNIFORM": False, "BACKWARD": True}),
+        (tiles, per_class.dposes_kernel, {}),
+        (tiles, per_class.dweight_kernel, {}),
+        (few_classes, all_classes.uniform_kernel, {}),
+        (few_classes, all_classes.route_kernel, {"BACKWARD": False, "PADDED": False}),
+        (few_classes, all_classes.route_kernel, {"BACKWARD": True, "PADDED": False}),
+        (few_classes, all_classes.gradients_kernel, {"R": 3}),
     ]
     if what == "ones":
-        found = [tiles(kernel, OWN, "ieee", **flags)[0] for kernel, flags in passes] + on_rows
+        found = [launches_of(kernel, OWN, "ieee", **flags)[0] for launches_of, kernel, flags in passes] + on_rows
         for first, last in ((True, True), (True, False), (False, True)):
-            found += rows(routing.finish_kernel, FIRST=first, LAST=last)
+            found += rows(routing.finish_kernel, FIRST=first, LAST=last, NUM_ADDED=16, BLOCK_N=4)
         named = [(launch, sorted(CAN_BE_ONE.intersection(launch[0].arg_names))) for launch in found]
         return [(*launch, "fp32", ones) for launch, names in named for ones in [*zip(names), tuple(names)]]  # noqa: B905
     found = [(*launch, "fp32", ()) for launch in on_rows]
     for sizes, precision, dtype in CASES[target]:
-        for kernel, flags in passes:
-            chosen = tiles(kernel, sizes, precision, **flags)
+        for launches_of, kernel, flags in passes:
+            chosen = launches_of(kernel, sizes, precision, **flags)
             found += [(*launch, dtype, ()) for launch in (chosen if what == "all" else chosen[:1])]
     return found
 
@@ -188,7 +215,7 @@ def registers_and_spills(compiled, target):
 def report(what, target, index):
     """A line about one compilation, and whether it fails."""
     kernel, config, constants, dtype, ones = launches(what, target)[index]
-    tile = f"{config.kwargs['BLOCK_B']}x{config.kwargs['WIDTH']} {config.num_warps} warps" if config else ""
+    tile = f"{'x'.join(map(str, config.kwargs.values()))} {config.num_warps} warps" if config else ""
     flags = " ".join(name for name in ("UNIFORM", "BACKWARD", "APPROXIMATE", "FIRST", "LAST") if constants.get(name))
     while hasattr(kernel, "fn") and not hasattr(kernel, "__name__"):
         kernel = kernel.fn
@@ -203,7 +230,8 @@ def report(what, target, index):
     registers, spilled = registers_and_spills(compiled, target)
     shared = compiled.metadata.shared
     is_first = config is None or config is launches(what, target)[index][0].configs[0]
-    bound = (0 if what == "all" else SPILLS) if is_first else float("inf")
+    many = constants.get("PRECISION") == "tf32x3" or kernel.__name__ == "route_kernel"
+    bound = (SPILLS_OF_MANY if many else SPILLS) if is_first else float("inf")
     line = f"{name}: {registers} registers, {spilled} spilled, {shared} B shared memory"
     return line, spilled > bound or shared > SHARED_MEMORY[target]
 
