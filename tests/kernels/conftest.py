@@ -43,6 +43,7 @@ def interpreted_loops():
 @pytest.fixture(scope="module", params=["all classes", "per class"])
 def form(request):
     """Each of the two forms of the routing kernels, as far as the numbers allow the first."""
+    pytest.importorskip("triton")
     from capszoo.kernels import all_classes
 
     with pytest.MonkeyPatch.context() as patch:

@@ -144,7 +144,7 @@ def test_peak_memory(T, P):
     inputs = make_inputs(128, T, P, 8, 10, 16, scale=0.1)
     ours, plain = peak(dynamic_routing, inputs), peak(benchmark.plain_dynamic_routing, inputs)
     print(f"fused {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
-    assert ours * 10 <= plain
+    assert ours * 20 <= plain
 
 
 def test_a_size_that_the_plain_form_cannot_hold():
