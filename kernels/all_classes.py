@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import classes_tile, coupling_tile, matrix_tile, pose_tile, samples
 from .tuning import launcher, tuned
 
 # Numbers of a sample's votes for all classes, above which they do not fit into registers, and of a capsule's matrix,
@@ -33,53 +34,6 @@ NUM_WARPS = 1056
 
 # Poses in a row of a product for the uniform sum.
 WIDTH = 64
-
-
-@triton.jit
-def samples(i_b, B, BLOCK_B: tl.constexpr):
-    """The samples of a tile from its first on, `[BLOCK_B, 1]`, and which there are.
-
-    Where there are no more, the last is read again: loads need no mask then, and nothing of it is stored.
-    """
-    o_b = tl.arange(0, BLOCK_B)[:, None]
-    return tl.minimum(o_b, B - 1 - i_b), i_b + o_b < B
-
-
-@triton.jit
-def classes_tile(p_v, i_b, o_b, j_first, J: tl.constexpr, D: tl.constexpr, NUM_J: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to `[BLOCK_B, NUM_J * BLOCK_D]` of `[B, J, D]` from a class on, and which columns are inside."""
-    o_column = tl.arange(0, NUM_J * BLOCK_D)[None, :]
-    o_j = j_first + o_column // BLOCK_D
-    o_d = o_column % BLOCK_D
-    return p_v + i_b.to(tl.int64) * (J * D) + (o_b * (J * D) + o_j * D + o_d), (o_j < J) & (o_d < D)
-
-
-@triton.jit
-def matrix_tile(
-    p_w, i_t, j_first, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    NUM_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Pointers to `[BLOCK_K, NUM_J * BLOCK_D]` of `[T, K, J, D]` for one type, and which are inside."""
-    o_k = tl.arange(0, BLOCK_K)[:, None]
-    o_column = tl.arange(0, NUM_J * BLOCK_D)[None, :]
-    o_j = j_first + o_column // BLOCK_D
-    o_d = o_column % BLOCK_D
-    start = i_t.to(tl.int64) * K * J * D
-    return p_w + start + (o_k * (J * D) + o_j * D + o_d), (o_k < K) & (o_j < J) & (o_d < D)
-
-
-@triton.jit
-def pose_tile(p_x, i_b, o_b, i, num_i, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Pointers to `[BLOCK_B, BLOCK_K]` of `[B, I, K]` for one capsule, and which columns are inside."""
-    o_k = tl.arange(0, BLOCK_K)[None, :]
-    return p_x + (i_b.to(tl.int64) * num_i + i) * K + (o_b * (num_i * K) + o_k), o_k < K
-
-
-@triton.jit
-def coupling_tile(p_c, i_b, o_b, i, j_first, num_i, J: tl.constexpr, NUM_J: tl.constexpr):
-    """Pointers to `[BLOCK_B, NUM_J]` of `[B, I, J]` for one capsule, and which columns are inside."""
-    o_j = j_first + tl.arange(0, NUM_J)[None, :]
-    return p_c + (i_b.to(tl.int64) * num_i + i) * J + (o_b * (num_i * J) + o_j), o_j < J
 
 
 @triton.jit

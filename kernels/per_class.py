@@ -22,76 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import capsules, class_matrices, load_class, load_class_matrices, load_type_poses, type_poses
 from .tuning import launcher, tuned
 
 # Programs to split a sum for, where the tiles alone are fewer: four for each multiprocessor of a large GPU.
 NUM_PROGRAMS = 512
-
-
-@triton.jit
-def _poses(
-    p_x, i_b, i_t, i_p, B, T, P,
-    K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Pointers to `[BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K]` of `[B, T, P, K]`, and which are inside."""
-    o_b = tl.arange(0, BLOCK_B)[:, None, None, None]
-    o_t = tl.arange(0, BLOCK_T)[None, :, None, None]
-    o_p = tl.arange(0, BLOCK_P)[None, None, :, None]
-    o_k = tl.arange(0, BLOCK_K)[None, None, None, :]
-    start = ((i_b.to(tl.int64) * T + i_t) * P + i_p) * K
-    m_x = (i_b + o_b < B) & (i_t + o_t < T) & (i_p + o_p < P) & (o_k < K)
-    return p_x + start + (((o_b * T + o_t) * P + o_p) * K + o_k), m_x
-
-
-@triton.jit
-def _matrices(
-    p_w, i_t, i_j, T, J,
-    K: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Pointers to `[BLOCK_T * BLOCK_K, BLOCK_D]` of `[T, K, J, D]` for one class, and which are inside."""
-    o_row = tl.arange(0, BLOCK_T * BLOCK_K)[:, None]
-    o_t = o_row // BLOCK_K
-    o_k = o_row % BLOCK_K
-    o_d = tl.arange(0, BLOCK_D)[None, :]
-    start = (i_t.to(tl.int64) * K * J + i_j) * D
-    return p_w + start + ((o_t * K + o_k) * J * D + o_d), (i_t + o_t < T) & (o_k < K) & (o_d < D)
-
-
-@triton.jit
-def _load_poses(
-    p_x, i_b, i_t, i_p, B, T, P,
-    K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    p_tile, m_x = _poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
-    return tl.load(p_tile, mask=m_x, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_matrices(
-    p_w, i_t, i_j, T, J,
-    K: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    p_tile, m_w = _matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-    return tl.load(p_tile, mask=m_w, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_classes(p_v, i_b, i_j, B, J, D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[BLOCK_B, BLOCK_D]` of float32 `[B, J, D]` for one class."""
-    o_b = tl.arange(0, BLOCK_B)[:, None]
-    o_d = tl.arange(0, BLOCK_D)[None, :]
-    start = (i_b.to(tl.int64) * J + i_j) * D
-    return tl.load(p_v + start + o_b * J * D + o_d, mask=(i_b + o_b < B) & (o_d < D), other=0.0)
-
-
-@triton.jit
-def _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets of `[BLOCK_B, BLOCK_T, BLOCK_P]` in `[B, T, P]`, and which are inside."""
-    o_b = tl.arange(0, BLOCK_B)[:, None, None]
-    o_t = tl.arange(0, BLOCK_T)[None, :, None]
-    o_p = tl.arange(0, BLOCK_P)[None, None, :]
-    start = (i_b.to(tl.int64) * T + i_t) * P + i_p
-    return start + (o_b * T + o_t) * P + o_p, (i_b + o_b < B) & (i_t + o_t < T) & (i_p + o_p < P)
 
 
 @triton.jit
@@ -141,13 +76,13 @@ def statistics_kernel(
     i_t = i_tile // num_p * BLOCK_T
     i_p = i_tile % num_p * BLOCK_P
 
-    b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
+    b_x = load_type_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
     b_max = tl.full([BLOCK_B, BLOCK_T, BLOCK_P], float("-inf"), tl.float32)
     b_total = tl.zeros([BLOCK_B, BLOCK_T, BLOCK_P], tl.float32)
     b_agreement = tl.zeros([BLOCK_B, BLOCK_T, BLOCK_P], tl.float32)
     for i_j in range(J):
-        b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-        b_v = _load_classes(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_w = load_class_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+        b_v = load_class(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
         b_logits = tl.sum(b_x * _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
         b_new_max = tl.maximum(b_max, b_logits)
         b_rescale = tl.exp(b_max - b_new_max)
@@ -155,11 +90,11 @@ def statistics_kernel(
         b_total = b_total * b_rescale + b_exp
         b_max = b_new_max
         if BACKWARD:
-            b_ds = _load_classes(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+            b_ds = load_class(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
             b_dc = tl.sum(b_x * _project(b_ds, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
             b_agreement = b_agreement * b_rescale + b_exp * b_dc
 
-    offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+    offsets, m_i = capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
     tl.store(p_lse + offsets, b_max + tl.log(b_total), mask=m_i)
     if BACKWARD:
         tl.store(p_delta + offsets, b_agreement / b_total, mask=m_i)
@@ -195,19 +130,19 @@ def sum_kernel(
     tiles_per_part = tl.cdiv(num_tiles, num_parts)
 
     if not UNIFORM:
-        b_v = _load_classes(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_v = load_class(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
     if BACKWARD:
-        b_ds = _load_classes(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_ds = load_class(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
     b_sums = tl.zeros([NUM_S, BLOCK_B, BLOCK_D], tl.float32)
     for i_tile in range(i_part * tiles_per_part, tl.minimum(num_tiles, (i_part + 1) * tiles_per_part)):
         i_t = i_tile // num_p * BLOCK_T
         i_p = i_tile % num_p * BLOCK_P
-        b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
-        b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+        b_x = load_type_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
+        b_w = load_class_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
         if UNIFORM:
             b_y = tl.reshape(tl.sum(b_x, axis=2), [BLOCK_B, BLOCK_T * BLOCK_K])
         else:
-            offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+            offsets, m_i = capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
             b_lse = tl.load(p_lse + offsets, mask=m_i, other=0.0)
             b_logits = tl.sum(b_x * _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
             b_factor = tl.exp(b_logits - b_lse)
@@ -247,20 +182,20 @@ def dposes_kernel(
     i_t = i_tile // num_p * BLOCK_T
     i_p = i_tile % num_p * BLOCK_P
 
-    b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
+    b_x = load_type_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
     b_dx = tl.zeros([BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K], tl.float32)
-    offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+    offsets, m_i = capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
     p_first = p_ds
     for _ in range(R - 1):
         p_ds += tl.cast(B, tl.int64) * J * D
         b_lse = tl.load(p_lse + offsets, mask=m_i, other=0.0)
         b_delta = tl.load(p_delta + offsets, mask=m_i, other=0.0)
         for i_j in range(J):
-            b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-            b_v = _load_classes(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+            b_w = load_class_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+            b_v = load_class(p_v, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
             b_g = _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION)
             b_couplings = tl.exp(tl.sum(b_x * b_g, axis=3) - b_lse)
-            b_ds = _load_classes(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+            b_ds = load_class(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
             b_h = _project(b_ds, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION)
             b_dlogits = b_couplings * (tl.sum(b_x * b_h, axis=3) - b_delta)
             b_dx += b_couplings[:, :, :, None] * b_h + b_dlogits[:, :, :, None] * b_g
@@ -269,11 +204,11 @@ def dposes_kernel(
         p_delta += tl.cast(B, tl.int64) * T * P
     b_first = tl.zeros([BLOCK_B, BLOCK_T, 1, BLOCK_K], tl.float32)
     for i_j in range(J):
-        b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
-        b_ds = _load_classes(p_first, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_w = load_class_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+        b_ds = load_class(p_first, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
         b_first += _project(b_ds, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION)
     b_dx += b_first / J
-    p_tile, m_x = _poses(p_dx, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
+    p_tile, m_x = type_poses(p_dx, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
     tl.store(p_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
 
 
@@ -302,20 +237,20 @@ def dweight_kernel(
     num_tiles = tl.cdiv(B, BLOCK_B) * num_p
     tiles_per_part = tl.cdiv(num_tiles, num_parts)
 
-    b_w = _load_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+    b_w = load_class_matrices(p_w, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
     b_dw = tl.zeros([BLOCK_T * BLOCK_K, BLOCK_D], tl.float32)
     for i_tile in range(i_part * tiles_per_part, tl.minimum(num_tiles, (i_part + 1) * tiles_per_part)):
         i_b = i_tile // num_p * BLOCK_B
         i_p = i_tile % num_p * BLOCK_P
-        b_x = _load_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
-        offsets, m_i = _capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
-        b_ds = _load_classes(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+        b_x = load_type_poses(p_x, i_b, i_t, i_p, B, T, P, K, BLOCK_B, BLOCK_T, BLOCK_P, BLOCK_K)
+        offsets, m_i = capsules(i_b, i_t, i_p, B, T, P, BLOCK_B, BLOCK_T, BLOCK_P)
+        b_ds = load_class(p_ds, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
         b_by_type = tl.trans(tl.reshape(tl.sum(b_x, axis=2), [BLOCK_B, BLOCK_T * BLOCK_K]))
         b_dw += tl.dot(b_by_type, b_ds / J, input_precision=PRECISION)
         for r in range(R - 1):
             o_r = r * tl.cast(B, tl.int64)
-            b_v = _load_classes(p_v + o_r * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
-            b_ds = _load_classes(p_ds + (o_r + B) * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+            b_v = load_class(p_v + o_r * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
+            b_ds = load_class(p_ds + (o_r + B) * J * D, i_b, i_j, B, J, D, BLOCK_B, BLOCK_D)
             b_lse = tl.load(p_lse + o_r * T * P + offsets, mask=m_i, other=0.0)
             b_delta = tl.load(p_delta + o_r * T * P + offsets, mask=m_i, other=0.0)
             b_logits = tl.sum(b_x * _project(b_v, b_w, BLOCK_B, BLOCK_T, BLOCK_K, PRECISION), axis=3)
@@ -328,7 +263,7 @@ def dweight_kernel(
             b_dw += tl.dot(b_by_dlogits, b_v, input_precision=PRECISION)
 
     size = tl.cast(T, tl.int64) * K * J * D
-    p_tile, m_w = _matrices(p_parts + i_part * size, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
+    p_tile, m_w = class_matrices(p_parts + i_part * size, i_t, i_j, T, J, K, D, BLOCK_T, BLOCK_K, BLOCK_D)
     tl.store(p_tile, b_dw.to(p_parts.dtype.element_ty), mask=m_w)
 
 
