@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import capszoo
 from capszoo.checkpoint import save_weights
 from capszoo.layers import capsule_lengths
-from capszoo.losses import margin_loss, reconstruction_loss
+from capszoo.losses import MarginLoss, margin_loss, reconstruction_loss
 from capszoo.models import CapsNet
 from capszoo.prune import SCORES, PruneReport, cost, count_parts, prune, scores, target_counts
 
@@ -319,6 +319,16 @@ def loss_with_scaled(model, part, p, factor, x, label):
     return margin_loss(capsule_lengths(capsules), label) + 0.0005 * reconstruction_loss(drawn, x)
 
 
+def test_taylor_takes_the_criterion_of_the_task(data):
+    model, criterion = small(), MarginLoss(0.7, 0.3, 0.9)
+    found = scores(model, "conv1", "taylor", data, criterion)
+    assert not torch.allclose(found, scores(model, "conv1", "taylor", data))
+    assert torch.equal(scores(model, "conv1", "taylor", data, MarginLoss()), scores(model, "conv1", "taylor", data))
+    smaller, _ = prune(model, {"conv1": 3}, data=data, criterion=criterion)
+    best = found.argsort(descending=True, stable=True)[:3].sort().values
+    assert torch.equal(smaller.conv1.weight, model.conv1.weight[best])
+
+
 def decoder_input(model, capsules, label):
     if model.decoder.small:
         return capsules[torch.arange(len(label)), label]
@@ -589,6 +599,10 @@ def test_wrong_arguments(case):
     "model, message",
     [
         (lambda: torch.nn.Linear(2, 2), "Linear cannot be pruned"),
+        (
+            lambda: capszoo.create_model("cnn_baseline_tiny"),
+            "^cnn_baseline_tiny cannot be pruned: give a CapsNet that ",
+        ),
         (lambda: CapsNet(device="meta"), "that capszoo.create_model made"),
         (lambda: small(num_classes=0), "num_classes=0 and no class capsules"),
         (lambda: small(features_only=True), "cannot be pruned"),
