@@ -14,6 +14,7 @@ _MOVED = {
     "capszoo.loader": "capszoo.data.loader",
     "capszoo.metrics": "capszoo.engine.metrics",
     "capszoo.readers": "capszoo.data.readers",
+    "capszoo.robustness": "capszoo.engine.robustness",
     "capszoo.task": "capszoo.engine.task",
     "capszoo.training": "capszoo.engine.options",
     "capszoo.watch": "capszoo.engine.watch",

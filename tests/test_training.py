@@ -65,6 +65,7 @@ def test_options_reach_what_they_name(digits):
     assert trainer.task.model.arguments()["num_routing"] == 2 and trainer.task.reconstruction_weight == 0.25
     assert (trainer.translate, trainer.step.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)
     assert trainer.metadata["model_args"]["conv_dim"] == 8 and trainer.metadata["policy"] == "warm_ada_batch"
+    assert trainer.metadata["criterion"] == {"name": "margin", "m_plus": 0.8, "m_minus": 0.1, "lambda": 0.5}
 
 
 def test_arguments_of_the_model(digits):

@@ -26,6 +26,7 @@ from capszoo.precision import resolve_amp
 from capszoo.pretrained import image_statistics
 from capszoo.registry import check_arguments, create_model, model_header, model_keywords
 
+from .criteria import criterion_header
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
 from .task import CapsuleTask
@@ -255,7 +256,7 @@ def make_trainer(
         ranks=ranks,
         micro_batch=args.micro_batch,
         nonfinite=args.nonfinite,
-        metadata=_describe(args, data, model, policy),
+        metadata=_describe(args, data, task, policy),
         **kwargs,
     )
 
@@ -316,15 +317,16 @@ def measure_test(trainer: Trainer, args: argparse.Namespace, data: DataSplits) -
     return result
 
 
-def _describe(args: argparse.Namespace, data: DataSplits, model: torch.nn.Module, policy: Policy) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, data: DataSplits, task: CapsuleTask, policy: Policy) -> dict[str, Any]:
     """The header of the weights' files, with facts of the run."""
     return model_header(
-        model,
+        task.model,
         dataset=args.dataset,
         class_names=data.class_names,
         policy=args.policy,
         epochs=policy.epochs,
         seed=args.seed,
+        **criterion_header(task.criterion),
     )
 
 
