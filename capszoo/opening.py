@@ -1,4 +1,4 @@
-"""Open a model with its weights, from the name of shipped weights or from a file."""
+"""Open a model with its weights, from the name of shipped weights or from a file, and data for it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import read_metadata
+from .data import DataSplits, load_data
 from .errors import UsageError
 from .pretrained import read_table, weights_path
 from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
 
-__all__ = ["OpenedModel", "open_model"]
+__all__ = ["OpenedModel", "load_data_for", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,25 @@ def open_model(
 
 def _with_decoder(decoder: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs if decoder is None else {"decoder": decoder, **kwargs}
+
+
+def load_data_for(model: nn.Module, dataset: str, data_dir: str | Path, **kwargs: Any) -> DataSplits:
+    """Load a data set with images of a model's size.
+
+    Args:
+        model: The model.
+        dataset: Name or folder of the data set.
+        data_dir: Folder that has it.
+        **kwargs: More for :func:`capszoo.data.load_data`.
+
+    Raises:
+        UsageError: If it has another number of classes than the model.
+        DataError: If it cannot be loaded.
+    """
+    size: dict[str, Any] = {"img_size": model.img_size, "in_chans": model.in_chans}
+    data = load_data(dataset, str(data_dir), **size, **kwargs)
+    if data.num_classes != model.num_classes:
+        raise UsageError(
+            f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
+        )
+    return data

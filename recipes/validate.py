@@ -28,13 +28,13 @@ from rich.table import Table
 
 import capszoo
 from capszoo.command_line import OptionParser, results_folder, run
-from capszoo.data import DataSplits, Loader, Split, load_data
+from capszoo.data import DataSplits, Loader, Split
 from capszoo.engine import CapsuleTask, Evaluation, evaluate
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.errors import UsageError
 from capszoo.files import write_csv, write_json
-from capszoo.opening import OpenedModel, open_model
+from capszoo.opening import OpenedModel, load_data_for, open_model
 from capszoo.precision import autocast, choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
 
@@ -173,18 +173,7 @@ def measure(
 
 def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[DataSplits, Split]:
     """The data set in the model's image size, and the split to measure on."""
-    data = load_data(
-        dataset,
-        args.data_dir,
-        img_size=model.img_size,
-        in_chans=model.in_chans,
-        val_fraction=args.val_fraction,
-        download=args.download,
-    )
-    if data.num_classes != model.num_classes:
-        raise UsageError(
-            f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
-        )
+    data = load_data_for(model, dataset, args.data_dir, val_fraction=args.val_fraction, download=args.download)
     split = getattr(data, args.split)
     if split is None:
         raise UsageError("--split val needs --val-fraction above 0")

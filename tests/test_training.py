@@ -1,22 +1,22 @@
-"""capszoo.engine.options: a run from a flat set of options."""
+"""A run from its options: the options, the parts that they name, and the result."""
 
 import pytest
 import torch
 import yaml
 
 from capszoo.checkpoint import load_weights
+from capszoo.command_line.training import build_parser
 from capszoo.engine import evaluate
 from capszoo.engine.options import (
-    build_parser,
-    load_splits,
-    make_model,
-    make_policy,
-    make_trainer,
-    measure_test,
-    model_arguments,
+    DEFAULTS,
+    TrainingOptions,
+    fill_in,
+    flat_values,
     options_from,
+    with_values,
     write_options,
 )
+from capszoo.engine.run import load_splits, make_model, make_policy, make_trainer, measure_test, model_arguments
 from capszoo.errors import UsageError
 
 SMALL = {"model_kwargs": {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}, "amp": "none"}
@@ -28,7 +28,10 @@ def digits():
 
 
 def test_no_options_are_the_command_lines_defaults():
-    assert options_from({}) == build_parser().parse_args([])
+    assert options_from({}) == TrainingOptions() == DEFAULTS
+    given = vars(build_parser().parse_args([]))
+    assert given == {"config": None, **flat_values(DEFAULTS), "model_kwargs": []}
+    assert with_values(DEFAULTS, given) == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -111,9 +114,12 @@ def test_rate_and_batch_size_default_by_policy_and_data():
         ("fixed", 999, (1e-3, 8, None)),
         ("warm_ada_batch", 10, (1e-3, 8, 1000)),
     ):
-        args = options_from({"policy": policy})
-        make_policy(args, num_images)
-        assert (args.lr, args.batch_size, args.warmup_steps) == expected
+        options = options_from({"policy": policy})
+        filled = fill_in(options, num_images)
+        assert (filled.lr, filled.batch_size, filled.policy_options.get("warmup_steps")) == expected
+        made = make_policy(options, num_images)
+        assert (made.base_batch_size, made.warmup_steps) == (filled.batch_size, expected[2] or 0)
+        assert options == options_from({"policy": policy}) and fill_in(filled, num_images) == filled
 
 
 def test_written_options_are_read_back(tmp_path):
@@ -149,7 +155,7 @@ def test_images_are_normalised_by_their_own_statistics(digits):
     args = options_from(SMALL)
     trainer = make_trainer(args, digits, torch.device("cpu"))
     mean, std = digits.statistics()
-    assert (args.mean, args.std) == (list(mean), list(std)) and 0.1 < mean[0] < 0.2 < std[0] < 0.4
+    assert (trainer.options.mean, trainer.options.std) == (list(mean), list(std)) and 0.1 < mean[0] < 0.2 < std[0] < 0.4
     assert (digits.val.mean, digits.test.std) == (mean, std)
     assert trainer.task.model.pretrained_cfg["mean"] == mean and trainer.metadata["std"] == list(std)
     args = options_from({**SMALL, "mean": [0.0], "std": [1.0]})
@@ -159,15 +165,15 @@ def test_images_are_normalised_by_their_own_statistics(digits):
 
 def test_shipped_weights_keep_the_normalisation_that_they_were_trained_with(digits):
     args = options_from({"model": "capsnet_tiny.mnist", "pretrained": True, "amp": "none"})
-    make_trainer(args, digits, torch.device("cpu"))
-    assert (args.mean, args.std) == ([0.0], [1.0])
+    options = make_trainer(args, digits, torch.device("cpu")).options
+    assert (options.mean, options.std) == ([0.0], [1.0])
 
 
 def test_the_papers_start(digits):
     args = options_from({"start": "paper", "amp": "none"})
     trainer = make_trainer(args, digits, torch.device("cpu"))
     model = trainer.task.model
-    assert args.reconstruction_weight == trainer.task.reconstruction_weight == 0.001
+    assert trainer.options.reconstruction_weight == trainer.task.reconstruction_weight == 0.001
     assert float(model.conv1.scale) == 1 and float(model.primary_caps.conv.scale) == 1 / 8  # 1 / num_types
     biases = (model.conv1.bias, model.primary_caps.conv.bias, model.class_caps.bias)
     assert not any(bias.any() for bias in biases)

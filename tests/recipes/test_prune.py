@@ -19,6 +19,7 @@ import capszoo
 from capszoo.checkpoint import read_metadata, save_weights
 from capszoo.engine.step import TrainingStep
 from capszoo.prune import cost, count_parts
+from capszoo.prune import run as pruning_run
 
 ROOT = Path(__file__).parents[2]
 # 4 types of 6x6 positions; float32, where a CPU gives the same bits each time.
@@ -139,7 +140,7 @@ def test_saved_arguments_repeat_the_run(finished, tmp_path, given):
 
 def test_finished_run_resumes_to_the_same_result(finished, given, monkeypatch):
     before = (finished / "result.json").read_text(), (finished / "pareto.csv").read_text()
-    monkeypatch.setattr(recipe, "Trainer", None)  # nothing is trained again
+    monkeypatch.setattr(pruning_run, "trainer_of", None)  # nothing is trained again
     run("--resume", finished)
     same = ["--rounds", 2, "--epochs", 2, "--output", finished, "--keep", "decoder=[3,4]", "conv1=4", "types=1"]
     run(given, *SMALL, "--dataset", "digits", *same, "--resume", finished)
@@ -182,15 +183,15 @@ def test_killed_and_resumed_to_the_same_bits(moment, given, finished, tmp_path, 
 
     with monkeypatch.context() as patch:
         if moment == "at the start":
-            patch.setattr(recipe, "save_weights", kill)
+            patch.setattr(pruning_run, "save_weights", kill)
         elif moment == "while pruning":
-            patch.setattr(recipe, "prune_once", kill_at_call(recipe.prune_once, 2))
+            patch.setattr(pruning_run, "prune_once", kill_at_call(pruning_run.prune_once, 2))
         elif moment == "in the first round":
             patch.setattr(TrainingStep, "__call__", kill_at_call(TrainingStep.__call__, 10))
         elif moment == "between epochs":
-            patch.setattr(recipe.Run, "show_epoch", kill_at_call(recipe.Run.show_epoch, 3))
+            patch.setattr(pruning_run.Run, "show_epoch", kill_at_call(pruning_run.Run.show_epoch, 3))
         else:
-            patch.setattr(recipe, "plot_pareto", kill_at_call(recipe.plot_pareto, 2))
+            patch.setattr(pruning_run, "plot_pareto", kill_at_call(pruning_run.plot_pareto, 2))
         arguments = [given, *SMALL, "--rounds", 2, "--epochs", 2, "--save-every", 3, "--output", folder, "--quiet"]
         with pytest.raises(Killed):
             run(*arguments, "--keep", "types=1", "conv1=4", "decoder=[3,4]")
