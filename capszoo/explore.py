@@ -684,6 +684,7 @@ class Exploration:
         trainer = make_trainer(
             args, self.data, self.device, folder, clock=self.clock, on_epoch=on_epoch, should_stop=should_stop
         )
+        args = trainer.options
         folder.mkdir(parents=True, exist_ok=True)
         write_options(args, folder)
         parameters = sum(p.numel() for p in trainer.task.model.parameters())

@@ -14,7 +14,7 @@ import torch.distributed.run
 import yaml
 
 import capszoo
-from capszoo.engine.options import build_parser
+from capszoo.command_line.training import build_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

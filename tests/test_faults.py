@@ -1,6 +1,5 @@
 """What machines do to a training run. docs/faults.md has a table of these faults; each row names a test."""
 
-import argparse
 import errno
 import json
 import logging
@@ -27,7 +26,8 @@ from capszoo.checkpoint import load_tensors
 from capszoo.command_line import StopSignal
 from capszoo.data import Split, load_data, seeded_generator
 from capszoo.engine import Trainer, watch
-from capszoo.engine.options import create_optimizer
+from capszoo.engine.options import options_from
+from capszoo.engine.run import create_optimizer
 from capszoo.engine.run_folder import STATE_FILES
 from capszoo.engine.run_state import load_state
 from capszoo.engine.task import CapsuleTask
@@ -328,8 +328,7 @@ def test_checkpoint_that_cannot_be_read_for_now(splits, tmp_path, monkeypatch):
 def test_every_kind_of_optimizer_goes_on(opt, splits, tmp_path):
     def make(folder, **kwargs):
         trainer = make_trainer(splits, folder, **kwargs)
-        args = argparse.Namespace(opt=opt, lr=1e-3, weight_decay=0.0)
-        trainer.optimizer = create_optimizer(args, trainer.task.model)
+        trainer.optimizer = create_optimizer(options_from({"opt": opt, "lr": 1e-3}), trainer.task.model)
         return trainer
 
     one = make(tmp_path / "one")

@@ -43,8 +43,8 @@ import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, load_weights, read_metadata, save_weights
 from capszoo.command_line import add_result, key_value, parse_resumable
+from capszoo.command_line.training import build_parser
 from capszoo.data import load_data
-from capszoo.engine.options import build_parser
 from capszoo.engine.run_state import check_resume_state, load_state, random_state, save_state
 from capszoo.files import write_csv
 from capszoo.models.capsnet import _cfg

@@ -295,6 +295,23 @@ class CapsNet(nn.Module):
         }
 
     @torch.jit.ignore
+    def prunable_parts(self) -> dict[str, int | tuple[int, int]]:
+        """How many there are of each part that `capszoo.prune` removes; none without class capsules.
+
+        'conv1' counts filters, 'types' and 'capsules' primary capsules, and 'decoder' the units of its hidden layers.
+        """
+        if not isinstance(self.class_caps, ClassCaps):
+            return {}
+        parts: dict[str, int | tuple[int, int]] = {
+            "conv1": self.conv1.out_channels,
+            "types": self.primary_caps.num_types,
+            "capsules": len(self.keep_capsules) or self.num_primary,
+        }
+        if self.decoder is not None:
+            parts["decoder"] = (self.decoder.fc1.out_features, self.decoder.fc2.out_features)
+        return parts
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves out."""
         return {"class_caps.bias"}

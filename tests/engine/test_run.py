@@ -1,22 +1,14 @@
-"""capszoo.engine.options: a run from a flat set of options."""
+"""A run from its options: the parts that they name, and the result."""
 
 import pytest
 import torch
-import yaml
 
 from capszoo.checkpoint import load_weights
 from capszoo.engine import evaluate
 from capszoo.engine.options import (
-    build_parser,
-    load_splits,
-    make_model,
-    make_policy,
-    make_trainer,
-    measure_test,
-    model_arguments,
     options_from,
-    write_options,
 )
+from capszoo.engine.run import load_splits, make_model, make_trainer, measure_test, model_arguments
 from capszoo.errors import UsageError
 
 SMALL = {"model_kwargs": {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}, "amp": "none"}
@@ -25,24 +17,6 @@ SMALL = {"model_kwargs": {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}
 @pytest.fixture(scope="module")
 def digits():
     return load_splits(options_from({}))
-
-
-def test_no_options_are_the_command_lines_defaults():
-    assert options_from({}) == build_parser().parse_args([])
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"epoch": 3}, "mine: unknown key 'epoch', did you mean 'epochs'"),
-        ({"epochs": "many"}, "mine: epochs: .*many"),
-        ({"amp": "bf17"}, "mine: amp: .*bf17"),
-        ({"decoder": 3}, "mine: decoder must be true or false, not 3"),
-    ],
-)
-def test_options_are_checked(values, expected):
-    with pytest.raises(UsageError, match=expected):
-        options_from(values, "mine")
 
 
 def test_equal_options_make_equal_networks(digits):
@@ -65,6 +39,7 @@ def test_options_reach_what_they_name(digits):
     assert trainer.task.model.arguments()["num_routing"] == 2 and trainer.task.reconstruction_weight == 0.25
     assert (trainer.translate, trainer.step.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)
     assert trainer.metadata["model_args"]["conv_dim"] == 8 and trainer.metadata["policy"] == "warm_ada_batch"
+    assert trainer.metadata["criterion"] == {"name": "margin", "m_plus": 0.8, "m_minus": 0.1, "lambda": 0.5}
 
 
 def test_arguments_of_the_model(digits):
@@ -103,24 +78,6 @@ def test_arguments_of_the_model_that_contradict(digits, values, expected):
     assert str(caught.value) == f"--model-kwargs {expected}"
 
 
-def test_rate_and_batch_size_default_by_policy_and_data():
-    for policy, num_images, expected in (
-        ("fixed", 1000, (1e-3, 16, None)),
-        ("fixed", 10_000, (1e-3, 128, None)),
-        ("fixed", 999, (1e-3, 8, None)),
-        ("warm_ada_batch", 10, (1e-3, 8, 1000)),
-    ):
-        args = options_from({"policy": policy})
-        make_policy(args, num_images)
-        assert (args.lr, args.batch_size, args.warmup_steps) == expected
-
-
-def test_written_options_are_read_back(tmp_path):
-    args = options_from({**SMALL, "lr": 0.5, "policy": "one_cycle", "max_lr": "3x"})
-    write_options(args, tmp_path)
-    assert options_from(yaml.safe_load((tmp_path / "args.yaml").read_text())) == args
-
-
 def test_test_set_is_measured_with_the_best_epochs_weights(digits, tmp_path):
     args = options_from({**SMALL, "epochs": 2, "batch_size": 64, "policy": "fixed"})
     trainer = make_trainer(args, digits, torch.device("cpu"), tmp_path)
@@ -148,7 +105,7 @@ def test_images_are_normalised_by_their_own_statistics(digits):
     args = options_from(SMALL)
     trainer = make_trainer(args, digits, torch.device("cpu"))
     mean, std = digits.statistics()
-    assert (args.mean, args.std) == (list(mean), list(std)) and 0.1 < mean[0] < 0.2 < std[0] < 0.4
+    assert (trainer.options.mean, trainer.options.std) == (list(mean), list(std)) and 0.1 < mean[0] < 0.2 < std[0] < 0.4
     assert (digits.val.mean, digits.test.std) == (mean, std)
     assert trainer.task.model.pretrained_cfg["mean"] == mean and trainer.metadata["std"] == list(std)
     args = options_from({**SMALL, "mean": [0.0], "std": [1.0]})
@@ -158,15 +115,15 @@ def test_images_are_normalised_by_their_own_statistics(digits):
 
 def test_shipped_weights_keep_the_normalisation_that_they_were_trained_with(digits):
     args = options_from({"model": "capsnet_tiny.mnist", "pretrained": True, "amp": "none"})
-    make_trainer(args, digits, torch.device("cpu"))
-    assert (args.mean, args.std) == ([0.0], [1.0])
+    options = make_trainer(args, digits, torch.device("cpu")).options
+    assert (options.mean, options.std) == ([0.0], [1.0])
 
 
 def test_the_papers_start(digits):
     args = options_from({"start": "paper", "amp": "none"})
     trainer = make_trainer(args, digits, torch.device("cpu"))
     model = trainer.task.model
-    assert args.reconstruction_weight == trainer.task.reconstruction_weight == 0.001
+    assert trainer.options.reconstruction_weight == trainer.task.reconstruction_weight == 0.001
     assert float(model.conv1.scale) == 1 and float(model.primary_caps.conv.scale) == 1 / 8  # 1 / num_types
     biases = (model.conv1.bias, model.primary_caps.conv.bias, model.class_caps.bias)
     assert not any(bias.any() for bias in biases)

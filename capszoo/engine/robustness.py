@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data.loader import seeded_generator
-from .engine.metrics import right_answers
-from .engine.task import Normalization
-from .precision import autocast
+from capszoo.data.loader import seeded_generator
+from capszoo.precision import autocast
+
+from .metrics import right_answers
+from .task import Normalization
 
 __all__ = ["ROBUSTNESS_COLUMNS", "draw_shifts", "measure_robustness", "transform"]
 

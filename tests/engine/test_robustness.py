@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import capszoo
-from capszoo.robustness import ROBUSTNESS_COLUMNS, draw_shifts, measure_robustness, transform
+from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, draw_shifts, measure_robustness, transform
 
 
 def images(*shape, seed=0):
