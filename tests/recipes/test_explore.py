@@ -17,6 +17,7 @@ import yaml
 
 import capszoo
 from capszoo.engine.options import make_model, options_from
+from capszoo.explore.grid import read_grid
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("plotly")
@@ -305,7 +306,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(recipe, tmp_path, monkeypatch,
 def test_searches_of_the_same_second_have_folders_of_their_own(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     explore = recipe("explore")
-    monkeypatch.setattr(explore.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
     args = explore.build_parser().parse_args([])
     options = {"model": "capsnet_tiny", "dataset": "digits"}
     with explore.claim_folder(args, options) as first, explore.claim_folder(args, options) as second:
@@ -327,8 +328,8 @@ def test_a_folder_of_another_data_set_is_refused(searched, recipe, tmp_path, cap
     assert ended.value.code == 2 and "was made for images" in err and err.count("\n") == 1
 
 
-def test_the_paper_has_eight_rows(recipe):
-    rows = recipe("explore").read_grid(["paper"], {})
+def test_the_paper_has_eight_rows():
+    rows = read_grid(["paper"], {})
     assert [row.name for row in rows] == [
         "baseline", "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch", "weight_sharing",
         "warm_ada_batch_weight_sharing",
@@ -345,6 +346,6 @@ def test_the_paper_has_eight_rows(recipe):
         # The paper counts the 11,520 coupling coefficients as parameters.
         counted = next(int(r["parameters"]) for r in published if r["name"] == row.name)
         assert sum(p.numel() for p in model.parameters()) + 11_520 == counted, shared
-    scaled = recipe("explore").read_grid(["paper"], {"model": "capsnet_tiny", "epochs": 8, "warm_epochs": 1})
+    scaled = read_grid(["paper"], {"model": "capsnet_tiny", "epochs": 8, "warm_epochs": 1})
     assert [row.options.get("warm_epochs") for row in scaled] == [None] * 4 + [1, 1, None, 1]
     assert {(row.options["model"], row.options["epochs"]) for row in scaled} == {("capsnet_tiny", 8)}
