@@ -9,7 +9,7 @@ from rich.table import Table
 
 from capszoo._version import __version__
 from capszoo.errors import first_line
-from capszoo.plots import plot_layers, plot_memory, plot_speedup
+from capszoo.figures import plot_layers, plot_memory, plot_speedup
 from capszoo.precision import device_name
 
 COLUMNS = (

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from capszoo import plots
 from capszoo._version import __version__
+from capszoo.figures import plot_accuracy, plot_comparison, plot_front, plot_time_to_best, plot_tradeoff, write_report
 from capszoo.files import write_atomically, write_csv
-from capszoo.report import write_report
 
 from .exploration import Exploration
 from .solution import Solution
@@ -64,10 +63,10 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
     )  # fmt: skip
     missing = []
     for name, draw in (
-        ("front", lambda path: plots.plot_front(solutions, front, path, exploration.objectives)),
-        ("tradeoff", lambda path: plots.plot_tradeoff(solutions, front, path)),
-        ("accuracy", lambda path: plots.plot_accuracy(solutions, path)),
-        ("time_to_best", lambda path: plots.plot_time_to_best(solutions, path)),
+        ("front", lambda path: plot_front(solutions, front, path, exploration.objectives)),
+        ("tradeoff", lambda path: plot_tradeoff(solutions, front, path)),
+        ("accuracy", lambda path: plot_accuracy(solutions, path)),
+        ("time_to_best", lambda path: plot_time_to_best(solutions, path)),
     ):
         try:
             draw(folder / f"{name}.png")
@@ -109,5 +108,5 @@ def write_comparison(
     with open(_PUBLISHED, newline="") as file:
         published = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
     if any(row["name"] == "baseline" for row in rows):
-        plots.plot_comparison(rows, published, path.with_suffix(".png"))
-        plots.plot_accuracy(solutions, path.with_name(path.stem + "-accuracy.png"))
+        plot_comparison(rows, published, path.with_suffix(".png"))
+        plot_accuracy(solutions, path.with_name(path.stem + "-accuracy.png"))
