@@ -28,6 +28,7 @@ _NAMES = {
         **dict.fromkeys(("check_ranges", "create_optimizer", "policy_from"), "capszoo.engine.options"),
         **dict.fromkeys(("check_folder", "hold_folder", "start_folder"), "capszoo.engine.run_folder"),
     },
+    "capszoo.data.readers": {"image_folder": "capszoo.data.folders"},
     "capszoo.registry": dict.fromkeys(("ModelInfo", "model_info"), "capszoo.costs"),
 }
 
