@@ -38,8 +38,8 @@ from capszoo.precision import choose_device
 
 # What may change when a search goes on.
 MAY_CHANGE_ON_RESUME = {
-    "resume", "budget", "data_dir", "device", "quiet", "results", "retime", "choose", "loss", "within", "test",
-    "storage",
+    "resume", "budget", "data_dir", "device", "quiet", "results", "retime", "choose", "max_drop", "within",
+    "test", "storage",
 }  # fmt: skip
 NOT_SAVED = {"config", "resume", "output", "results", "retime", "budget"}
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -65,7 +65,10 @@ def fraction(text: str) -> float:
 
 
 def build_parser() -> OptionParser:
-    parser = OptionParser(description="Search for the Pareto-optimal ways to train a capsule network.")
+    # Earlier versions wrote `loss` into args.yaml.
+    parser = OptionParser(
+        old_keys={"loss": "max_drop"}, description="Search for the Pareto-optimal ways to train a capsule network."
+    )
     group = parser.add_argument_group("what").add_argument
     group("--config", metavar="FILE.yaml", help="take options from a YAML file of 'option: value' lines")
     group("--model", help="one of capszoo.list_models(); default capsnet_tiny, or what the grid says")
@@ -109,10 +112,17 @@ def build_parser() -> OptionParser:
         "--choose",
         default="fastest",
         choices=["fastest", "accurate", "smallest"],
-        help="what to take of the front: the fastest or the smallest that loses at most --loss of the baseline's "
+        help="what to take of the front: the fastest or the smallest that loses at most --max-drop of the baseline's "
         "accuracy, or the most accurate --within a training time",
     )
-    group("--loss", type=fraction, default=0.0, help="accuracy that may be lost, such as 0.1%%")
+    group(
+        "--max-drop",
+        "--loss",
+        dest="max_drop",
+        type=fraction,
+        default=0.0,
+        help="accuracy that may be lost, such as 0.1%%",
+    )
     group("--within", type=duration, help="most training time, such as 10m")
     group("--test", action="store_true", help="also measure each finished trial on the test set; never used to choose")
     group = parser.add_argument_group("computing and reporting").add_argument
@@ -246,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     baseline = exploration.baseline()
     front = exploration.front()
     # Of all: a front in fewer than three objectives lacks what others would choose.
-    chosen = choose(exploration.solutions(), args.choose, loss=args.loss, within=args.within, baseline=baseline)
+    chosen = choose(exploration.solutions(), args.choose, max_drop=args.max_drop, within=args.within, baseline=baseline)
     missing = write_reports(exploration, folder, chosen)
     console.print(solutions_table(front, f"front of {len(front)} Pareto-optimal solutions"))
     if rows:
@@ -261,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"not drawn: {line}")
     console.print(f"report: {folder / 'report.html'}")
     if chosen is None:
-        console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --loss and --within")
+        console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --max-drop and --within")
     else:
         console.print(
             f"chosen ({args.choose}): trial {chosen.number}, {percent(chosen.accuracy)}, "

@@ -86,11 +86,12 @@ def test_the_three_ways_to_choose():
     small = solution(4, 0.989, 120.0, 500)
     all_of_them = [baseline, fast, careless, best, small, solution(5, 1.0, 0.1, 1, state="failed")]
     assert choose(all_of_them, "fastest", baseline=baseline) == fast
-    assert choose(all_of_them, "fastest", loss=0.02, baseline=baseline) == careless
+    assert choose(all_of_them, "fastest", max_drop=0.02, baseline=baseline) == careless
     assert choose(all_of_them, "accurate") == best
     assert choose(all_of_them, "accurate", within=100) == fast
     assert choose(all_of_them, "smallest", baseline=baseline).parameters == 8000
-    assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small
+    assert choose(all_of_them, "smallest", max_drop=0.001, baseline=baseline) == small
+    assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small, "as it was called before"
     assert choose(all_of_them, "fastest") == best, "without a baseline nothing may be lost of the best"
     assert choose(all_of_them, "accurate", within=1) is None and choose([], "fastest") is None
     with pytest.raises(ExplorationError, match="did you mean 'fastest'"):

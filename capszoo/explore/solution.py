@@ -75,19 +75,21 @@ def choose(
     solutions: Sequence[Solution],
     mode: str = "fastest",
     *,
-    loss: float = 0.0,
+    max_drop: float = 0.0,
     within: float | None = None,
     baseline: Solution | None = None,
+    loss: float | None = None,
 ) -> Solution | None:
     """Choose by one of the paper's three ways to steer: fast, accurate or small.
 
     Args:
         solutions: Those to choose from.
         mode: 'fastest' and 'smallest' take the least training time or the fewest parameters at an accuracy not more
-            than `loss` below the baseline's; 'accurate' takes the best accuracy at a training time of `within`.
-        loss: Accuracy that may be lost, a fraction.
+            than `max_drop` below the baseline's; 'accurate' takes the best accuracy at a training time of `within`.
+        max_drop: Accuracy that may be lost, a fraction.
         within: Most training seconds; None for any.
-        baseline: What `loss` is measured against; the best accuracy of all if None.
+        baseline: What `max_drop` is measured against; the best accuracy of all if None.
+        loss: The earlier name of `max_drop`; it takes its place where it is given.
 
     Returns:
         The solution, or None where no complete solution meets the condition.
@@ -108,6 +110,6 @@ def choose(
     else:
         has_baseline = baseline is not None and baseline.accuracy is not None
         reference = baseline.accuracy if has_baseline else max((s.accuracy for s in complete), default=0.0)
-        # Accuracies are ratios of whole numbers: a loss of exactly what is allowed must pass.
-        fitting = [s for s in complete if s.accuracy >= reference - loss - 1e-9]
+        # Accuracies are ratios of whole numbers: a drop of exactly what is allowed must pass.
+        fitting = [s for s in complete if s.accuracy >= reference - (max_drop if loss is None else loss) - 1e-9]
     return min(fitting, key=keys[mode], default=None)

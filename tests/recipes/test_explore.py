@@ -104,6 +104,22 @@ def test_it_goes_on_by_the_command_that_began_it(searched, recipe):
             parse(*words)
 
 
+def test_a_search_of_before_goes_on_with_the_loss_that_it_allowed(searched, recipe, tmp_path):
+    explore, folder = recipe("explore"), shutil.copytree(searched[0], tmp_path / "search")
+
+    def parse(*words):
+        return capszoo.command_line.parse_resumable(explore.build_parser, explore.MAY_CHANGE_ON_RESUME, [*words])
+
+    text = (folder / "args.yaml").read_text()
+    assert "max_drop: 0.0\n" in text
+    (folder / "args.yaml").write_text(text.replace("max_drop: 0.0", "loss: 0.25"))
+    assert parse("--resume", str(folder)).max_drop == 0.25
+    assert parse("--resume", str(folder), "--loss", "1%").max_drop == 0.01
+    (tmp_path / "config.yaml").write_text("loss: 0.1%\n")
+    assert parse("--config", str(tmp_path / "config.yaml")).max_drop == 0.001
+    assert parse("--resume", str(folder), "--config", str(tmp_path / "config.yaml")).max_drop == 0.001
+
+
 def test_rows_of_images_that_are_not_square(tmp_path):
     rows = grid(tmp_path / "rows", 1, epochs=1, img_size=[20, 32])
     (rows / "1-other.yaml").write_text((rows / "0-row0.yaml").read_text())
@@ -284,6 +300,7 @@ BAD = [
     (["--set", "seed=-1"], "--seed -1 is out of range"),
     (["--seed", str(2**31)], "--seed 2147483648 is out of range: give 0 to 2^31 - 1"),
     (["--storage", "sqlite://{a}", "--trials", "1"], "storage sqlite://{a} cannot be used"),
+    (["--max-drop", "2"], "'2' is no accuracy to lose"),
     (["--loss", "2"], "'2' is no accuracy to lose"),
     (["--val-fraction", "0", "--trials", "1"], "--val-fraction above 0"),
     (["--model", "capsnet_tny"], "capsnet_tny"),
