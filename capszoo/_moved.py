@@ -13,8 +13,10 @@ _MOVED = {
     "capszoo.distributed": "capszoo.engine.distributed",
     "capszoo.loader": "capszoo.data.loader",
     "capszoo.metrics": "capszoo.engine.metrics",
+    "capszoo.plots": "capszoo.figures",
     "capszoo.readers": "capszoo.data.readers",
     "capszoo.robustness": "capszoo.engine.robustness",
+    "capszoo.report": "capszoo.figures.page",
     "capszoo.task": "capszoo.engine.task",
     "capszoo.training": "capszoo.engine.options",
     "capszoo.watch": "capszoo.engine.watch",
@@ -45,6 +47,7 @@ _NAMES = {
             "capszoo.engine.run",
         ),
     },
+    "capszoo.data.readers": {"image_folder": "capszoo.data.folders"},
     "capszoo.registry": dict.fromkeys(("ModelInfo", "model_info"), "capszoo.costs"),
 }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capszoo.data import Loader, list_datasets, load_data
-from capszoo.data.sets import _stratified
+from capszoo.data.splits import stratified
 from capszoo.errors import DataError
 
 
@@ -128,7 +128,7 @@ def test_validation_split_is_stratified_disjoint_and_decided_by_seed(val_fractio
 def test_stratified(labels, fraction, seed):
     labels = torch.tensor(labels)
     count = max(1, round(len(labels) * fraction))
-    chosen = _stratified(labels, count, seed)
+    chosen = stratified(labels, count, seed)
     assert len(chosen.unique()) == len(chosen) == min(count, len(labels) - len(labels.unique()))
     present, taken = labels.bincount(minlength=6), labels[chosen].bincount(minlength=6)
     assert (taken[present > 0] < present[present > 0]).all()
@@ -452,8 +452,8 @@ def test_stratified_by_several_classes(data, classes, images, fraction):
     row = st.lists(st.booleans(), min_size=classes, max_size=classes)
     labels = torch.tensor(data.draw(st.lists(row, min_size=images, max_size=images))).float()
     count = max(1, round(images * fraction))
-    chosen = _stratified(labels, count, seed=3)
-    assert torch.equal(chosen, _stratified(labels, count, seed=3))
+    chosen = stratified(labels, count, seed=3)
+    assert torch.equal(chosen, stratified(labels, count, seed=3))
     assert len(chosen.unique()) == len(chosen) <= count
     present, taken = labels.sum(dim=0), labels[chosen].sum(dim=0)
     assert (taken[present > 0] < present[present > 0]).all(), "each class is left to train on"
@@ -471,12 +471,12 @@ def test_each_of_several_classes_is_in_proportion(fraction):
     labels = (torch.rand(1000, 7, generator=generator) < rates).float()
     labels[:, 6] *= labels[:, 1]  # not independent
     count = round(1000 * fraction)
-    chosen = _stratified(labels, count, seed=0)
+    chosen = stratified(labels, count, seed=0)
     assert len(chosen) == count
     assert (labels[chosen].sum(dim=0) - labels.sum(dim=0) * fraction).abs().max() <= 1
-    assert not torch.equal(chosen, _stratified(labels, count, seed=1))
+    assert not torch.equal(chosen, stratified(labels, count, seed=1))
     one_class = torch.eye(5)[torch.arange(100) % 5]
-    assert labels.sum() and one_class[_stratified(one_class, 10, 0)].sum(dim=0).tolist() == [2] * 5
+    assert labels.sum() and one_class[stratified(one_class, 10, 0)].sum(dim=0).tolist() == [2] * 5
 
 
 # Classes that the validation split lacks.
@@ -718,7 +718,7 @@ def test_unreadable_folder(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     write_folder(tmp_path)
-    monkeypatch.setattr("capszoo.data.readers._entries", refuse)
+    monkeypatch.setattr("capszoo.data.folders._entries", refuse)
     with raises("Permission denied", tmp_path / "train"):
         load_data(tmp_path)
 

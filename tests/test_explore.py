@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import capszoo.explore
+import capszoo.explore.worker
 from capszoo import checkpoint
 from capszoo.data import load_data
-from capszoo.engine.options import make_model, make_policy, model_arguments, options_from
+from capszoo.engine.options import options_from
+from capszoo.engine.run import make_model, make_policy, model_arguments
 from capszoo.errors import UsageError
 from capszoo.explore import (
     OBJECTIVES,
@@ -34,6 +35,7 @@ from capszoo.explore import (
     seconds_of_an_epoch,
     write_solutions,
 )
+from capszoo.explore.stopping import why_stop
 
 optuna = pytest.importorskip("optuna")
 
@@ -85,11 +87,12 @@ def test_the_three_ways_to_choose():
     small = solution(4, 0.989, 120.0, 500)
     all_of_them = [baseline, fast, careless, best, small, solution(5, 1.0, 0.1, 1, state="failed")]
     assert choose(all_of_them, "fastest", baseline=baseline) == fast
-    assert choose(all_of_them, "fastest", loss=0.02, baseline=baseline) == careless
+    assert choose(all_of_them, "fastest", max_drop=0.02, baseline=baseline) == careless
     assert choose(all_of_them, "accurate") == best
     assert choose(all_of_them, "accurate", within=100) == fast
     assert choose(all_of_them, "smallest", baseline=baseline).parameters == 8000
-    assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small
+    assert choose(all_of_them, "smallest", max_drop=0.001, baseline=baseline) == small
+    assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small, "as it was called before"
     assert choose(all_of_them, "fastest") == best, "without a baseline nothing may be lost of the best"
     assert choose(all_of_them, "accurate", within=1) is None and choose([], "fastest") is None
     with pytest.raises(ExplorationError, match="did you mean 'fastest'"):
@@ -370,7 +373,7 @@ def test_only_hopeless_trials_are_stopped(searched):
 
     def why(epoch, seconds, accuracy, parameters=1000, peers=peers):
         trial = Namespace(number=9, user_attrs={"parameters": parameters})
-        return exploration._why_stop(trial, trainer_at(epoch, 4, seconds, accuracy), peers)
+        return why_stop(trial, trainer_at(epoch, 4, seconds, accuracy), peers, exploration.objectives)
 
     assert why(2, 30.0, 0.7).startswith("could at best come near trial")
     assert why(2, 30.0, 0.81) == "", "with the gain of 0.1 that others had from here it would be the most accurate"
@@ -391,8 +394,8 @@ def test_options_of_a_trial_are_checked(values):
 ASK = """
 import json, sys, time
 import optuna
-from capszoo.explore import _open_storage
-study = optuna.load_study(study_name="s", storage=_open_storage(sys.argv[1], 30, 120, None))
+from capszoo.explore.storage import open_storage
+study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1], 30, 120, None))
 taken = []
 sys.stdout.write("ready\\n"), sys.stdout.flush(), sys.stdin.readline()
 while (trial := study.ask()).user_attrs.get("queued"):
@@ -402,10 +405,10 @@ print(json.dumps(taken))
 
 
 def test_no_trial_is_given_to_two_workers(tmp_path):
-    from capszoo.explore import _open_storage
+    from capszoo.explore.storage import open_storage
 
     url = f"sqlite:///{tmp_path}/study.db"
-    storage = _open_storage(url, 30, 120, None)
+    storage = open_storage(url, 30, 120, None)
     study = optuna.create_study(study_name="s", storage=storage, directions=["maximize", "minimize"])
     for _ in range(40):
         study.enqueue_trial({}, user_attrs={"queued": True})
@@ -424,14 +427,14 @@ def test_no_trial_is_given_to_two_workers(tmp_path):
 def test_the_budgets_end_while_the_test_set_is_measured(digits, tmp_path, monkeypatch):
     rows = [Row("a", ROW), Row("b", ROW)]
     exploration = explore(rows, digits, tmp_path / "study", measure_test=True)
-    real = capszoo.explore.measure_test
+    real = capszoo.explore.worker.measure_test
 
     def too_late(*args):
         exploration._deadline = time.monotonic()
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capszoo.explore, "measure_test", too_late)
+        patch.setattr(capszoo.explore.worker, "measure_test", too_late)
         exploration.run(budget=1000)
     assert [s.state for s in exploration.solutions()] == ["failed", "waiting", "waiting"]
     again = explore(rows, digits, tmp_path / "study", measure_test=True)
@@ -471,19 +474,19 @@ def test_a_worker_that_died_before_it_could_say_who_it_is(digits, tmp_path):
 
 
 def test_processes_are_told_apart():
-    from capszoo.explore import _is_dead, _process_identity
+    from capszoo.explore.reclaim import is_dead, process_identity
 
-    own = _process_identity()
+    own = process_identity()
     if not own:
         pytest.skip("no /proc here")
-    assert not _is_dead(own)
-    assert _is_dead([own[0], own[1], "1"]), "another process with the same number, after a restart of the container"
-    assert not _is_dead(["another machine or container", own[1], "1"])
+    assert not is_dead(own)
+    assert is_dead([own[0], own[1], "1"]), "another process with the same number, after a restart of the container"
+    assert not is_dead(["another machine or container", own[1], "1"])
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as child:
-        identity = _process_identity(child.pid)
-        assert not _is_dead(identity)
+        identity = process_identity(child.pid)
+        assert not is_dead(identity)
         child.communicate("\n")
-    assert _is_dead(identity)
+    assert is_dead(identity)
 
 
 def test_workers_share_the_precisions_of_the_study(digits, tmp_path):

@@ -1,14 +1,14 @@
-"""capszoo/plots.py: what the figures show, and what happens where there is nothing to show."""
+"""capszoo.figures: what the figures show, and what happens where there is nothing to show."""
 
 import sys
 
 import pytest
 
-from capszoo import checkpoint, plots
+from capszoo import checkpoint, figures
 from capszoo.explore import Solution
 
 PNG = b"\x89PNG\r\n\x1a\n"
-DRAW = {"speedup": plots.plot_speedup, "memory": plots.plot_memory, "layers": plots.plot_layers}
+DRAW = {"speedup": figures.plot_speedup, "memory": figures.plot_memory, "layers": figures.plot_layers}
 
 
 def row(subject="routing", model="capsnet", batch_size=8, variant="plain", **values):
@@ -37,7 +37,7 @@ def figure(monkeypatch):
 
     def draw(name, rows):
         kept = []
-        monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+        monkeypatch.setattr(figures.style, "save", lambda figure, path: kept.append(figure))
         DRAW[name](rows, "unused.png")
         return kept[0]
 
@@ -139,7 +139,7 @@ def test_failed_write_keeps_the_old_figure(tmp_path, monkeypatch):
     (tmp_path / "figure.png").write_bytes(b"old")
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(checkpoint.WriteError, match="figure.png.*disk full"):
-        plots.plot_speedup(ROWS, tmp_path / "figure.png")
+        figures.plot_speedup(ROWS, tmp_path / "figure.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("figure.png", b"old")]
 
 
@@ -167,10 +167,10 @@ TRIALS = [
 ]  # fmt: skip
 FRONT = [TRIALS[1], TRIALS[3], TRIALS[4]]
 EXPLORED = {
-    "front": lambda trials, path: plots.plot_front(trials, FRONT, path, ("accuracy", "seconds", "parameters")),
-    "tradeoff": lambda trials, path: plots.plot_tradeoff(trials, FRONT, path),
-    "accuracy": plots.plot_accuracy,
-    "time_to_best": plots.plot_time_to_best,
+    "front": lambda trials, path: figures.plot_front(trials, FRONT, path, ("accuracy", "seconds", "parameters")),
+    "tradeoff": lambda trials, path: figures.plot_tradeoff(trials, FRONT, path),
+    "accuracy": figures.plot_accuracy,
+    "time_to_best": figures.plot_time_to_best,
 }
 
 
@@ -180,7 +180,7 @@ def explored(monkeypatch):
 
     def draw(name, trials=TRIALS):
         kept = []
-        monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+        monkeypatch.setattr(figures.style, "save", lambda figure, path: kept.append(figure))
         EXPLORED[name](trials, "unused.png")
         return kept[0]
 
@@ -232,8 +232,8 @@ def test_front_has_a_panel_for_each_cost_and_numbers(explored):
 )
 def test_front_of_fewer_objectives(monkeypatch, objectives, labels):
     kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
-    plots.plot_front(TRIALS, FRONT, "unused.png", objectives)
+    monkeypatch.setattr(figures.style, "save", lambda figure, path: kept.append(figure))
+    figures.plot_front(TRIALS, FRONT, "unused.png", objectives)
     assert [axes.get_xlabel() for axes in kept[0].axes] == labels
 
 
@@ -262,7 +262,7 @@ def test_accuracy_is_a_mean_over_seeds_or_the_best_trial(explored):
 
 def test_trials_with_other_options_are_not_averaged():
     other = trial(3, options={"lr": 0.2, "seed": 3}, accuracy=0.95)
-    assert [run.number for run in plots.curves([*TRIALS[1:3], other])["fixed"]] == [2]
+    assert [run.number for run in figures.curves([*TRIALS[1:3], other])["fixed"]] == [2]
 
 
 def test_time_to_best_has_bars_of_means_and_points(explored):
@@ -274,10 +274,10 @@ def test_time_to_best_has_bars_of_means_and_points(explored):
 
 
 def test_poor_trials_do_not_squash_the_accuracies():
-    low, high = plots.accuracy_limits([0.1, 0.11, 0.99, 0.991, 0.992, 0.993, 0.994, 0.995])
+    low, high = figures.accuracy_limits([0.1, 0.11, 0.99, 0.991, 0.992, 0.993, 0.994, 0.995])
     assert 0.985 < low < 0.99 and 0.995 < high < 1
-    assert plots.accuracy_limits([0.5]) == (0.499, 0.501)
-    low, high = plots.accuracy_limits([0.2, 0.4, 0.6, 0.8])
+    assert figures.accuracy_limits([0.5]) == (0.499, 0.501)
+    low, high = figures.accuracy_limits([0.2, 0.4, 0.6, 0.8])
     assert low == pytest.approx(0.2 - 0.036) and high == pytest.approx(0.836)
 
 
@@ -312,10 +312,10 @@ PUBLISHED = [
 
 
 def test_comparison_shows_times_as_parts_of_the_baselines(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
-    plots.plot_comparison(comparison(), PUBLISHED, tmp_path / "unused.png")
-    (axes,) = figures[0].axes
+    drawn = []
+    monkeypatch.setattr(figures.style, "save", lambda figure, path: drawn.append(figure))
+    figures.plot_comparison(comparison(), PUBLISHED, tmp_path / "unused.png")
+    (axes,) = drawn[0].axes
     bars = [[round(bar.get_width(), 3) for bar in group] for group in axes.containers if hasattr(group, "patches")]
     assert bars == [[1.0, 0.4], [1.0, 0.25, 0.45], [1.0, 0.2]]
     texts = [text.get_text() for text in axes.texts]
@@ -325,5 +325,5 @@ def test_comparison_shows_times_as_parts_of_the_baselines(monkeypatch, tmp_path)
 
 def test_comparison_needs_a_baseline(tmp_path):
     with pytest.raises(ValueError, match="no row named 'baseline'"):
-        plots.plot_comparison(comparison()[1:], PUBLISHED, tmp_path / "figure.png")
+        figures.plot_comparison(comparison()[1:], PUBLISHED, tmp_path / "figure.png")
     assert not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""capszoo/report.py: one file with every trial in it, safe whatever the trials hold, and right in a real browser."""
+"""capszoo.figures.page: one file with every trial in it, safe whatever the trials hold, and right in a real browser."""
 
 import importlib
 import re
@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from html import unescape
+from html import escape, unescape
 
 import pytest
 
-from capszoo import report
 from capszoo.explore import Solution, pareto_front
+from capszoo.figures import interactive, write_report
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("plotly")
@@ -59,7 +59,7 @@ def make_study(solutions, objectives=OBJECTIVES):
 def write(path, solutions=TRIALS, objectives=OBJECTIVES, **options):
     front = pareto_front(solutions, objectives)
     options = {"title": "A search", "facts": {"model": "tiny"}, "command": "python train.py --lr 2", **options}
-    report.write_report(path, solutions, front, objectives=objectives, **options)
+    write_report(path, solutions, front, objectives=objectives, **options)
     return path.read_text("utf-8")
 
 
@@ -112,12 +112,12 @@ def test_text_of_users_stays_text(tmp_path):
     assert rows(page)[8][1] == rows(page)[8][-1] == rows(page)[8][-2] == HOSTILE
     assert "<script>alert" not in page and "<img" not in page and "<!--" not in page
     assert page.count("<script") == page.count("</script>") == 1 + 5 + 1  # plotly, its figures, ours
-    assert f"<title>{report.escape(HOSTILE)}</title>" in page
+    assert f"<title>{escape(HOSTILE)}</title>" in page
 
 
 def test_labels_of_figures_are_text_too():
-    assert report._label("a <b>bold</b>\n&amp; name") == "a &lt;b&gt;bold&lt;/b&gt; &amp;amp; name"
-    hover = report._hover(TRIALS[8])
+    assert interactive._label("a <b>bold</b>\n&amp; name") == "a &lt;b&gt;bold&lt;/b&gt; &amp;amp; name"
+    hover = interactive._hover(TRIALS[8])
     assert set(re.findall(r"<[^>]*>", hover)) == {"<b>", "</b>", "<br>"}
     assert "deep: &lt;/script&gt;" in hover and "accuracy 98.00 %<br>30.0 s, best after 30.0 s" in hover
 
@@ -137,14 +137,16 @@ def test_one_and_two_objectives(tmp_path, objectives):
 
 
 def test_figure_of_optuna_has_our_hover_text(tmp_path):
-    figure = report._pareto(make_study(TRIALS), TRIALS, OBJECTIVES)
+    figure = interactive._pareto(make_study(TRIALS), TRIALS, OBJECTIVES)
     texts = {trace.name: list(trace.text) for trace in figure.data}
-    assert texts["Pareto front"] == [report._hover(TRIALS[number]) for number in (1, 2, 8)]
-    assert texts["complete trials"] == [report._hover(TRIALS[number]) for number in (0, 3)]
+    assert texts["Pareto front"] == [interactive._hover(TRIALS[number]) for number in (1, 2, 8)]
+    assert texts["complete trials"] == [interactive._hover(TRIALS[number]) for number in (0, 3)]
 
 
 def test_curves_show_the_best_trial_of_each_name():
-    figure = report._curves([t for t in TRIALS if t.history], dict.fromkeys([t.name for t in TRIALS], "#123456"), 1, "")
+    figure = interactive._curves(
+        [t for t in TRIALS if t.history], dict.fromkeys([t.name for t in TRIALS], "#123456"), 1, ""
+    )
     lines = {trace.hovertext[0].split("</b>")[0]: (trace.line.width, list(trace.x)) for trace in figure.data}
     assert lines["<b>trial 2"] == (3, [40 / 3, 80 / 3, 40]) and lines["<b>trial 3"][0] == 1
     assert lines["<b>trial 4"][0] == 1  # stopped
@@ -164,7 +166,7 @@ def test_missing_values_are_left_out(tmp_path):
         Solution(2, "b", "complete", accuracy=0.9, seconds=0.0),
         Solution(3, "b", "complete", accuracy=0.9, seconds=2.0, options={"lr": None, "x": [1] * 99}),
     ]
-    report.write_report(tmp_path / "r.html", bare, bare[3:], title="", facts={}, objectives=("accuracy",))
+    write_report(tmp_path / "r.html", bare, bare[3:], title="", facts={}, objectives=("accuracy",))
     page = (tmp_path / "r.html").read_text("utf-8")
     assert figures(page) == ["tradeoff"] and len(rows(page)) == 4
     assert rows(page)[1][3] == "" and "nan" not in without_plotly(page)
@@ -177,7 +179,8 @@ def test_undecodable_names_of_files_are_written(tmp_path):
 def test_import_needs_neither_plotly_nor_optuna(tmp_path, monkeypatch):
     for name in ("plotly", "plotly.io", "optuna"):
         monkeypatch.setitem(sys.modules, name, None)
-    module = importlib.reload(report)
+    importlib.reload(interactive)
+    module = importlib.reload(sys.modules["capszoo.figures.page"])
     with pytest.raises(ImportError, match=r'reports need plotly: pip install "capszoo\[explore\]"'):
         module.write_report(tmp_path / "r.html", TRIALS, [], title="", facts={}, objectives=())
     assert list(tmp_path.iterdir()) == []

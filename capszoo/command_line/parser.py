@@ -14,7 +14,9 @@ from capszoo.files import read_yaml
 class OptionParser(argparse.ArgumentParser):
     """argparse with one line per error, near matches for unknown options, and defaults from YAML files."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, old_keys: Mapping[str, str] | None = None, **kwargs: Any):
+        """Arguments as of `argparse.ArgumentParser`; `old_keys` are earlier names of options in YAML files."""
+        self.old_keys = dict(old_keys or {})
         # Abbreviations would hide typos in scripts.
         kwargs.update(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **kwargs)
@@ -40,7 +42,7 @@ class OptionParser(argparse.ArgumentParser):
         given = self._given(argv)
         config = getattr(given, "config", None)
         if config:
-            values = read_yaml(config)
+            values = {self.old_keys.get(key, key): value for key, value in read_yaml(config).items()}
             self.set_values(values, config)
             for key, value in values.items():
                 if value is not None:

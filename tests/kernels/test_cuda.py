@@ -1,8 +1,6 @@
 """The operators on a CUDA GPU: numbers against float64, memory, graphs, compilation, precision, determinism."""
 
 import gc
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import capszoo
+from capszoo.benchmark.variants import plain_dynamic_routing
 from capszoo.kernels import dynamic_routing, ops, reference, squash
 
 try:
@@ -137,12 +136,8 @@ def peak(function, inputs):
 
 @pytest.mark.parametrize("T, P", [(1152, 1), (32, 36)])
 def test_peak_memory(T, P):
-    path = Path(__file__).parents[2] / "recipes" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     inputs = make_inputs(128, T, P, 8, 10, 16, scale=0.1)
-    ours, plain = peak(dynamic_routing, inputs), peak(benchmark.plain_dynamic_routing, inputs)
+    ours, plain = peak(dynamic_routing, inputs), peak(plain_dynamic_routing, inputs)
     print(f"fused {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
     assert ours * 20 <= plain
 
