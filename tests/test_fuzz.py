@@ -48,6 +48,7 @@ from capszoo.data import load_data
 from capszoo.engine.run_state import check_resume_state, load_state, random_state, save_state
 from capszoo.files import write_csv
 from capszoo.models.capsnet import _cfg
+from capszoo.prune.pareto import PARETO_COLUMNS
 from capszoo.recipes import benchmark, export, prune
 
 ROOT = Path(__file__).parents[1]
@@ -442,7 +443,7 @@ def make_sound(loader: str, folder: Path) -> list[bytes]:
             values = {"model": "capsnet_tiny", "epochs": 3, "keep": {"types": [0, 2]}, "model_kwargs": {"conv_dim": 8}}
             seeds.append(f"# python recipes/{recipe}.py --config x\n{yaml.safe_dump(values)}".encode())
     if loader == "pruning":
-        number = dict.fromkeys(prune.PARETO_COLUMNS, 1)
+        number = dict.fromkeys(PARETO_COLUMNS, 1)
         for i in (0, 1):
             (folder / f"round-{i}").mkdir()
             (folder / f"round-{i}/round.json").write_text(json.dumps({**number, "round": i}))

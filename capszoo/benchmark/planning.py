@@ -75,6 +75,7 @@ def make_groups(subject: str, name: str, batch_size: int, scope: Scope, precisio
     """The groups at one place of the order."""
     graph, device, amp = scope.on_gpu, scope.device, scope.amp
     mode = "float32" if amp is None else str(amp).removeprefix("torch.")
+    direct = [] if scope.on_gpu else ["direct"]  # convolutions on a GPU are cuDNN's
     compiled = ["compiled"] if batch_size in scope.compile_batch_sizes else []
 
     def group(
@@ -96,12 +97,12 @@ def make_groups(subject: str, name: str, batch_size: int, scope: Scope, precisio
             yield group("routing", precision, make, ["fused", "plain"], graph=precision != "float32")
     elif subject == "training":
         make = partial(steps.training_step, name, amp)
-        yield group("training step", mode, make, ["fused", "plain", *compiled, "none"])
+        yield group("training step", mode, make, ["fused", *direct, "plain", *compiled, "none", "reference"])
     elif subject == "inference":
-        yield group(subject, mode, partial(steps.inference_step, name, amp), ["fused", "plain", "none"])
+        yield group(subject, mode, partial(steps.inference_step, name, amp), ["fused", *direct, "plain", "none"])
     elif subject == "layer":
         for layer in steps.LAYERS:
-            variants = ["fused", "plain"] if layer == "routing" else ["fused"]
+            variants = ["fused", *{"routing": ["plain"], "primary_caps": direct}.get(layer, [])]
             yield group(subject, mode, partial(steps.layer_step, name, layer, amp), variants, layer)
     else:
         yield group(subject, mode, None, [])  # what measure_epoch is for

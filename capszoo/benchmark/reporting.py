@@ -63,7 +63,7 @@ def print_summary(rows: list[dict], batch_size: int) -> None:
         ratios = [
             f"{variant}/fused {row['ratio_to_fused']:.3g}"
             for variant, row in variants.items()
-            if variant in ("plain", "compiled") and "ratio_to_fused" in row
+            if variant in ("direct", "plain", "compiled", "reference") and "ratio_to_fused" in row
         ]
         if "ratio_to_fused" in variants.get("none", {}):
             ratios.append(f"fused/none {1 / variants['none']['ratio_to_fused']:.3g}")

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from capszoo.engine.task import CapsuleTask
-from capszoo.layers import capsule_lengths
+from capszoo.layers import capsule_lengths, set_fourier_conv
 from capszoo.losses import reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.registry import create_model
 
-from .variants import Routing, plain_bytes, require_memory, routing_function, routing_shape
+from .variants import VARIANTS, Routing, plain_bytes, require_memory, routing_function, routing_shape
 
 LAYERS = ("conv1", "primary_caps", "squash", "routing", "losses", "decoder", "optimizer")
 
@@ -22,16 +22,18 @@ def make_model(
     """A model with the routing of a variant, images and labels."""
     require_memory(variant, plain_bytes(batch_size, routing_shape(name), backward=decoder), device)
     torch.manual_seed(0)
-    model = create_model(name, decoder=decoder).to(device, memory_format=torch.channels_last)
-    if variant != "fused":
+    layout = torch.channels_last if VARIANTS[variant].channels_last else torch.contiguous_format
+    model = create_model(name, decoder=decoder).to(device, memory_format=layout)
+    if VARIANTS[variant].routing != "fused":
         model.class_caps.routing = Routing(routing_function(variant))
     images = torch.rand(batch_size, model.in_chans, *model.img_size, device=device)
     return model, images, torch.randint(model.num_classes, (batch_size,), device=device)
 
 
-def make_optimizer(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Adam as recipes/train.py has it, whose step a CUDA graph can hold."""
-    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=device.type == "cuda")
+def make_optimizer(model: nn.Module, device: torch.device, fused: bool = True) -> torch.optim.Optimizer:
+    """Adam as recipes/train.py has it, whose step a CUDA graph can hold; or PyTorch's own choice."""
+    on_gpu = device.type == "cuda"
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused or None, capturable=on_gpu)
 
 
 def routing_step(
@@ -52,12 +54,14 @@ def routing_step(
 def training_step(name: str, amp: torch.dtype | None, variant: str, batch_size: int, device: torch.device) -> Callable:
     """A training step as recipes/train.py takes it: losses, backward pass, Adam."""
     model, images, labels = make_model(name, variant, batch_size, device)
+    chosen = VARIANTS[variant]
+    amp = amp if chosen.low_precision else None
     task = CapsuleTask(model, device=device, verbose=False)
-    optimizer = make_optimizer(model, device)
+    optimizer = make_optimizer(model, device, chosen.fused_optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
     def step() -> None:
-        with autocast(device, amp):
+        with set_fourier_conv(chosen.fourier_conv), autocast(device, amp):
             loss = task(images, labels)["loss"]
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -75,7 +79,7 @@ def inference_step(name: str, amp: torch.dtype | None, variant: str, batch_size:
 
     @torch.inference_mode()
     def step() -> None:
-        with autocast(device, amp):
+        with set_fourier_conv(VARIANTS[variant].fourier_conv), autocast(device, amp):
             model(images)
 
     return step
@@ -122,7 +126,7 @@ def layer_step(
         grad = torch.ones_like(function(*inputs))
 
     def step() -> None:
-        with autocast(device, amp):
+        with set_fourier_conv(VARIANTS[variant].fourier_conv), autocast(device, amp):
             out = function(*inputs)
         torch.autograd.grad(out, wanted, grad)
 

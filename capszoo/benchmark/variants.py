@@ -1,6 +1,7 @@
-"""The variants of routing that are compared: ours, plain PyTorch as it is or compiled, and none."""
+"""The variants that are compared: ours, and others of routing, of convolutions, and of the whole step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,35 @@ class Routing(nn.Module):
         return self.function(x, weight, bias)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a network and its step are made."""
+
+    routing: str = "fused"
+    fourier_conv: bool = True
+    channels_last: bool = True
+    fused_optimizer: bool = True
+    low_precision: bool = True
+    """Whether it runs in the precision that the benchmark is asked for, else in float32."""
+
+
+VARIANTS = {
+    "fused": Variant(),
+    "direct": Variant(fourier_conv=False),
+    "plain": Variant(routing="plain"),
+    "compiled": Variant(routing="compiled"),
+    "none": Variant(routing="none"),
+    # As public codes train the network: FasTrCaps's, and those of 2017.
+    "reference": Variant("plain", fourier_conv=False, channels_last=False, fused_optimizer=False, low_precision=False),
+}
+
+
 def routing_function(variant: str) -> Callable:
-    """The routing of a variant: 'fused', 'plain', 'compiled' or 'none'."""
-    if variant == "compiled":
+    """The routing of a variant."""
+    routing = VARIANTS[variant].routing
+    if routing == "compiled":
         return torch.compile(plain_dynamic_routing, fullgraph=True, dynamic=False)
-    return {"fused": dynamic_routing, "plain": plain_dynamic_routing, "none": no_routing}[variant]
+    return {"fused": dynamic_routing, "plain": plain_dynamic_routing, "none": no_routing}[routing]
 
 
 def routing_shape(name: str) -> tuple[int, ...]:
@@ -77,7 +102,7 @@ def routing_shape(name: str) -> tuple[int, ...]:
 
 def require_memory(variant: str, bytes_needed: int, device: torch.device) -> None:
     """Fail before the plain form fills the device; a CPU, whose free memory is not known, is left to try."""
-    if variant != "plain" or device.type != "cuda":
+    if VARIANTS[variant].routing != "plain" or device.type != "cuda":
         return
     free = torch.cuda.mem_get_info(device)[0]
     if bytes_needed > free:

@@ -1,4 +1,4 @@
-"""Time and memory of the variants of routing, as recipes/benchmark.py measures them."""
+"""Time and memory of variants, as recipes/benchmark.py measures them."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     pass
 
 
-# Variants of routing by the names of recipes/benchmark.py: line style, name in a legend, and marker.
+# Variants by the names of recipes/benchmark.py: line style, name in a legend, and marker.
 _VARIANTS = {
     "fused": ("-", "capszoo", "o"),
     "plain": ("--", "plain PyTorch", "s"),
     "compiled": ("-.", "torch.compile", "^"),
     "none": (":", "without routing", "x"),
+    "direct": ((0, (5, 1)), "direct convolutions", "v"),
+    "reference": ((0, (1, 1)), "as public codes have it", "D"),
 }
 _SUBJECTS = ("routing", "training step", "inference")
 
@@ -31,7 +33,7 @@ def plot_speedup(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
         ValueError: If no row has a ratio to draw.
         ImportError: If matplotlib is not installed.
     """
-    _plot_by_batch_size(rows, path, "ratio_to_fused", ("plain", "compiled", "none"), "time / time of capszoo")
+    _plot_by_batch_size(rows, path, "ratio_to_fused", tuple(_VARIANTS)[1:], "time / time of capszoo")
 
 
 def plot_memory(rows: Iterable[dict[str, Any]], path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """The parts that capsule networks are made of."""
 
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
-from .config import set_fused_routing, use_fused_routing
+from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .decoder import Decoder
 from .functional import capsule_lengths, dynamic_routing, squash
 from .primary_caps import PrimaryCaps
@@ -19,8 +19,10 @@ __all__ = [
     "fan_in_scale",
     "fold_scales",
     "list_routings",
+    "set_fourier_conv",
     "set_fused_routing",
     "squash",
     "unfold_scales",
+    "use_fourier_conv",
     "use_fused_routing",
 ]

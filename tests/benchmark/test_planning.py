@@ -24,7 +24,7 @@ def test_order_on_a_gpu_begins_with_what_matters():
         "training step capsnet 128 bfloat16",
         "routing large 128 float32",
     ]
-    assert list(groups[3].makers) == ["fused", "plain", "compiled", "none"]
+    assert list(groups[3].makers) == ["fused", "plain", "compiled", "none", "reference"]
     assert "compiled" not in {variant for group in groups if "1024" in group.name for variant in group.makers}
     assert names.index("epoch capsnet_ws 128 bfloat16") < names.index("inference capsnet_ws 128 bfloat16")
     assert names.index("routing capsnet 128 tf32") < names.index("routing capsnet_ws 1 float32")

@@ -63,8 +63,10 @@ def test_all_subjects_and_variants_have_their_row(measured):
     found = {(r["subject"], r["layer"], r["batch_size"], r["variant"]) for r in rows}
     expected = {("routing", "", size, variant) for size in "28" for variant in ("fused", "plain")}
     for subject in ("training step", "inference"):
-        expected |= {(subject, "", size, variant) for size in "28" for variant in ("fused", "plain", "none")}
+        expected |= {(subject, "", size, variant) for size in "28" for variant in ("fused", "direct", "plain", "none")}
+    expected |= {("training step", "", size, "reference") for size in "28"}
     expected |= {("layer", layer, "8", "fused") for layer in LAYERS} | {("layer", "routing", "8", "plain")}
+    expected |= {("layer", "primary_caps", "8", "direct")}
     assert found == expected and len(rows) == len(expected)
     assert list(rows[0]) == list(benchmark.COLUMNS)
     assert {r["model"] for r in rows} == {"capsnet_tiny"} and {r["precision"] for r in rows} == {"float32"}
