@@ -78,7 +78,7 @@ workers=() # the tests compile side by side
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
 if [ "$device" = cpu ]; then workers=(); fi
 part tests 25 "$python" -m pytest -m gpu -q -rfE -p no:cacheprovider "${workers[@]}" \
-    tests/kernels tests/test_engine.py tests/test_loader.py tests/test_prune.py tests/recipes/test_benchmark.py
+    tests/kernels tests/test_engine.py tests/data/test_loader.py tests/test_prune.py tests/recipes/test_benchmark.py
 
 for file in train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; do
     if [ -f "$data/MNIST/raw/$file" ]; then
