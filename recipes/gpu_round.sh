@@ -69,7 +69,7 @@ if [ "$device" != cpu ]; then nvidia-smi --query-gpu=driver_version,memory.total
 models=(capsnet capsnet_ws) sizes=(1 16 128) rounds=(--rounds 15) train=(--model capsnet --epochs 20 --batch-size 128)
 rows=("$work"/rows recipes/configs/fast_gpu.yaml) epochs=10
 paper=(paper/1-baseline.yaml paper/2-exp_decay.yaml paper/3-one_cycle.yaml paper/4-warm_restarts.yaml paper/7-weight_sharing.yaml)
-tests=(tests/kernels tests/test_engine.py tests/test_loader.py tests/prune tests/recipes/test_benchmark.py)
+tests=(tests/kernels tests/test_engine.py tests/data/test_loader.py tests/prune tests/recipes/test_benchmark.py)
 if [ "$device" = cpu ]; then
     models=(capsnet_tiny) sizes=(2) rounds=(--rounds 1) train=(--model capsnet_tiny --epochs 1 --batch-size 16)
     rows=("$work"/rows) paper=(paper_tiny/1-baseline.yaml) epochs=1

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from capszoo.arguments import SearchedArgument
 from capszoo.data import DataSplits
 from capszoo.engine.options import MODEL_OPTIONS, options_from
 from capszoo.engine.run import make_policy, model_arguments
@@ -13,6 +14,7 @@ from capszoo.policies import list_policies
 from capszoo.precision import resolve_amp
 from capszoo.registry import create_model, model_keywords
 
+from .solution import ExplorationError
 from .timing import seconds_of_an_epoch
 
 if TYPE_CHECKING:
@@ -26,15 +28,20 @@ _SHARE_OF_A_TRIAL = 1 / 12
 class Space:
     """What the search may vary: the policies with their rates, batch sizes and phases, and the network's reductions.
 
-    Policy (section IV of the paper) with learning rate, batch sizes, phase lengths and epochs; then weight sharing,
-    decoder, kept capsule types, routing iterations, squash and precision (section V and beyond).
+    Policy (section IV of the paper) with learning rate, batch sizes, phase lengths and epochs; then what the model's
+    own `search_space()` lists (of a model without that method, nothing), such as weight sharing, decoder and kept
+    capsule types (section V); and the precision.
 
     Args:
-        model: Name of a model; of its keywords those are varied that it takes.
+        model: Name of a model.
         data: The data set, for its size.
         epochs: Most epochs of a trial.
         amps: Precisions to choose from, as `--amp` names them.
         fixed: Options of recipes/train.py that are not varied; entries of `model_kwargs` too.
+
+    Raises:
+        ExplorationError: If the model's search space names what is not a keyword of it.
+        ValueError: If the model cannot be created with what is fixed.
     """
 
     def __init__(
@@ -54,19 +61,20 @@ class Space:
         self.base_batch_size = 128 if num_images >= 10_000 else self.batch_sizes[0]
         args = options_from({**self.fixed, "model": model, "model_kwargs": self.fixed_kwargs})
         network = create_model(model, device="meta", **model_arguments(args, data))
-        self.keywords = model_keywords(model)
-        arguments = network.arguments() if hasattr(network, "arguments") else {}
-        kept = arguments.get("keep_types")
-        self.num_types = len(kept) if isinstance(kept, list) else kept or arguments.get("num_types")
-        self.decoder_dims = list(arguments.get("decoder_dims", []))
+        self.arguments: list[SearchedArgument] = list(getattr(network, "search_space", list)())
+        unknown = [argument.keyword for argument in self.arguments if argument.keyword not in model_keywords(model)]
+        if unknown:
+            raise ExplorationError(
+                f"search_space() of {model!r} names {unknown[0]!r}, which is not a keyword of it: leave it out there"
+            )
 
     def queue(self) -> list[dict[str, Any]]:
         """Parameters of the trials that come first: the baseline, then each policy at the paper's settings."""
         unreduced = {
-            "epochs": self.epochs, "share_weights": False, "types": 1.0,
-            "decoder": True, "small_decoder": False, "decoder_width": 1.0,
-            "num_routing": 3, "squash": "exact", "amp": self.amps[0],
-        }  # fmt: skip
+            "epochs": self.epochs,
+            **{argument.study_name: argument.first_choice for argument in self.arguments},
+            "amp": self.amps[0],
+        }
         large = {**unreduced, "batch_size": self.base_batch_size, "lr": 1e-3}
         small = {**unreduced, "lr_small_batch": 1e-3, "warm_share": 0.05, "warm_batch": 1, "first_batch": 16}
         first = [
@@ -114,22 +122,13 @@ class Space:
             steps = -(-self.num_images // options["batch_size"])
             vary(options, "decay_steps", lambda: epochs * steps)
 
-        if "share_weights" in self.keywords:
-            vary(kwargs, "share_weights", lambda: trial.suggest_categorical("share_weights", [False, True]))
-        if "decoder" in self.keywords:
-            vary(options, "decoder", lambda: trial.suggest_categorical("decoder", [True, False]))
-            if options["decoder"]:
-                vary(kwargs, "small_decoder", lambda: trial.suggest_categorical("small_decoder", [False, True]))
-                width = trial.suggest_categorical("decoder_width", [1.0, 0.5, 0.25])
-                vary(kwargs, "decoder_dims", lambda: [max(1, int(width * units)) for units in self.decoder_dims])
-        if "keep_types" in self.keywords and "keep_types" not in kwargs:
-            share = trial.suggest_categorical("types", [1.0, 0.75, 0.5, 0.25])
-            if share < 1:
-                kwargs["keep_types"] = max(1, round(share * self.num_types))
-        if "num_routing" in self.keywords:
-            vary(options, "num_routing", lambda: trial.suggest_int("num_routing", 1, 4))
-        if "squash" in self.keywords:
-            vary(options, "squash", lambda: trial.suggest_categorical("squash", ["exact", "approx"]))
+        for argument in self.arguments:
+            chosen = {**options, **kwargs}
+            if argument.keyword in chosen or (argument.needs and not chosen[argument.needs]):
+                continue
+            value = _suggest_argument(trial, argument)
+            if value is not None:
+                (options if argument.keyword in MODEL_OPTIONS else kwargs)[argument.keyword] = value
         vary(options, "amp", lambda: trial.suggest_categorical("amp", self.amps))
         options["model_kwargs"] = kwargs
         return policy, options
@@ -176,6 +175,15 @@ def plan_space(
     best = resolve_amp("auto", device)
     amps = ["none"] if best is None else [{torch.bfloat16: "bf16", torch.float16: "fp16"}[best], "none"]
     return Space(base.model, data, epochs or 10, amps, fixed)
+
+
+def _suggest_argument(trial: "optuna.Trial", argument: SearchedArgument) -> Any:
+    """Draw the value of an argument of the model."""
+    values, name = argument.values, argument.study_name
+    if isinstance(values, range):
+        return trial.suggest_int(name, values[0], values[-1], step=values.step)
+    choice = trial.suggest_categorical(name, list(values))
+    return values[choice] if isinstance(values, Mapping) else choice
 
 
 def _short(value: float) -> float:

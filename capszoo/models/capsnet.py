@@ -21,6 +21,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, unfold_scales
 from capszoo.pretrained import check_source, fit_weights, shipped_cfgs
 
@@ -310,6 +311,22 @@ class CapsNet(nn.Module):
         if self.decoder is not None:
             parts["decoder"] = (self.decoder.fc1.out_features, self.decoder.fc2.out_features)
         return parts
+
+    @torch.jit.ignore
+    def search_space(self) -> list[SearchedArgument]:
+        """The reductions of FasTrCaps (section V), and what else makes the network smaller or faster."""
+        types = {share: max(1, round(share * self.primary_caps.num_types)) for share in (0.75, 0.5, 0.25)}
+        dims = self._arguments["decoder_dims"]
+        widths = {width: [max(1, int(width * units)) for units in dims] for width in (1.0, 0.5, 0.25)}
+        return [
+            SearchedArgument("share_weights", [False, True]),
+            SearchedArgument("decoder", [True, False]),
+            SearchedArgument("small_decoder", [False, True], needs="decoder"),
+            SearchedArgument("decoder_dims", widths, name="decoder_width", needs="decoder"),
+            SearchedArgument("keep_types", {1.0: None, **types}, name="types"),
+            SearchedArgument("num_routing", range(1, 5), first=3),
+            SearchedArgument("squash", ["exact", "approx"]),
+        ]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
