@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import _moved
+from .contract import auxiliary_modules
 from .errors import CheckpointError, UnreadableError, WriteError, first_line
 from .files import write_atomically
 from .layers import unfold_scales
@@ -220,8 +221,9 @@ def check_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str,
     own, misfit = model.state_dict(), compare_weights(tensors, model)
     for key in own:
         if key in misfit.missing:
-            if key.startswith("decoder."):
-                raise CheckpointError(f"{named} holds no decoder: make the model without decoder=True")
+            part = _auxiliary_part(key, model)
+            if part is not None:
+                raise CheckpointError(f"{named} holds no {part}: make the model without {part}=True")
             raise CheckpointError(f"{named} holds weights of {wanted_by}: it lacks {key!r}")
         if key in misfit.reshaped:
             raise CheckpointError(
@@ -243,7 +245,7 @@ class Misfit:
 
     Attributes:
         missing: Those that the model has and the weights have not.
-        unknown: Those of the weights that the model has not, a decoder's left out.
+        unknown: Those of the weights that the model has not, those of auxiliary modules such as a decoder left out.
         reshaped: Those of another shape.
         mistyped: Those whose values the model cannot take: of no floating-point type, or for a buffer of integers not
             of its own type.
@@ -255,13 +257,19 @@ class Misfit:
     mistyped: list[str]
 
 
+def _auxiliary_part(key: str, model: nn.Module) -> str | None:
+    """The auxiliary module of a model, which need not be there, to which a tensor belongs."""
+    part = key.partition(".")[0]
+    return part if part in auxiliary_modules(model) else None
+
+
 def compare_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> Misfit:
     """Say in what weights differ from those that a model holds: the one place that decides whether they fit."""
     own = model.state_dict()
     shared = {key: (tensors[key], value) for key, value in own.items() if key in tensors}
     return Misfit(
         missing=[key for key in own if key not in tensors],
-        unknown=[key for key in tensors if key not in own and not key.startswith("decoder.")],
+        unknown=[key for key in tensors if key not in own and _auxiliary_part(key, model) is None],
         reshaped=[key for key, (given, value) in shared.items() if given.shape != value.shape],
         mistyped=[
             key
@@ -279,7 +287,7 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
 
     Args:
         state_dict: The weights.
-        model: The model, with `decoder` a module or None.
+        model: The model.
         may_differ: Names of the weights whose shape may be another one in this model.
 
     Raises:
@@ -298,7 +306,7 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
                 f"{says}: {key!r} has shape {tuple(state_dict[key].shape)}, the model needs {tuple(own[key].shape)}"
             )
     for key in misfit.missing:
-        if not key.startswith("decoder."):
+        if _auxiliary_part(key, model) is None:
             raise ValueError(f"{says}: they lack {key!r}")
     fresh = [key for key in misfit.reshaped if key not in left_to_timm] + misfit.missing
     if fresh:

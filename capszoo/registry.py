@@ -20,6 +20,7 @@ from . import _moved, models  # noqa: F401  (registers the models)
 from ._version import __version__
 from .arguments import check_value
 from .checkpoint import WeightsFile, check_weights, load_weights, read_file, save_weights
+from .contract import keeps_contract
 from .errors import CheckpointError, WriteError, first_line
 
 __all__ = [
@@ -85,7 +86,7 @@ def _family(entrypoint: Callable[..., Any]) -> type[nn.Module] | None:
     returned = entrypoint.__annotations__.get("return")
     if isinstance(returned, str):  # as under `from __future__ import annotations`
         returned = entrypoint.__globals__.get(returned)
-    return returned if isinstance(returned, type) and hasattr(returned, "arguments") else None
+    return returned if keeps_contract(returned) else None
 
 
 def list_pretrained(filter: str | list[str] = "", exclude_filters: str | list[str] = "") -> list[str]:

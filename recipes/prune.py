@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     training = fill_in(options.training, len(data.train))
     options = replace(options, training=training)
     create_optimizer(training, opened.model)
-    criterion = read_criterion(opened.file, opened.header)
+    criterion = read_criterion(opened.file, opened.header, opened.model)
     if training.results:
         check_results(Path(training.results))
 

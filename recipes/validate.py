@@ -28,6 +28,7 @@ from rich.table import Table
 
 import capszoo
 from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.contract import auxiliary_modules
 from capszoo.data import DataSplits, Loader, Split
 from capszoo.engine import CapsuleTask, Evaluation, evaluate
 from capszoo.engine.criteria import read_criterion
@@ -137,7 +138,7 @@ def measure(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Measure one model on the images of a split; the second value is its row in a table of results."""
     amp, model = resolve_amp(args.amp, device), opened.model
-    criterion = read_criterion(opened.file, opened.header)
+    criterion = read_criterion(opened.file, opened.header, opened.model)
     info = capszoo.model_info(model)
     model.to(device, memory_format=torch.channels_last)
     split.mean, split.std = image_statistics(model)
@@ -147,7 +148,8 @@ def measure(
 
     evaluation = evaluate(CapsuleTask(model, criterion, device=device, verbose=False), loader(), amp)
     total = sum(p.numel() for p in model.parameters())
-    decoder = 0 if model.decoder is None else sum(p.numel() for p in model.decoder.parameters())
+    auxiliary = [module for module in auxiliary_modules(model).values() if module is not None]
+    decoder = sum(p.numel() for module in auxiliary for p in module.parameters())
     height, width = model.img_size
     row = {
         "model": name,

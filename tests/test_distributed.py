@@ -90,6 +90,7 @@ TRAIN = textwrap.dedent("""
             save_file(model.state_dict(), f"{out}/classes-{ranks.count}.safetensors")
             facts = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(measured).items()}
             json.dump([facts, few.top1, few.mean_average_precision], open(f"{out}/classes-{ranks.count}.json", "w"))
+        del model, trainer  # with them goes the last reference to the process group
         leave_ranks()
 """)
 

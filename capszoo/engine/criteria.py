@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from capszoo.contract import HasCriterion
 from capszoo.errors import CheckpointError, first_line
 from capszoo.losses import MarginLoss
 
@@ -26,18 +27,19 @@ def criterion_header(criterion: nn.Module) -> dict[str, Any]:
     return {"criterion": {"name": "margin", **margins}}
 
 
-def read_criterion(path: str | Path, header: Mapping[str, str]) -> nn.Module:
-    """Make the criterion that the header of a weights' file describes; the default margin loss where it has none.
+def read_criterion(path: str | Path, header: Mapping[str, str], model: nn.Module | None = None) -> nn.Module:
+    """Make the criterion that the header of a weights' file describes; where it has none, the default.
 
     Args:
         path: The file, for errors.
         header: The metadata in its header.
+        model: The network. The default is its own criterion, if it has one, else the margin loss.
 
     Raises:
         CheckpointError: If it is damaged, or describes another criterion.
     """
     if "criterion" not in header:
-        return MarginLoss()
+        return model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
     try:
         settings = json.loads(header["criterion"])
         if settings["name"] != "margin":

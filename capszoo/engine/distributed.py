@@ -6,6 +6,7 @@ same for any number of them, and a run ends with the same weights, to rounding, 
 this zoo have some million parameters: sharding them (FSDP) would save nothing.
 """
 
+import gc
 import os
 import time
 import uuid
@@ -234,8 +235,12 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def leave_ranks() -> None:
-    """Part from the other processes, if there are any."""
+    """Part from the other processes, if there are any; call it again once the trainer is out of use."""
     global _store
     _store = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The threads of gloo end with the last reference to the group. A trainer, a cycle, holds one in its
+        # DistributedDataParallel; threads that still free tensors when the interpreter ends would abort the process.
+        gc.collect()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capszoo.contract import decoder_of
 from capszoo.data import Loader, Split
 from capszoo.errors import Stopped, TrainingError
 from capszoo.losses import margin_loss, reconstruction_loss
@@ -82,7 +83,7 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    decoder, normalization = getattr(model, "decoder", None), Normalization(model, device)
+    decoder, normalization = decoder_of(model), Normalization(model, device)
     num_classes = model.num_classes
     # Of the images: losses, reconstruction errors, right answers, number.
     sums = torch.zeros(4, dtype=torch.float64, device=device)

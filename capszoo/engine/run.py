@@ -14,6 +14,7 @@ from timm.layers import to_2tuple
 
 from capszoo._version import __version__
 from capszoo.checkpoint import load_weights
+from capszoo.contract import HasCriterion
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.errors import UsageError
 from capszoo.fields import words
@@ -142,8 +143,23 @@ def make_trainer(
     model = make_model(options, data)
     cfg = model.pretrained_cfg
     options = replace(fill_in(options, len(data.train)), mean=list(cfg["mean"]), std=list(cfg["std"]))
-    criterion = MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
+    criterion = make_criterion(options, model)
     return trainer_of(model, criterion, options, data, device, folder=folder, ranks=ranks, **kwargs)
+
+
+def make_criterion(options: TrainingOptions, model: torch.nn.Module) -> torch.nn.Module:
+    """Make the loss of the class scores: the model's own, or the margin loss of the options.
+
+    Raises:
+        UsageError: If an option of the margin loss is given for a model that trains on another loss.
+    """
+    if not isinstance(model, HasCriterion):
+        return MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
+    for key in ("m_plus", "m_minus", "margin_lambda"):
+        if getattr(options, key) != getattr(DEFAULTS, key):
+            given = " ".join(words(key, getattr(options, key), OPTIONS[key]))
+            raise UsageError(f"{given} is for the margin loss, and {options.model!r} trains on its own: leave it out")
+    return model.default_criterion()
 
 
 def trainer_of(

@@ -7,6 +7,7 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from capszoo.contract import HasCriterion, decoder_of
 from capszoo.losses import MarginLoss, check_target, reconstruction_loss
 from capszoo.pretrained import image_statistics
 
@@ -69,10 +70,11 @@ class _CapsuleForward(nn.Module):
         self.model = model
 
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        if getattr(self.model, "decoder", None) is None:
+        decoder = decoder_of(self.model)
+        if decoder is None:
             return self.model(input), None
         capsules, scores = self.model.forward_capsules(input)
-        return scores, self.model.decoder(capsules, class_to_reconstruct(scores, target))
+        return scores, decoder(capsules, class_to_reconstruct(scores, target))
 
 
 class CapsuleTask(TrainingTask):
@@ -81,8 +83,9 @@ class CapsuleTask(TrainingTask):
     A drop-in for `timm.task.ClassificationTask`. Models without decoder train on the margin loss alone.
 
     Args:
-        model: A capsule network of this zoo, or any with `forward`, and with `forward_capsules` and `decoder`.
-        criterion: Loss of (lengths ``[B, J]``, target), a scalar; the margin loss if None.
+        model: A model that keeps the contract of :mod:`capszoo.contract`, or any with `forward`, and with
+            `forward_capsules` and `decoder`.
+        criterion: Loss of (scores ``[B, J]``, target), a scalar; if None, the model's own, else the margin loss.
         reconstruction_weight: Weight of the reconstruction loss (sum of squared pixel differences); 0.0005 is the
             paper's.
         device: Device of the task.
@@ -115,7 +118,9 @@ class CapsuleTask(TrainingTask):
         if getattr(criterion, "reduction", None) == "none":
             raise ValueError(f"{type(criterion).__name__} has reduction='none': training needs a scalar, give 'mean'")
         self.trainable_module = _CapsuleForward(model)
-        self.criterion = MarginLoss() if criterion is None else criterion
+        if criterion is None:
+            criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
+        self.criterion = criterion
         self.normalization = Normalization(model, device)
         self.reconstruction_weight = reconstruction_weight
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from capszoo.contract import HasPrimaryCapsules
 from capszoo.data import Loader
 from capszoo.errors import TrainingError
-from capszoo.layers import PrimaryCaps, capsule_lengths
+from capszoo.layers import capsule_lengths
 from capszoo.precision import autocast
 
 from .distributed import STEPS_BETWEEN_QUESTIONS
@@ -66,9 +67,8 @@ def measure_saturation(model: Any, images: Tensor) -> Saturation:
     scores = model.forward_head(features).float()
     model.train(was_training)
     saturated = None
-    primary = getattr(model, "primary_caps", None)
-    if isinstance(primary, PrimaryCaps):
-        saturated = float((capsule_lengths(primary.to_capsules(features).float()) > _LONG).float().mean())
+    if isinstance(model, HasPrimaryCapsules):
+        saturated = float((capsule_lengths(model.primary_capsules(features).float()) > _LONG).float().mean())
     return Saturation(saturated, float(scores.std(dim=0).max()))
 
 

@@ -6,16 +6,19 @@ numbers from 0 to 1 for each class, as the lengths of class capsules are, so tha
 Between Capsules` - https://arxiv.org/abs/1710.09829 - applies.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import _assert, get_device_dtype, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import _assert, to_2tuple
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from capszoo.pretrained import check_source, fit_weights, shipped_cfgs
+from capszoo.pretrained import fit_weights, shipped_cfgs
+
+from . import _builder
 
 __all__ = ["CNNBaseline"]
 
@@ -23,11 +26,13 @@ __all__ = ["CNNBaseline"]
 class CNNBaseline(nn.Module):
     """Two convolutions with ReLU and a linear classifier with sigmoid."""
 
+    _heads = ("fc",)
+    _pooled = "features"
+
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         conv2: nn.Module
         act2: nn.Module
         fc: nn.Module
-        decoder: None
         # From timm's builder and from `create_model`.
         pretrained_cfg: dict[str, Any]
         default_cfg: dict[str, Any]
@@ -61,33 +66,25 @@ class CNNBaseline(nn.Module):
         Raises:
             ValueError: If the images are too small for the two convolutions, or an argument is out of its range.
         """
+        given = dict(locals())
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _check_pool(global_pool)
-        for name, value in (("in_chans", in_chans), ("conv_dim", conv_dim), ("kernel_size", kernel_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not possible: it must be 1 or more")
-        if not 0.0 <= drop_rate <= 1.0:
-            raise ValueError(f"drop_rate={drop_rate} is not possible: it must be between 0 and 1")
+        _builder.check_pool(global_pool, "features")
+        _builder.check_sizes(in_chans=in_chans, conv_dim=conv_dim, kernel_size=kernel_size)
+        _builder.check_drop_rate(drop_rate)
         height, width = to_2tuple(img_size)
-        least = 2 * kernel_size - 1
-        if min(height, width) < least:
-            raise ValueError(
-                f"img_size={height}x{width} is too small: two {kernel_size}x{kernel_size} convolutions need {least} "
-                f"pixels each way, resize the images or set kernel_size"
-            )
+        grid = _builder.conv_grid(height, width, kernel_size)
         self.in_chans = in_chans
         self.img_size = (height, width)
         self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self._arguments = dict(in_chans=in_chans, img_size=[height, width], conv_dim=conv_dim, kernel_size=kernel_size)
+        self._arguments = _builder.given_arguments(given, img_size=[height, width])
 
         self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(conv_dim, conv_dim, kernel_size, stride=2, **dd)
         self.act2 = nn.ReLU()  # not in place: the map before it is a level of its own
-        grid = tuple((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
         self.grid_size = grid
         self.num_features = conv_dim
         self.head_hidden_size = conv_dim * grid[0] * grid[1]
@@ -98,8 +95,6 @@ class CNNBaseline(nn.Module):
             dict(num_chs=conv_dim, reduction=height // grid[0], module="conv2"),
             dict(num_chs=conv_dim, reduction=height // grid[0], module="act2"),
         ]
-        # What trains and measures capsule networks asks for it.
-        self.register_module("decoder", None)
         self._build_head(num_classes, **dd)
 
     @torch.jit.ignore
@@ -109,6 +104,11 @@ class CNNBaseline(nn.Module):
             raise ValueError(f"num_classes={num_classes} is not possible: it must be 0 or more")
         self.num_classes = num_classes
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
+
+    reset_classifier = _builder.reset_classifier
+    forward_intermediates = _builder.forward_intermediates
+    prune_intermediate_layers = _builder.prune_intermediate_layers
+    set_grad_checkpointing = _builder.set_grad_checkpointing
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
@@ -121,6 +121,16 @@ class CNNBaseline(nn.Module):
         }
 
     @torch.jit.ignore
+    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
+        """Modules that only training uses: none."""
+        return {}
+
+    @torch.jit.ignore
+    def capsule_layers(self) -> dict[str, nn.Module]:
+        """Layers that route: none."""
+        return {}
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves out, beside the biases: none."""
         return set()
@@ -131,104 +141,26 @@ class CNNBaseline(nn.Module):
         return dict(stem=r"^conv1", blocks=r"^conv2")
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable or disable gradient checkpointing of the second convolution."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear classifier."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a new classifier, of the same type and device, frozen if the old one was.
+    @torch.jit.ignore
+    def _levels(self) -> list[Callable[[Tensor], Tensor]]:
+        """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
+        levels: list[Callable[[Tensor], Tensor]] = [lambda x: self.act1(self.conv1(x))]
+        if not isinstance(self.conv2, nn.Identity):
+            levels += [lambda x: checkpoint(self.conv2, x) if self.grad_checkpointing else self.conv2(x)]
+            if not isinstance(self.act2, nn.Identity):
+                levels += [self.act2]
+        return levels
 
-        Args:
-            num_classes: Classes of the new head; 0 removes it, and `forward` then gives the features.
-            global_pool: 'flat' or '', kept if None.
-        """
-        dd = get_device_dtype(self)
-        params = list(self.fc.parameters())
-        frozen = bool(params) and not any(p.requires_grad for p in params)
-        if global_pool is not None:
-            _check_pool(global_pool)
-            self.global_pool = global_pool
-        self._build_head(num_classes, **dd)
-        self.fc.train(self.training)
-        self.fc.requires_grad_(not frozen)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Forward features and return intermediates.
-
-        Args:
-            x: Images ``[B, C, H, W]``.
-            indices: Levels to return, counted as in `feature_info`: the last n if int, all if None; of a network cut
-                by `prune_intermediate_layers`, of those that are left.
-            norm: Not used, for timm's interface.
-            stop_early: Stop after the last level asked for; needs `intermediates_only`.
-            output_fmt: Must be 'NCHW'.
-            intermediates_only: Return the intermediates alone.
-
-        Returns:
-            The intermediates, or the final features and the intermediates.
-        """
-        assert output_fmt == "NCHW", "Output format must be NCHW."
-        assert intermediates_only or not stop_early, "Must use intermediates_only for early stopping."
-        num_levels = self._num_levels()
-        take_indices, max_index = feature_take_indices(num_levels, indices)
-        intermediates = []
-        x = self.act1(self.conv1(x))
-        if 0 in take_indices:
-            intermediates.append(x)
-        if num_levels > 1 and not (stop_early and max_index == 0):
-            checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-            x = checkpoint(self.conv2, x) if checkpointed else self.conv2(x)
-            if 1 in take_indices:
-                intermediates.append(x)
-            if not (stop_early and max_index == 1):
-                x = self.act2(x)
-            if 2 in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def _num_levels(self) -> int:
-        """Levels of `feature_info` that `prune_intermediate_layers` has left."""
-        if isinstance(self.conv2, nn.Identity):
-            return 1
-        return 2 if isinstance(self.act2, nn.Identity) else 3
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the layers that the given intermediates do not need.
-
-        Args:
-            indices: Levels to keep, counted as in `feature_info`: the last n if int.
-            prune_norm: Also take the second activation away where only the map before it is kept, as timm's models do
-                with their last norm: `forward_features` then ends at that map.
-            prune_head: Remove the classifier, too.
-
-        Returns:
-            The levels, counted from the first.
-        """
-        take_indices, max_index = feature_take_indices(self._num_levels(), indices)
-        if max_index == 0:
-            self.conv2, self.act2 = nn.Identity(), nn.Identity()
-        elif max_index == 1 and prune_norm:
-            self.act2 = nn.Identity()
-        if prune_head or max_index == 0:
-            self.reset_classifier(0, "")
-        return take_indices
+    @torch.jit.ignore
+    def _cut(self, last: int) -> None:
+        """Remove the levels after the `last`."""
+        if last == 0:
+            self.conv2 = nn.Identity()
+        self.act2 = nn.Identity()
 
     def _second(self, x: Tensor) -> Tensor:
         return self.act2(self.conv2(x))
@@ -258,63 +190,27 @@ class CNNBaseline(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _check_pool(global_pool: str) -> None:
-    if global_pool not in ("flat", ""):
-        raise ValueError(f"global_pool={global_pool!r} is not possible: features are not pooled, use 'flat' or ''")
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Fit weights to a model of other classes, channels or image size; keep all that can be kept.
 
     Raises:
         ValueError: If the weights are those of another architecture.
     """
-    cfg = model.pretrained_cfg
-    source_chans, *source_size = cfg["input_size"]
-    may_differ = []
-    if model.in_chans != source_chans:
-        may_differ += ["conv1.weight"]
-    if model.num_classes != cfg["num_classes"]:
-        may_differ += ["fc.weight", "fc.bias"]
-    if tuple(model.img_size) != tuple(source_size):
-        may_differ += ["fc.weight"]
-    return fit_weights(state_dict, model, may_differ)
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 10,
-        "input_size": (1, 28, 28),
-        "pool_size": (6, 6),
-        "fixed_input_size": True,
-        # Digits reach to the border: any crop would cut them.
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": (0.0,),
-        "std": (1.0,),
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "mit",
-        **kwargs,
+    other_classes, other_chans, other_size = _builder.trained_otherwise(model)
+    may_differ = {
+        "conv1.weight": other_chans,
+        "fc.weight": other_classes or other_size,
+        "fc.bias": other_classes,
     }
+    return fit_weights(state_dict, model, [key for key, differs in may_differ.items() if differs])
 
+
+_cfg = partial(_builder.digits_cfg, first_conv="conv1", classifier="fc")
 
 default_cfgs = generate_default_cfgs(shipped_cfgs(("cnn_baseline", "cnn_baseline_tiny"), _cfg))
 
 
-def _create_cnn_baseline(variant: str, pretrained: bool = False, **kwargs: Any) -> CNNBaseline:
-    if pretrained:
-        overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["pretrained_cfg_overlay"] = overlay
-    out_indices = kwargs.pop("out_indices", (0, 1, 2))
-    return build_model_with_cfg(
-        CNNBaseline,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **kwargs,
-    )
+_create_cnn_baseline = partial(_builder.build_model, CNNBaseline, checkpoint_filter_fn)
 
 
 @register_model

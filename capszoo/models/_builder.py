@@ -1,0 +1,333 @@
+"""What the families share of timm's contract: checks of arguments, features by level, new heads, configurations.
+
+Functions whose first argument is `self` become methods where a class names them; there is no base class.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import get_device_dtype
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from capszoo.layers import capsule_lengths
+from capszoo.pretrained import check_source
+
+__all__ = [
+    "build_model",
+    "check_capsules",
+    "check_decoder_dims",
+    "check_drop_rate",
+    "check_pool",
+    "check_sizes",
+    "conv_grid",
+    "digits_cfg",
+    "forward_capsules",
+    "forward_intermediates",
+    "given_arguments",
+    "prune_intermediate_layers",
+    "reconstruct",
+    "replace_head",
+    "reset_classifier",
+    "set_grad_checkpointing",
+    "trained_otherwise",
+]
+
+_MAX_CAPSULES = 1 << 22
+# What else the locals of a constructor hold, and arguments that may change later, which models keep as attributes.
+_NOT_KEPT = {
+    *("self", "__class__", "device", "dtype"),
+    *("num_classes", "global_pool", "drop_rate", "keep_capsules"),
+}
+
+
+def check_sizes(**sizes: int) -> None:
+    """Check that sizes are 1 or more.
+
+    Raises:
+        ValueError: If one is not; it is named.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is not possible: it must be 1 or more")
+
+
+def check_drop_rate(drop_rate: float) -> None:
+    """Check a dropout rate.
+
+    Raises:
+        ValueError: If it is not between 0 and 1.
+    """
+    if not 0.0 <= drop_rate <= 1.0:
+        raise ValueError(f"drop_rate={drop_rate} is not possible: it must be between 0 and 1")
+
+
+def check_pool(global_pool: str, features: str | None) -> None:
+    """Check how features leave a model without classes.
+
+    Args:
+        global_pool: 'flat' or ''.
+        features: What the features are, for the error; None leaves them out.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    if global_pool not in ("flat", ""):
+        reason = "" if features is None else f"{features} are not pooled, "
+        raise ValueError(f"global_pool={global_pool!r} is not possible: {reason}use 'flat' or ''")
+
+
+def check_decoder_dims(decoder_dims: Sequence[int]) -> None:
+    """Check the widths of a decoder's hidden layers.
+
+    Raises:
+        ValueError: If they are not two of 1 or more.
+    """
+    if len(decoder_dims) != 2 or min(decoder_dims) < 1:
+        raise ValueError(f"decoder_dims={decoder_dims} is not possible: give two widths of 1 or more")
+
+
+def check_capsules(num_capsules: int, height: int, width: int, remedy: str) -> None:
+    """Bound the primary capsules: shared matrices have the same shapes whatever the size of the images.
+
+    Raises:
+        ValueError: If there are more than four million.
+    """
+    if num_capsules > _MAX_CAPSULES:
+        raise ValueError(
+            f"img_size={height}x{width} makes {num_capsules:,} primary capsules, more than {_MAX_CAPSULES:,}: "
+            f"resize the images or {remedy}"
+        )
+
+
+def given_arguments(values: Mapping[str, Any], **replaced: Any) -> dict[str, Any]:
+    """Arguments of a constructor that its class stays with, as JSON can hold them.
+
+    Args:
+        values: The constructor's `locals()`, before it sets others.
+        **replaced: Those that are kept as other values.
+    """
+    return {key: replaced.get(key, value) for key, value in values.items() if key not in _NOT_KEPT}
+
+
+def conv_grid(height: int, width: int, kernel_size: int) -> tuple[int, int]:
+    """Size of the map after two unpadded convolutions, the second with stride 2.
+
+    Raises:
+        ValueError: If the images are too small for them.
+    """
+    least = kernel_size + kernel_size - 1
+    if min(height, width) < least:
+        raise ValueError(
+            f"img_size={height}x{width} is too small: two {kernel_size}x{kernel_size} convolutions need {least} "
+            f"pixels each way, resize the images or set kernel_size"
+        )
+    grid_height, grid_width = ((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
+    return grid_height, grid_width
+
+
+@torch.jit.ignore
+def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
+    """Enable or disable gradient checkpointing of the layers after the first."""
+    self.grad_checkpointing = enable
+
+
+def forward_intermediates(
+    self: Any,
+    x: Tensor,
+    indices: int | list[int] | None = None,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    """Forward features and return intermediates; a method of models whose `_levels` are functions of the one before.
+
+    Args:
+        self: The model.
+        x: Images ``[B, C, H, W]``.
+        indices: Levels to return, counted as in `feature_info`: the last n if int, all if None; of a network cut by
+            `prune_intermediate_layers`, of those that are left.
+        norm: Not used, for timm's interface.
+        stop_early: Stop after the last level asked for; needs `intermediates_only`.
+        output_fmt: Must be 'NCHW'.
+        intermediates_only: Return the intermediates alone.
+
+    Returns:
+        The intermediates, or the final features and the intermediates.
+    """
+    assert output_fmt == "NCHW", "Output format must be NCHW."
+    assert intermediates_only or not stop_early, "Must use intermediates_only for early stopping."
+    levels = self._levels()
+    taken, last = feature_take_indices(len(levels), indices)
+    intermediates = []
+    for number, level in enumerate(levels[: last + 1] if stop_early else levels):
+        x = level(x)
+        if number in taken:
+            intermediates.append(x)
+    return intermediates if intermediates_only else (x, intermediates)
+
+
+def prune_intermediate_layers(
+    self: Any, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+) -> list[int]:
+    """Remove the layers that the given intermediates do not need; a method of models with `_levels` and `_cut`.
+
+    Args:
+        self: The model.
+        indices: Levels to keep, counted as in `feature_info`: the last n if int.
+        prune_norm: Also take the last level (a squash or an activation) away where only the map before it is kept, as
+            timm's models do with their last norm: `forward_features` then ends at that map.
+        prune_head: Remove the classifier and what needs it, too.
+
+    Returns:
+        The levels, counted from the first.
+    """
+    taken, last = feature_take_indices(len(self._levels()), indices)
+    if last == 0 or (last == 1 and prune_norm):
+        self._cut(last)
+    if prune_head or last == 0:
+        self.reset_classifier(0, "")
+    return taken
+
+
+@torch.jit.ignore
+def forward_capsules(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Map images to class capsules and scores, their lengths; a method of models with `to_capsules` and `class_caps`.
+
+    Args:
+        self: The model.
+        x: Images ``[B, C, H, W]``.
+
+    Returns:
+        Class capsules ``[B, J, D]`` and class scores ``[B, J]``.
+
+    Raises:
+        RuntimeError: If the model has no class capsules (`num_classes=0`).
+    """
+    if self.num_classes == 0:
+        raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+    x = self.forward_features(x)
+    if self.drop_rate > 0.0:
+        x = F.dropout(x, p=self.drop_rate, training=self.training)
+    capsules = self.class_caps(self.to_capsules(x))
+    return capsules, capsule_lengths(capsules)
+
+
+@torch.jit.ignore
+def reconstruct(self: Any, x: Tensor, target: Tensor | None = None) -> Tensor:
+    """Draw each image again from one class capsule; a method of models with a `decoder`, which may be None.
+
+    Args:
+        self: The model.
+        x: Images ``[B, C, H, W]``.
+        target: Class whose capsule is drawn, ``[B]``; that of the highest score if None.
+
+    Returns:
+        Images ``[B, C, H, W]`` with values in [0, 1].
+
+    Raises:
+        RuntimeError: If the model was made without decoder.
+    """
+    if self.decoder is None:
+        raise RuntimeError("this model has no decoder: make it with create_model(..., decoder=True)")
+    capsules, scores = self.forward_capsules(x)
+    if target is None:
+        target = scores.argmax(dim=1)
+    return self.decoder(capsules, target)
+
+
+def replace_head(model: nn.Module, names: Iterable[str], build: Callable[..., None]) -> None:
+    """Make a model's head again: of the same type and device, in the same mode, frozen where the old one was.
+
+    Args:
+        model: The model.
+        names: Names of the modules that `build` sets; one may be None.
+        build: Takes `device` and `dtype`.
+    """
+    parts = {name: list(module.parameters()) for name in names if (module := getattr(model, name)) is not None}
+    frozen = {name for name, params in parts.items() if params and not any(p.requires_grad for p in params)}
+    build(**get_device_dtype(model))
+    for name in names:
+        module = getattr(model, name)
+        if module is not None:
+            module.train(model.training)
+            module.requires_grad_(name not in frozen)
+
+
+def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
+    """Make a new head, of the same type and device, frozen if the old one was; a method of models with `_heads`.
+
+    Args:
+        self: The model.
+        num_classes: Classes of the new head; 0 removes it, and `forward` then gives the features.
+        global_pool: 'flat' or '', kept if None.
+    """
+    if global_pool is not None:
+        check_pool(global_pool, self._pooled)
+        self.global_pool = global_pool
+    replace_head(self, self._heads, lambda **dd: self._build_head(num_classes, **dd))
+
+
+def trained_otherwise(model: nn.Module) -> tuple[bool, bool, bool]:
+    """Whether the weights of a configuration are of other classes, other channels and another image size."""
+    cfg = model.pretrained_cfg
+    source_chans, *source_size = cfg["input_size"]
+    return (
+        model.num_classes != cfg["num_classes"],
+        model.in_chans != source_chans,
+        tuple(model.img_size) != tuple(source_size),
+    )
+
+
+def digits_cfg(**kwargs: Any) -> dict[str, Any]:
+    """A `pretrained_cfg` for 28x28 digits and the like.
+
+    Args:
+        **kwargs: `first_conv` and `classifier`, and what else differs.
+    """
+    return {
+        "num_classes": 10,
+        "input_size": (1, 28, 28),
+        "pool_size": (6, 6),
+        "fixed_input_size": True,
+        # Digits reach to the border: any crop would cut them.
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": (0.0,),
+        "std": (1.0,),
+        "license": "mit",
+        **kwargs,
+    }
+
+
+def build_model(
+    cls: type[nn.Module], filter_fn: Callable[..., Any], variant: str, pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """Build a model as timm does; weights are checked before timm reads them.
+
+    Args:
+        cls: Its class, with three levels in `feature_info`.
+        filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
+        variant: Name of the entrypoint.
+        pretrained: Load its weights.
+        **kwargs: Keywords of the class and of timm.
+
+    Raises:
+        ValueError: As :func:`capszoo.pretrained.check_source`.
+    """
+    if pretrained:
+        overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        kwargs["pretrained_cfg_overlay"] = overlay
+    out_indices = kwargs.pop("out_indices", (0, 1, 2))
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **kwargs,
+    )
