@@ -80,7 +80,7 @@ def build_parser() -> OptionParser:
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """Facts about weights: the header of their file, and result.json where it lies beside them; null is no fact."""
+    """Facts about weights: the header of their file, and result.json where it lies beside them; null is left out."""
     header = read_metadata(file)
     if "model" not in header:
         raise UsageError(f"{str(file)!r} does not say what model it holds: give the best.safetensors of a run")
@@ -244,7 +244,7 @@ def ship(args: argparse.Namespace) -> int:
         "top1": card["test_top1"],
         "recipe": recipe,
     }
-    # Last: a file without entry is no weights, an entry without its file would be an error.
+    # Last: a file without entry is ignored, an entry without its file would be an error.
     write_json(path.with_name("weights.json"), dict(sorted(table.items())))
     total = others + path.stat().st_size
     print(

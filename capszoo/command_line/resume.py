@@ -26,7 +26,7 @@ def parse_resumable(
         argv: The command line.
 
     Raises:
-        UsageError: If the folder is no run folder, or an option is given that cannot change.
+        UsageError: If the folder is not a run folder, or an option is given that cannot change.
     """
     parser = build_parser()
     args, given = parser.parse(argv)

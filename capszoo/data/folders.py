@@ -46,8 +46,8 @@ def image_folder(
         and, if there is one beside "test", "val".
 
     Raises:
-        DataError: A missing folder, a class without images, a file that is no image, images of different sizes; a table
-            that is missing or damaged, names files that are not there, or not all that are, or other classes.
+        DataError: A missing folder, a class without images, a file that is not an image, images of different sizes; a
+            table that is missing or damaged, names files that are not there, or not all that are, or other classes.
     """
     if not root.is_dir():
         raise DataError(f"image folder '{root}' does not exist: give the path of a folder, {_FOLDER_LAYOUT}")

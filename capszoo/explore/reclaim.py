@@ -23,7 +23,7 @@ class Reclaimer:
         self._nameless: dict[int, float] = {}  # when running trials without a worker were first seen
 
     def reclaim(self) -> None:
-        """Take back trials of workers of this machine that are no more, without waiting for the period of grace.
+        """Take back trials of workers of this machine that have ended, without waiting for the period of grace.
 
         Those of other machines are found by their missing heartbeats, whenever a trial begins.
         """

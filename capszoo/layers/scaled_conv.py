@@ -127,7 +127,7 @@ def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
             continue
         scale = torch.ones(()) if module.scale.is_meta else module.scale.detach().clone()
         state_dict[f"{name}.scale"] = scale = scale.to(weight.device)
-        if weight.is_floating_point():  # others are no weights, as whoever loads them says
+        if weight.is_floating_point():  # others are refused where they are loaded
             # In the model's type, since float16 could not hold all of them.
             state_dict[f"{name}.weight"] = weight.to(module.weight.dtype) / scale
     return state_dict

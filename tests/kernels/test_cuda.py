@@ -80,7 +80,7 @@ def test_any_shape(sizes, num_iters, approximate, dtype, form):
 @pytest.mark.parametrize("index", range(4))
 def test_all_tile_sizes_at_the_shapes_of_the_zoo(monkeypatch, index, T, P, precision, B, form):
     """Beside the numbers, this fills Triton's cache: what is tuned after these tests is compiled already."""
-    for kernel in vars(all_classes if form == "all classes" else per_class).values():
+    for kernel in vars(all_classes if form == "all_classes" else per_class).values():
         if hasattr(kernel, "configs"):
             monkeypatch.setattr(kernel, "configs", [kernel.configs[index % len(kernel.configs)]])
     bounds = {"float32": EXACT, "tf32": TF32, "bfloat16": HALF}[precision]

@@ -80,7 +80,7 @@ def test_triton_allocates_a_twentieth_of_the_plain_form(sizes, monkeypatch, form
     assert ours * 20 <= plain
     # Also of the reference, which stores votes but not the product of all poses and matrices. The faster form keeps
     # couplings and their gradients during the backward pass.
-    assert ours * (8 if form == "all classes" else 10) <= stored_form(reference.dynamic_routing, sizes)
+    assert ours * (8 if form == "all_classes" else 10) <= stored_form(reference.dynamic_routing, sizes)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=["own", "shared"])

@@ -119,7 +119,7 @@ def test_routing(watch, form):
         x, weight, bias, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         _, sums = routing.dynamic_routing(x, weight, bias, R, False)
         routing.dynamic_routing_backward(grad, x, weight, sums, False)
-    of_form = all_classes if form == "all classes" else per_class
+    of_form = all_classes if form == "all_classes" else per_class
     assert watch.touched.keys() == kernels(routing) | kernels(of_form)
     assert all(reads > 100 and writes > 50 for reads, writes in watch.touched.values()), watch.touched
 

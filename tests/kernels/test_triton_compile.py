@@ -36,9 +36,9 @@ EXACT, FAST, HALF, PLAIN = (
     ("OWN", "ieee", "fp32"),
 )
 CASES = {
-    "sm_80": (EXACT, HALF),
+    "sm_80": (EXACT,),
     "sm_90": (EXACT, FAST, HALF),
-    "sm_100": (EXACT, HALF),
+    "sm_100": (HALF,),
     "gfx942": (PLAIN,),
 }
 
