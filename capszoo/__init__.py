@@ -10,7 +10,7 @@ Importing capszoo also registers its models with timm, so that `timm.create_mode
 from . import _moved
 from ._version import __version__
 from .costs import ModelInfo, model_info
-from .layers import set_fused_routing
+from .layers import set_fourier_conv, set_fused_routing
 from .registry import create_model, is_model, list_models, list_pretrained, load_model, save_model
 
 _moved.install()
@@ -25,5 +25,6 @@ __all__ = [
     "load_model",
     "model_info",
     "save_model",
+    "set_fourier_conv",
     "set_fused_routing",
 ]

@@ -13,7 +13,10 @@ _MOVED = {
     "capszoo.distributed": "capszoo.engine.distributed",
     "capszoo.loader": "capszoo.data.loader",
     "capszoo.metrics": "capszoo.engine.metrics",
+    "capszoo.plots": "capszoo.figures",
     "capszoo.readers": "capszoo.data.readers",
+    "capszoo.robustness": "capszoo.engine.robustness",
+    "capszoo.report": "capszoo.figures.page",
     "capszoo.task": "capszoo.engine.task",
     "capszoo.training": "capszoo.engine.options",
     "capszoo.watch": "capszoo.engine.watch",
@@ -23,9 +26,28 @@ _MOVED = {
 _NAMES = {
     "capszoo.checkpoint": dict.fromkeys(("load_state", "save_state"), "capszoo.engine.run_state"),
     "capszoo.command_line": {
-        **dict.fromkeys(("check_ranges", "create_optimizer", "policy_from"), "capszoo.engine.options"),
+        "add_policy_options": "capszoo.command_line.training",
+        "check_ranges": "capszoo.engine.options",
+        **dict.fromkeys(("create_optimizer", "policy_from"), "capszoo.engine.run"),
         **dict.fromkeys(("check_folder", "hold_folder", "start_folder"), "capszoo.engine.run_folder"),
     },
+    "capszoo.engine.options": {
+        "build_parser": "capszoo.command_line.training",
+        **dict.fromkeys(
+            (
+                "create_optimizer",
+                "load_splits",
+                "make_model",
+                "make_policy",
+                "make_trainer",
+                "measure_test",
+                "model_arguments",
+                "policy_from",
+            ),
+            "capszoo.engine.run",
+        ),
+    },
+    "capszoo.data.readers": {"image_folder": "capszoo.data.folders"},
     "capszoo.registry": dict.fromkeys(("ModelInfo", "model_info"), "capszoo.costs"),
 }
 

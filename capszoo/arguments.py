@@ -1,9 +1,10 @@
-"""Arguments of models held against the annotations of their constructors."""
+"""Arguments of models: held against the annotations of their constructors, and those that a search varies."""
 
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -20,6 +21,36 @@ _KINDS = {
     torch.device: "a device",
     torch.dtype: "a floating-point torch.dtype",
 }
+
+
+@dataclass(frozen=True)
+class SearchedArgument:
+    """An argument of a model that :mod:`capszoo.explore` varies: what a model's `search_space()` gives a list of.
+
+    Attributes:
+        keyword: Keyword of the model's constructor.
+        values: What it may be. A range is searched as whole numbers, of which neighbours are alike; all else is choices
+            (true, false, numbers, text), or maps such choices to values. Of the value None the argument is left out.
+        first: The choice of the network that is not reduced, which is tried first; that of `values` by default.
+        name: Its name in a study; the keyword by default.
+        needs: An argument before this one that must be true, else this one is left out.
+    """
+
+    keyword: str
+    values: range | Sequence[Any] | Mapping[Any, Any]
+    first: Any = None
+    name: str = ""
+    needs: str = ""
+
+    @property
+    def study_name(self) -> str:
+        """Its name in a study."""
+        return self.name or self.keyword
+
+    @property
+    def first_choice(self) -> Any:
+        """The choice that is tried first."""
+        return next(iter(self.values)) if self.first is None else self.first
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:

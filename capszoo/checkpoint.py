@@ -142,7 +142,7 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
     Args:
         path: File to write; its folder must exist.
         model: The model, not wrapped.
-        metadata: Facts for people and programs (model, data set, accuracy); values that are no strings become JSON.
+        metadata: Facts for people and programs (model, data set, accuracy); other values than strings become JSON.
 
     Raises:
         WriteError: As :func:`save_tensors`, and if JSON cannot hold a value.

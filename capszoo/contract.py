@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from .arguments import SearchedArgument
+
 __all__ = [
     "CapsuleModel",
     "Explorable",
@@ -104,7 +106,7 @@ class Prunable(Protocol):
 class Explorable(Protocol):
     """A model whose shape a search may vary."""
 
-    def search_space(self) -> dict[str, tuple[Any, ...]]:
+    def search_space(self) -> list[SearchedArgument]:
         """Keywords of the model and the values that each may take, the unreduced one first."""
 
 

@@ -1,4 +1,4 @@
-"""What a model weighs, and the work of a forward pass."""
+"""Size of a model, and the work of a forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .registry import create_model, list_pretrained
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model weighs.
+    """Size and work of a model.
 
     Attributes:
         name: Name of the model.

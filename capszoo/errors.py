@@ -1,6 +1,6 @@
 """Errors that a user sees: one line that names the value and the remedy.
 
-All are `CapszooError`, a ValueError, but for `Stopped`, which is no error.
+All are `CapszooError`, a ValueError, but for `Stopped`, which is not an error.
 """
 
 import difflib

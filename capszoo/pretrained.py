@@ -135,7 +135,7 @@ def check_source(
         The overlay to give to timm.
 
     Raises:
-        ValueError: If the weights are no safetensors file, or shipped and damaged.
+        ValueError: If the weights are not a safetensors file, or shipped and damaged.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     overlay = dict(pretrained_cfg_overlay or {})

@@ -162,7 +162,7 @@ def save_model(path: str | Path, model: nn.Module, /, **metadata: Any) -> None:
         model: A model made by `create_model`, pruned or not, on any device; wrappers of DDP and torch.compile are
             taken off. Weights keep their dtype.
         **metadata: More facts for the header, such as `class_names`, `dataset` or an accuracy; `mean` and `std` take
-            the place of those in the model's `pretrained_cfg`. Values that are no strings become JSON.
+            the place of those in the model's `pretrained_cfg`. Other values than strings become JSON.
 
     Raises:
         WriteError: If the model could not be made again, or the file cannot be written.

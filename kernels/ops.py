@@ -19,7 +19,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import cpu, reference
+from . import cpu
+from .derivatives import (
+    compute_dtype,
+    no_autocast,
+    routing_backward_transformed,
+    routing_reference,
+    routing_transformed,
+    second_gradients,
+    squash_backward_transformed,
+    squash_reference,
+)
 
 try:
     # Imported here and not at first use: importing a submodule puts it into the package under its name, where the
@@ -34,16 +44,6 @@ else:
 
 # Triton has no code for GPUs before it.
 LEAST_CAPABILITY = (7, 0)
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Half precision is stored as it comes and computed in float32."""
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """An operator chooses its precision itself; the matrix products in it are not for autocast to lower."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has none
 
 
 @functools.cache
@@ -103,12 +103,12 @@ def _kernel(function: Callable) -> Callable:
 
 @_kernel
 def _squash(x: Tensor, approximate: bool) -> Tensor:
-    return cpu.squash(x.to(_compute_dtype(x, x)), approximate).to(x.dtype).contiguous()
+    return cpu.squash(x.to(compute_dtype(x, x)), approximate).to(x.dtype).contiguous()
 
 
 @_kernel
 def _squash_backward(grad: Tensor, x: Tensor, approximate: bool) -> Tensor:
-    dtype = _compute_dtype(x, x)
+    dtype = compute_dtype(x, x)
     return cpu.squash_backward(grad.to(dtype), x.to(dtype), approximate).to(x.dtype).contiguous()
 
 
@@ -120,8 +120,8 @@ def _routing(
 
     `tf32` allows products in TF32 where the device has it; the PyTorch algorithm leaves that to torch's own setting.
     """
-    dtype = _compute_dtype(x, weight)
-    with _no_autocast(x):
+    dtype = compute_dtype(x, weight)
+    with no_autocast(x):
         v, sums = cpu.dynamic_routing(x.to(dtype), weight.to(dtype), bias.to(dtype), num_iters, approximate_squash)
     return v.to(x.dtype), sums
 
@@ -131,7 +131,7 @@ def _routing_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = sums.dtype
-    with _no_autocast(x):
+    with no_autocast(x):
         dx, dweight, dbias = cpu.dynamic_routing_backward(
             grad.to(dtype), x.to(dtype), weight.to(dtype), sums, approximate_squash
         )
@@ -149,7 +149,7 @@ dynamic_routing_backward_op = torch.library.custom_op(
 @squash_op.register_kernel("cuda")
 @_kernel
 def _squash_cuda(x, approximate):
-    if not _runs_triton(x.device, _compute_dtype(x, x)):
+    if not _runs_triton(x.device, compute_dtype(x, x)):
         return _squash(x, approximate)
     return triton_squash.squash_forward(x, approximate)
 
@@ -157,7 +157,7 @@ def _squash_cuda(x, approximate):
 @squash_backward_op.register_kernel("cuda")
 @_kernel
 def _squash_backward_cuda(grad, x, approximate):
-    if not _runs_triton(x.device, _compute_dtype(x, x)):
+    if not _runs_triton(x.device, compute_dtype(x, x)):
         return _squash_backward(grad, x, approximate)
     return triton_squash.squash_backward(grad, x, approximate)
 
@@ -165,7 +165,7 @@ def _squash_backward_cuda(grad, x, approximate):
 @dynamic_routing_op.register_kernel("cuda")
 @_kernel
 def _routing_cuda(x, weight, bias, num_iters, approximate_squash, tf32=False):
-    if not cpu.has_votes(x, weight) or not _runs_triton(x.device, _compute_dtype(x, weight)):
+    if not cpu.has_votes(x, weight) or not _runs_triton(x.device, compute_dtype(x, weight)):
         return _routing(x, weight, bias, num_iters, approximate_squash)
     return triton_routing.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)
 
@@ -192,7 +192,7 @@ def _(grad, x, approximate):
 @dynamic_routing_op.register_fake
 def _(x, weight, bias, num_iters, approximate_squash, tf32=False):
     v = x.new_empty(x.shape[0], *weight.shape[2:])
-    return v, x.new_empty(num_iters, *v.shape, dtype=_compute_dtype(x, weight))
+    return v, x.new_empty(num_iters, *v.shape, dtype=compute_dtype(x, weight))
 
 
 @dynamic_routing_backward_op.register_fake
@@ -200,31 +200,7 @@ def _(grad, x, weight, bias, sums, approximate_squash, tf32):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias))
 
 
-# Derivatives by the reference
-
-
-def _squash_reference(x: Tensor, approximate: bool) -> Tensor:
-    with _no_autocast(x):
-        return reference.squash(x, approximate)
-
-
-def _routing_reference(x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool) -> Tensor:
-    with _no_autocast(x):
-        return reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
-
-
-def _second_gradients(function: Callable, cotangents: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor) -> tuple:
-    """Gradients, by `grad` and `inputs`, of the product of `cotangents` and the gradients of `function` by its inputs.
-
-    They can be differentiated further if the caller's mode says so (create_graph).
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), _no_autocast(grad):
-        # Views, since `grad` may itself depend on the inputs, and a path through it would be counted twice. They keep
-        # the graph of the inputs, without which higher derivatives would be zero.
-        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *inputs)]
-        gradients = torch.autograd.grad(function(*views[1:]), views[1:], views[0], create_graph=True)
-        return torch.autograd.grad(gradients, views, cotangents, create_graph=create_graph, materialize_grads=True)
+# Derivatives
 
 
 def _save_squash(ctx, inputs, output):
@@ -243,8 +219,8 @@ def _save_squash_backward(ctx, inputs, output):
 
 
 def _squash_second_gradients(ctx, *cotangents):
-    function = partial(_squash_reference, approximate=ctx.approximate)
-    return *_second_gradients(function, cotangents, *ctx.saved_tensors), None
+    function = partial(squash_reference, approximate=ctx.approximate)
+    return *second_gradients(function, cotangents, *ctx.saved_tensors), None
 
 
 def _save_routing(ctx, inputs, output):
@@ -266,8 +242,8 @@ def _save_routing_backward(ctx, inputs, output):
 
 
 def _routing_second_gradients(ctx, *cotangents):
-    function = partial(_routing_reference, **ctx.options)
-    return *_second_gradients(function, cotangents, *ctx.saved_tensors), None, None, None
+    function = partial(routing_reference, **ctx.options)
+    return *second_gradients(function, cotangents, *ctx.saved_tensors), None, None, None
 
 
 squash_op.register_autograd(_squash_gradients, setup_context=_save_squash)
@@ -276,32 +252,15 @@ dynamic_routing_op.register_autograd(_routing_gradients, setup_context=_save_rou
 dynamic_routing_backward_op.register_autograd(_routing_second_gradients, setup_context=_save_routing_backward)
 
 
-def _squash_backward_transformed(grad, x, approximate):
-    _, pull_back = torch.func.vjp(partial(_squash_reference, approximate=approximate), x)
-    return pull_back(grad)[0]
-
-
-def _routing_transformed(x, weight, bias, num_iters, approximate_squash, tf32=False):
-    v = _routing_reference(x, weight, bias, num_iters, approximate_squash)
-    # Nothing reads these sums: what goes back through a transform is the reference as well.
-    return v, v.new_full((num_iters, *v.shape), float("nan"), dtype=_compute_dtype(x, weight))
-
-
-def _routing_backward_transformed(grad, x, weight, bias, sums, approximate_squash, tf32):
-    options = {"num_iters": sums.shape[0], "approximate_squash": approximate_squash}
-    _, pull_back = torch.func.vjp(partial(_routing_reference, **options), x, weight, bias)
-    return pull_back(grad)
-
-
 # Where a transform of torch.func is active (grad, vmap, jvp ...), the dispatcher asks at this key first. Were it
 # renamed, grad would raise an error, vmap go sample by sample, and jvp show its tangents to the functions below.
 _TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
 _library = torch.library.Library("capszoo", "FRAGMENT")
 if hasattr(torch._C.DispatchKey, _TRANSFORMS):
-    _library.impl("squash", _squash_reference, _TRANSFORMS)
-    _library.impl("squash_backward", _squash_backward_transformed, _TRANSFORMS)
-    _library.impl("dynamic_routing", _routing_transformed, _TRANSFORMS)
-    _library.impl("dynamic_routing_backward", _routing_backward_transformed, _TRANSFORMS)
+    _library.impl("squash", squash_reference, _TRANSFORMS)
+    _library.impl("squash_backward", squash_backward_transformed, _TRANSFORMS)
+    _library.impl("dynamic_routing", routing_transformed, _TRANSFORMS)
+    _library.impl("dynamic_routing_backward", routing_backward_transformed, _TRANSFORMS)
 
 
 def squash(x: Tensor, approximate: bool = False) -> Tensor:
@@ -329,7 +288,7 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
         raise ValueError("squash works along the last dimension, but x is a scalar: give it shape [..., D]")
     if not torch.jit.is_scripting():
         if _has_tangent(x):
-            return _squash_reference(x, approximate)
+            return squash_reference(x, approximate)
     return torch.ops.capszoo.squash(x, approximate)
 
 
@@ -397,6 +356,6 @@ def dynamic_routing(
     tf32 = False
     if not torch.jit.is_scripting():
         if _has_tangent(x, weight, bias):
-            return _routing_reference(x, weight, bias, num_iters, approximate_squash)
+            return routing_reference(x, weight, bias, num_iters, approximate_squash)
         tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
     return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)[0]

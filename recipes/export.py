@@ -30,6 +30,7 @@ from capszoo.command_line import OptionParser, run
 from capszoo.errors import UsageError, first_line
 from capszoo.files import check_kinds, read_json, read_yaml, write_json
 from capszoo.layers import unfold_scales
+from capszoo.opening import open_model
 from capszoo.registry import model_header, model_keywords
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
@@ -44,7 +45,7 @@ ALWAYS_IN_RECIPE = {"model", "dataset", "policy", "epochs"}
 MISSING = type(None)
 CARD_KINDS: dict[str, Any] = {
     "model": str,
-    "model_args": (dict, MISSING),
+    **dict.fromkeys(("model_args", "criterion"), (dict, MISSING)),
     **dict.fromkeys(("class_names", "mean", "std"), (list, MISSING)),
     **dict.fromkeys(("eval_top1", "test_top1", "test_mean_average_precision"), (float, MISSING)),
     **dict.fromkeys(("epoch", "epochs", "seed"), (int, MISSING)),
@@ -79,7 +80,7 @@ def build_parser() -> OptionParser:
 
 
 def read_card(file: Path) -> dict[str, Any]:
-    """Facts about weights: the header of their file, and result.json where it lies beside them; null is no fact."""
+    """Facts about weights: the header of their file, and result.json where it lies beside them; null is left out."""
     header = read_metadata(file)
     if "model" not in header:
         raise UsageError(f"{str(file)!r} does not say what model it holds: give the best.safetensors of a run")
@@ -219,7 +220,7 @@ def ship(args: argparse.Namespace) -> int:
         dataset=card["dataset"],
         class_names=card["class_names"],
         recipe=recipe,
-        **{key: card[key] for key in ("policy", "epochs", "epoch", "seed", "amp") if key in card},
+        **{key: card[key] for key in ("policy", "epochs", "epoch", "seed", "criterion", "amp") if key in card},
         eval_top1=card["eval_top1"],
         test_top1=card["test_top1"],
         precision="float16",
@@ -243,7 +244,7 @@ def ship(args: argparse.Namespace) -> int:
         "top1": card["test_top1"],
         "recipe": recipe,
     }
-    # Last: a file without entry is no weights, an entry without its file would be an error.
+    # Last: a file without entry is ignored, an entry without its file would be an error.
     write_json(path.with_name("weights.json"), dict(sorted(table.items())))
     total = others + path.stat().st_size
     print(
@@ -271,7 +272,7 @@ def hub(args: argparse.Namespace) -> int:
         card = read_card(file)
         name = f"{card['model']}.{Path(card.get('dataset', 'custom')).name}"
         card.setdefault("recipe", read_recipe(file.parent))
-    model = capszoo.load_model(file)
+    model = open_model(file).model
     card["license"] = args.license or card.get("license", "mit")
     label_names = card.get("class_names")
     # The configuration is that of the model's default weights, unless these are they.

@@ -27,7 +27,8 @@ from capszoo.command_line import OptionParser, results_folder, run
 from capszoo.data import DataSplits, Split, load_data
 from capszoo.data.loader import Loader, seeded_generator
 from capszoo.engine import evaluate
-from capszoo.engine.options import make_trainer, options_from
+from capszoo.engine.options import options_from
+from capszoo.engine.run import make_trainer
 from capszoo.engine.watch import measure_saturation
 from capszoo.files import read_rows, write_csv
 from capszoo.policies import list_policies
@@ -137,21 +138,19 @@ def first(split: Split, count: int) -> Split:
 def measure(row: dict[str, Any], data: DataSplits, device: torch.device) -> dict[str, Any]:
     """Train as a row says, and complete it."""
     normalized, model_kwargs = STARTS[row["start"]]
-    args = options_from({})
-    args.model, args.seed, args.policy, args.epochs = (row[key] for key in ("model", "seed", "policy", "epochs"))
-    args.dataset, args.start = row["set"], model_kwargs.get("start", "default")
-    args.model_kwargs = [(key, value) for key, value in model_kwargs.items() if key != "start"]
-    args.amp = row["precision"]
+    options = {key: row[key] for key in ("model", "seed", "policy", "epochs")}
+    options.update(dataset=row["set"], start=model_kwargs.get("start", "default"), amp=row["precision"])
+    options["model_kwargs"] = {key: value for key, value in model_kwargs.items() if key != "start"}
     if not normalized:
-        args.mean, args.std = [0.0], [1.0]
+        options.update(mean=[0.0], std=[1.0])
     if row["lr"] != "default":
-        args.lr, args.batch_size, args.warmup_steps = float(row["lr"]), int(row["batch_size"]), 0
+        options.update(lr=float(row["lr"]), batch_size=int(row["batch_size"]), warmup_steps=0)
     data.train = data.train if len(data.train) <= row["images"] else first(data.train, row["images"])
     val, data.val = data.val, None
-    trainer = make_trainer(args, data, device)
+    trainer = make_trainer(options_from(options), data, device)
     trainer.fit()
     data.val = val
-    data.normalize(args.mean, args.std)
+    data.normalize(trainer.options.mean, trainer.options.std)
     evaluation = evaluate(trainer.task.model, Loader(val, 250, device), trainer.amp)
     images, _ = next(iter(Loader(val, 250, device)))
     saturation = measure_saturation(trainer.task.model, images)

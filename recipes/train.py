@@ -11,11 +11,11 @@ summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.j
 top1 is the exact-match accuracy there: the fraction of images of which just the classes present are predicted.
 """
 
-import argparse
 import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +24,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capszoo.command_line import StopSignal, add_result, changed_options, check_results, parse_resumable, run
+from capszoo.command_line.training import MAY_CHANGE_ON_RESUME, build_parser
 from capszoo.data import DataSplits
 from capszoo.engine import Trainer, find_lr
 from capszoo.engine.distributed import Ranks, is_lost_connection, join_ranks, leave_ranks, reach, wait_for
-from capszoo.engine.options import build_parser, load_splits, make_trainer, measure_test, options_from, options_text
+from capszoo.engine.options import DEFAULTS, TrainingOptions, flat_values, options_from, options_text, with_values
+from capszoo.engine.run import load_splits, make_trainer, measure_test
 from capszoo.engine.run_folder import default_folder, hold_folder
 from capszoo.errors import DataError, RanksError, Stopped, UsageError, WriteError, first_line
 from capszoo.files import read_yaml, write_csv
 from capszoo.policies import Policy, suggest_lr
 from capszoo.precision import choose_device
 
-# Options that only say where and how a run is computed may change when it is resumed.
-MAY_CHANGE_ON_RESUME = {
-    "resume",
-    "data_dir",
-    "device",
-    "workers",
-    "nonfinite",
-    "quiet",
-    "tensorboard",
-    "save_every",
-    "results",
-}
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> TrainingOptions:
     """Read the options; with --resume, those of the run."""
-    args = parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
+    options = with_values(DEFAULTS, vars(parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)))
     # torchrun starts all processes again, with the same command, when one of them has died.
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not args.resume:
-        if not args.output:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not options.resume:
+        if not options.output:
             raise UsageError("torchrun --max-restarts needs --output RUN_DIR, where processes find the run again")
-        if is_own_run(args, Path(args.output)):
-            args.resume = args.output
-    return args
+        if is_own_run(options, Path(options.output)):
+            return replace(options, resume=options.output)
+    return options
 
 
 def torchrun_mark() -> str:
@@ -67,7 +56,7 @@ def torchrun_mark() -> str:
     return f"# torchrun {os.environ['TORCHELASTIC_RUN_ID']}\n"
 
 
-def is_own_run(args: argparse.Namespace, folder: Path) -> bool:
+def is_own_run(options: TrainingOptions, folder: Path) -> bool:
     """Whether torchrun has started the run in this folder with these options, and now starts its processes again."""
     file = folder / "args.yaml"
     # Without a rendezvous of its own, all that torchrun starts has one name.
@@ -75,16 +64,16 @@ def is_own_run(args: argparse.Namespace, folder: Path) -> bool:
         return False
     if not file.is_file() or torchrun_mark() not in file.read_text(errors="replace"):
         return False
-    saved = options_from(read_yaml(file), str(file))
-    return not changed_options(args, saved, vars(args).keys() - MAY_CHANGE_ON_RESUME - {"config", "output"})
+    values, saved = flat_values(options), flat_values(options_from(read_yaml(file), str(file)))
+    return not changed_options(values, saved, values.keys() - MAY_CHANGE_ON_RESUME - {"output"})
 
 
-def hold_run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
+def hold_run_folder(options: TrainingOptions) -> AbstractContextManager[Path]:
     """Make the run folder; the last thing before work starts, so that no error leaves one behind."""
-    default = default_folder(args.model, Path(args.dataset).name, args.policy)
-    folder = Path(args.output) if args.output else default
-    text = None if args.resume else lambda folder: options_text(args, folder) + torchrun_mark()
-    return hold_folder(folder, text, is_default=not args.output)
+    default = default_folder(options.model, Path(options.dataset).name, options.policy)
+    folder = Path(options.output) if options.output else default
+    text = None if options.resume else lambda folder: options_text(options, folder) + torchrun_mark()
+    return hold_folder(folder, text, is_default=not options.output)
 
 
 class Report:
@@ -170,10 +159,10 @@ def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    ranks, device = join_ranks(args.device)
+    options = parse_args(argv)
+    ranks, device = join_ranks(options.device)
     try:
-        return prepare(args, argv, ranks, choose_device(args.device) if device is None else device)
+        return prepare(options, argv, ranks, choose_device(options.device) if device is None else device)
     except RuntimeError as error:
         if ranks.count == 1 or not is_lost_connection(error):
             raise
@@ -185,30 +174,31 @@ def main(argv: list[str] | None = None) -> int:
         leave_ranks()
 
 
-def prepare(args: argparse.Namespace, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
+def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
     """Load the data, make the trainer and the run folder, and train; the first of the ranks writes and prints."""
     console = Console(highlight=False, soft_wrap=True, quiet=not ranks.is_first)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm
     if not ranks.is_first:
-        args.quiet, args.tensorboard = True, False
-        if args.download:
+        options = replace(options, quiet=True, tensorboard=False)
+        if options.download:
             wait_for("data", ranks, [0])
-    elif args.results:
-        check_results(Path(args.results))
-    data = load_splits(args)
+    elif options.results:
+        check_results(Path(options.results))
+    data = load_splits(options)
     reach("data", ranks)
     wait_for("data", ranks, range(ranks.count))
-    trainer = make_trainer(args, data, device, ranks=ranks)
-    if ranks.count > 1 and args.policy == "lr_finder":
+    trainer = make_trainer(options, data, device, ranks=ranks)
+    if ranks.count > 1 and options.policy == "lr_finder":
         raise UsageError("--policy lr_finder runs in one process: start it without torchrun")
-    with hold_run_folder(args) if ranks.is_first else nullcontext(Path()) as folder:
+    options = trainer.options
+    with hold_run_folder(options) if ranks.is_first else nullcontext(Path()) as folder:
         if ranks.is_first:
             trainer.folder = folder
-        return train(args, argv, trainer, data, folder, console)
+        return train(options, argv, trainer, data, folder, console)
 
 
 def train(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     argv: list[str] | None,
     trainer: Trainer,
     data: DataSplits,
@@ -218,24 +208,24 @@ def train(
     """Train in a run folder, and measure the test set."""
     ranks, device, policy, model = trainer.ranks, trainer.device, trainer.policy, trainer.task.model
     accuracy = "exact" if data.multi_label else "top1"
-    with Report(console, policy, folder, args.quiet, args.tensorboard, accuracy) as report, StopSignal() as stop:
+    with Report(console, policy, folder, options.quiet, options.tensorboard, accuracy) as report, StopSignal() as stop:
         trainer.on_step, trainer.on_epoch, trainer.should_stop = report.step, report.epoch, stop
-        if not args.quiet:
+        if not options.quiet:
             val = 0 if data.val is None else len(data.val)
             precision = "float32" if trainer.amp is None else str(trainer.amp).removeprefix("torch.")
             console.print(
-                f"{args.model} ({sum(p.numel() for p in model.parameters()):,} parameters) on {args.dataset} "
-                f"({len(data.train):,} train, {val:,} val, {len(data.test):,} test), {args.policy}, "
+                f"{options.model} ({sum(p.numel() for p in model.parameters()):,} parameters) on {options.dataset} "
+                f"({len(data.train):,} train, {val:,} val, {len(data.test):,} test), {options.policy}, "
                 f"{device.type} {precision}, "
                 + (f"{ranks.count} processes, " if ranks.count > 1 else "")
                 + f"folder {folder}",
             )
             if data.multi_label:
                 console.print("images show several classes: exact is the part of them with all classes right, as top1")
-        if args.policy == "lr_finder":
+        if options.policy == "lr_finder":
             return search_lr(trainer, folder, console)
         # Of ranks that were started again, only those that see the run folder know that there is something to resume.
-        if ranks.any(bool(args.resume), device) and trainer.resume() and not args.quiet:
+        if ranks.any(bool(options.resume), device) and trainer.resume() and not options.quiet:
             console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}")
         try:
             completed = trainer.fit()
@@ -244,7 +234,7 @@ def train(
             leave_ranks()
             if not ranks.is_first:
                 return 0 if completed else stop.exit_code
-            result = measure_test(trainer, args, data) if completed else None
+            result = measure_test(trainer, options, data) if completed else None
         except (DataError, WriteError) as error:
             raise type(error)(f"{error} (the run: --resume {folder})") from error
         except Stopped:
@@ -252,9 +242,9 @@ def train(
     if result is None:
         console.print(f"stopped and saved: go on with --resume {folder}")
         return stop.exit_code
-    if args.results:
+    if options.results:
         launch = "python" if ranks.count == 1 else f"torchrun --nproc-per-node {ranks.count}"
-        add_result(Path(args.results), result, f"{launch} recipes/train.py", argv)
+        add_result(Path(options.results), result, f"{launch} recipes/train.py", argv)
     chosen = "last epoch" if result["eval_top1"] is None else f"best epoch {result['best_epoch']} by validation"
     precision = result.get("test_mean_average_precision")
     console.print(

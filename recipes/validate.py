@@ -8,8 +8,9 @@
 
 `--all` writes a table for each data set, recipes/results/results-DATASET.csv. `param_count` and `macs` are those of the
 class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
-changed images (capszoo/robustness.py says how). Where images show several classes, top1 is the exact-match accuracy
-(the fraction of images of which just those are predicted), and the mean average precision is measured, too.
+changed images (capszoo/engine/robustness.py says how). Where images show several classes, top1 is the exact-match
+accuracy (the fraction of images of which just those are predicted), and the mean average precision is measured, too.
+The margin loss has the margins that the header of the weights names, the paper's where it names none.
 """
 
 import argparse
@@ -26,17 +27,17 @@ from rich.markup import escape
 from rich.table import Table
 
 import capszoo
-from capszoo.checkpoint import read_metadata
 from capszoo.command_line import OptionParser, results_folder, run
 from capszoo.contract import auxiliary_modules
-from capszoo.data import DataSplits, Loader, Split, load_data
-from capszoo.engine import Evaluation, evaluate
+from capszoo.data import DataSplits, Loader, Split
+from capszoo.engine import CapsuleTask, Evaluation, evaluate
+from capszoo.engine.criteria import read_criterion
+from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.errors import UsageError
 from capszoo.files import write_csv, write_json
+from capszoo.opening import OpenedModel, load_data_for, open_model
 from capszoo.precision import autocast, choose_device, resolve_amp
-from capszoo.pretrained import image_statistics, read_table
-from capszoo.registry import header_arguments, model_keywords
-from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
+from capszoo.pretrained import image_statistics
 
 # Of data sets whose images show several classes.
 PRECISION = "mean_average_precision"
@@ -83,28 +84,6 @@ def build_parser() -> OptionParser:
     )
     add("--json", metavar="FILE", help="also write the measures to this file")
     return parser
-
-
-def load_weights_argument(weights: str, model_name: str | None) -> tuple[torch.nn.Module, str, str | None]:
-    """Return the model, its name for people, and the data set that its weights were trained on, if known."""
-    if capszoo.is_model(weights):
-        if model_name is not None:
-            raise UsageError(f"{weights!r} says what model it is, --model {model_name} is for files: leave it out")
-        decoder = {"decoder": True} if "decoder" in model_keywords(weights) else {}
-        model = capszoo.create_model(weights, pretrained=True, **decoder)
-        name = f"{weights.partition('.')[0]}.{model.pretrained_cfg['tag']}"
-        return model, name, read_table()[name]["dataset"]
-    if not Path(weights).is_file():
-        known = ", ".join(capszoo.list_pretrained()) or "none yet"
-        raise UsageError(f"{weights!r} is no file and no shipped weights (there are: {known}): check the path")
-    header = read_metadata(weights)
-    if model_name is None:
-        return capszoo.load_model(weights), f"{header.get('model', '')} {weights}".strip(), header.get("dataset")
-    if header.get("model", model_name) != model_name:
-        raise UsageError(f"{weights!r} holds weights of the model {header['model']!r}: leave out --model {model_name}")
-    model_args = header_arguments(weights, model_name, header)
-    model = capszoo.create_model(model_name, checkpoint_path=weights, **model_args)
-    return model, f"{model_name} {weights}", header.get("dataset")
 
 
 def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
@@ -155,10 +134,11 @@ def measure_speed(
 
 
 def measure(
-    model: torch.nn.Module, name: str, split: Split, args: argparse.Namespace, device: torch.device, robustness: bool
+    opened: OpenedModel, name: str, split: Split, args: argparse.Namespace, device: torch.device, robustness: bool
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Measure one model on the images of a split; the second value is its row in a table of results."""
-    amp = resolve_amp(args.amp, device)
+    amp, model = resolve_amp(args.amp, device), opened.model
+    criterion = read_criterion(opened.file, opened.header, opened.model)
     info = capszoo.model_info(model)
     model.to(device, memory_format=torch.channels_last)
     split.mean, split.std = image_statistics(model)
@@ -166,7 +146,7 @@ def measure(
     def loader() -> Loader:
         return Loader(split, args.batch_size, device, num_workers=args.workers)
 
-    evaluation = evaluate(model, loader(), amp)
+    evaluation = evaluate(CapsuleTask(model, criterion, device=device, verbose=False), loader(), amp)
     total = sum(p.numel() for p in model.parameters())
     auxiliary = [module for module in auxiliary_modules(model).values() if module is not None]
     decoder = sum(p.numel() for module in auxiliary for p in module.parameters())
@@ -195,18 +175,7 @@ def measure(
 
 def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[DataSplits, Split]:
     """The data set in the model's image size, and the split to measure on."""
-    data = load_data(
-        dataset,
-        args.data_dir,
-        img_size=model.img_size,
-        in_chans=model.in_chans,
-        val_fraction=args.val_fraction,
-        download=args.download,
-    )
-    if data.num_classes != model.num_classes:
-        raise UsageError(
-            f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
-        )
+    data = load_data_for(model, dataset, args.data_dir, val_fraction=args.val_fraction, download=args.download)
     split = getattr(data, args.split)
     if split is None:
         raise UsageError("--split val needs --val-fraction above 0")
@@ -217,12 +186,12 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     """Measure and print the weights on the command line."""
     device = choose_device(args.device)
     resolve_amp(args.amp, device)  # says what is impossible before anything is read
-    model, name, trained_on = load_weights_argument(args.weights, args.model)
-    dataset = args.dataset or trained_on
+    opened = open_model(args.weights, model_name=args.model)
+    model, name, dataset = opened.model, opened.name, args.dataset or opened.dataset
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
     data, split = open_data(model, dataset, args)
-    result, row = measure(model, name, split, args, device, bool(args.robustness))
+    result, row = measure(opened, name, split, args, device, bool(args.robustness))
     reconstruction = result.reconstruction_error
     accuracy = f"top1 {result.top1:.4f}"
     if data.multi_label:
@@ -275,20 +244,22 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
         raise UsageError("no weights are shipped yet: give files with --also")
     loaded = []
     for argument in weights:
-        model, name, dataset = load_weights_argument(argument, None)
+        opened = open_model(argument)
+        name, dataset = opened.name, opened.dataset
         if dataset is None:
             raise UsageError(f"{argument!r} does not say what data set it was trained on: it belongs to no table")
         if name.endswith(f" {argument}"):  # a file: its folder tells it from others of the same model, if there are any
-            name = model.pretrained_cfg["architecture"]
+            name = opened.model.pretrained_cfg["architecture"]
             same = [other for _, other, other_dataset in loaded if (other, other_dataset) == (name, dataset)]
             name = f"{name} ({Path(argument).parent.name})" if same else name
         if args.dataset in (None, dataset):
-            loaded.append((model, name, dataset))
+            loaded.append((opened, name, dataset))
     if not loaded:
         raise UsageError(f"no weights are of the data set {args.dataset!r}: check --dataset")
     # All data first: what is missing is said before minutes of work.
     splits: dict[tuple, Split] = {}
-    for model, _, dataset in loaded:
+    for opened, _, dataset in loaded:
+        model = opened.model
         key = dataset, model.in_chans, model.img_size, model.num_classes
         if key not in splits:
             splits[key] = open_data(model, dataset, args)[1]
@@ -296,9 +267,10 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in dict.fromkeys(dataset for _, _, dataset in loaded):
         rows = []
-        for model, name, _ in (entry for entry in loaded if entry[2] == dataset):
+        for opened, name, _ in (entry for entry in loaded if entry[2] == dataset):
+            model = opened.model
             split = splits[dataset, model.in_chans, model.img_size, model.num_classes]
-            _, row = measure(model, name, split, args, device, args.robustness is not False)
+            _, row = measure(opened, name, split, args, device, args.robustness is not False)
             console.print(f"{name} on {dataset} {args.split}: top1 {row['top1']:.4f}")
             rows.append(row)
         path = folder / f"results-{Path(dataset).name}.csv"

@@ -121,4 +121,6 @@ def untuned_kernels(request, monkeypatch):
     from capszoo.kernels import ops
 
     if request.node.get_closest_marker("gpu") and ops.triton_routing is not None:
-        monkeypatch.setattr(ops.triton_routing, "MAX_TILES", 1)
+        from capszoo.kernels import tuning
+
+        monkeypatch.setattr(tuning, "MAX_TILES", 1)

@@ -165,6 +165,7 @@ def operators_of_the_gpu():
 @pytest.fixture(autouse=True)
 def cuda_on_cpu(request, monkeypatch):
     """Run a test on the CPU, and let it think that it is on a GPU."""
+    from capszoo.benchmark import steps
     from capszoo.kernels import ops
 
     pretend_graphs(monkeypatch)
@@ -200,10 +201,8 @@ def cuda_on_cpu(request, monkeypatch):
 
     if hasattr(request.module, "make_inputs"):
         monkeypatch.setattr(request.module, "make_inputs", smaller_inputs(request.module.make_inputs))
-    if hasattr(request.module, "benchmark"):
-        for name in ("routing_step", "training_step", "inference_step", "layer_step"):
-            step = smaller_step(getattr(request.module.benchmark, name))
-            monkeypatch.setattr(request.module.benchmark, name, step)
+    for name in ("routing_step", "training_step", "inference_step", "layer_step"):
+        monkeypatch.setattr(steps, name, smaller_step(getattr(steps, name)))
     with OnCPU():
         yield
 
@@ -222,5 +221,5 @@ def smaller_inputs(make_inputs):
 
 
 def smaller_step(make_step):
-    """Make a step that recipes/benchmark.py times; its last two arguments are batch size and device."""
+    """Make a step that capszoo.benchmark times; its last two arguments are batch size and device."""
     return lambda *args: make_step(*args[:-2], min(args[-2], 3), args[-1])

@@ -1,4 +1,4 @@
-"""Files that attack: each in the form that would work if nothing stood against it. Random ones are in test_fuzz.py."""
+"""Files that attack: each in the form that would work if nothing stood against it. Random ones are in tests/fuzz."""
 
 import itertools
 import json

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from capszoo.engine.options import load_splits, make_trainer, options_from
+from capszoo.engine.options import options_from
+from capszoo.engine.run import load_splits, make_trainer
 from capszoo.policies import list_policies
 
 RECORDS = Path(__file__).with_name("recorded_runs.json")

@@ -55,8 +55,9 @@ def test_protocols():
 def test_parts_and_space_of_capsnet():
     model = capszoo.create_model("capsnet", num_types=4, keep_types=2, conv_dim=8, decoder=True, decoder_dims=[6, 9])
     assert model.prunable_parts() == {"conv1": 8, "types": 2, "capsules": 72, "decoder": (6, 9)}
-    space = model.search_space()
-    assert space["decoder_dims"] == ([6, 9], [3, 4], [1, 2]) and space["keep_types"] == (None, 2, 1, 1)
+    space = {found.keyword: found.values for found in model.search_space()}
+    space = {key: list(values.values() if isinstance(values, dict) else values) for key, values in space.items()}
+    assert space["decoder_dims"] == [[6, 9], [3, 4], [1, 2]] and space["keep_types"] == [None, 2, 1, 1]
     for key, values in space.items():
         for value in values:
             capszoo.create_model("capsnet", device="meta", num_types=4, conv_dim=8, **{key: value})

@@ -7,7 +7,7 @@ from capszoo.files import check_kinds, read_json, read_rows, read_yaml
 from capszoo.precision import choose_device, device_name
 
 from .console import add_result, check_results, results_folder, run
-from .parser import OptionParser, SizeAction, add_policy_options, key_value
+from .parser import OptionParser, SizeAction, add_options, key_value
 from .resume import changed_options, parse_resumable
 from .signals import StopSignal
 
@@ -16,7 +16,7 @@ __all__ = [
     "SizeAction",
     "StopSignal",
     "UsageError",
-    "add_policy_options",
+    "add_options",
     "add_result",
     "changed_options",
     "check_kinds",

@@ -43,7 +43,7 @@ def build_parser() -> OptionParser:
     job = jobs.add_parser("list", allow_abbrev=False, help="names of the models, or of the shipped weights")
     job.add_argument("filter", nargs="?", default="", help='wildcards that a name must match, such as "*_ws"')
     job.add_argument("--pretrained", action="store_true", help="the shipped weights instead of the models")
-    job = jobs.add_parser("info", allow_abbrev=False, help="what a model weighs, and its weights")
+    job = jobs.add_parser("info", allow_abbrev=False, help="size of a model, work of a forward pass, and its weights")
     job.add_argument("model", help="name of a model, or of shipped weights such as capsnet_ws.mnist")
     jobs.add_parser("doctor", allow_abbrev=False, help="what this machine has, which routing runs on it, and why")
     for name, text in RECIPES.items():
@@ -113,7 +113,7 @@ def doctor() -> int:
 
 
 def info(name: str) -> None:
-    """Print what a model weighs."""
+    """Print size and work of a model."""
     if not is_model(name):
         create_model(name)  # says what is unknown, with near matches
     found = model_info(name)

@@ -1,22 +1,22 @@
 """Command lines with one line per error, near matches for unknown options, and defaults from YAML files."""
 
 import argparse
-import json
-import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from capszoo.errors import UsageError, first_line, unknown_name
-from capszoo.files import parse_yaml, read_yaml
-from capszoo.policies import policy_options
+from capszoo.errors import UsageError, unknown_name
+from capszoo.fields import Option, OptionError, read_pair, read_size, read_values, words
+from capszoo.files import read_yaml
 
 
 class OptionParser(argparse.ArgumentParser):
     """argparse with one line per error, near matches for unknown options, and defaults from YAML files."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, old_keys: Mapping[str, str] | None = None, **kwargs: Any):
+        """Arguments as of `argparse.ArgumentParser`; `old_keys` are earlier names of options in YAML files."""
+        self.old_keys = dict(old_keys or {})
         # Abbreviations would hide typos in scripts.
         kwargs.update(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **kwargs)
@@ -42,7 +42,7 @@ class OptionParser(argparse.ArgumentParser):
         given = self._given(argv)
         config = getattr(given, "config", None)
         if config:
-            values = read_yaml(config)
+            values = {self.old_keys.get(key, key): value for key, value in read_yaml(config).items()}
             self.set_values(values, config)
             for key, value in values.items():
                 if value is not None:
@@ -59,16 +59,8 @@ class OptionParser(argparse.ArgumentParser):
         Raises:
             UsageError: For an unknown option, or a value of the wrong kind.
         """
-        for key, value in values.items():
-            try:
-                if value is None:
-                    self._find(key, source)
-                else:
-                    self.set_defaults(**{key: self._convert(key, value, source)})
-            except UsageError:
-                raise
-            except ValueError as error:  # Python writes out no integer of thousands of digits
-                raise UsageError(f"{source}: {key}: {first_line(error)}") from None
+        options = {key: self._option(action) for key, action in self.destinations.items()}
+        self.set_defaults(**read_values(values, options, source))
 
     def _given(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse into a namespace that has just the options on the command line."""
@@ -88,46 +80,26 @@ class OptionParser(argparse.ArgumentParser):
 
     def words(self, key: str, value: Any) -> list[str]:
         """The words of a command line that give an option this value; none where that takes leaving it out."""
-        action = self.destinations[key]
-        name, *others = action.option_strings or [f"the {key}"]
-        if isinstance(value, bool):
-            return [name] if value else others[-1:]
-        if action.type is key_value and value:
-            value = [f"{k}={json.dumps(v, default=str, skipkeys=True)}" for k, v in dict(value).items()]
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        return [name, *map(str, items)] if items else []
+        return words(key, value, self._option(self.destinations[key]))
 
-    def _find(self, key: str, source: str | Path) -> argparse.Action:
-        actions = self.destinations
-        if key not in actions or key == "config":
-            raise UsageError(f"{source}: " + unknown_name("key", key, list(actions), "see --help"))
-        return actions[key]
+    def _option(self, action: argparse.Action) -> Option:
+        """What an option takes, as :func:`capszoo.fields.read_values` has it."""
 
-    def _convert(self, key: str, value: Any, source: str | Path) -> Any:
-        """Check a value of a YAML file as if it came from the command line."""
-        action = self._find(key, source)
-        if action.nargs == 0:
-            if not isinstance(value, bool):
-                raise UsageError(f"{source}: {key} must be true or false, not {value!r}")
-            return value
-        takes_list = action.nargs in ("*", "+")
-        if isinstance(value, (list, tuple, dict)) and not takes_list:
-            raise UsageError(f"{source}: {key} takes one value, not {reprlib.repr(value)}")
-        items = value if isinstance(value, (list, tuple)) else [value]
-        holder = argparse.Namespace()
-        try:
-            if isinstance(value, dict) and action.type is key_value:
-                names = [self._get_value(action, f"{name}=")[0] for name in value]
-                plain = json.loads(json.dumps(list(value.values()), default=str, skipkeys=True))
-                items = list(zip(names, plain, strict=True))
-            else:
-                items = [self._get_value(action, str(item)) for item in items]
-                for item in items:
-                    self._check_value(action, item)
-            action(self, holder, items if takes_list else items[0])
-        except argparse.ArgumentError as error:
-            raise UsageError(f"{source}: {key}: {error.message}") from None
-        return getattr(holder, key)
+        def read(text: str) -> Any:
+            try:
+                return self._get_value(action, text)
+            except argparse.ArgumentError as error:
+                raise OptionError(error.message) from None
+
+        return Option(
+            read=read_pair if action.type is key_value else read,
+            many=action.nargs if action.nargs in ("*", "+") else "",
+            join=read_size if isinstance(action, SizeAction) else None,
+            choices=tuple(action.choices or ()),
+            flag=action.nargs == 0,
+            negatable=isinstance(action, argparse.BooleanOptionalAction),
+            positional=not action.option_strings,
+        )
 
 
 class SizeAction(argparse.Action):
@@ -137,38 +109,42 @@ class SizeAction(argparse.Action):
         super().__init__(option_strings, dest, nargs="+", metavar=("HEIGHT", "WIDTH"), **kwargs)
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        size = [int(text) for text in values if text.isdecimal() and len(text) < 10]
-        if not 1 <= len(size) == len(values) <= 2:
-            text = reprlib.repr(" ".join(values))
-            raise argparse.ArgumentError(
-                self, f"{text} is no size: give one number, or height and width such as 20 32 (in YAML [20, 32])"
-            )
-        setattr(namespace, self.dest, size[0] if size[0] == size[-1] else size)
+        try:
+            setattr(namespace, self.dest, read_size(values))
+        except OptionError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value as YAML reads it (numbers, true, false, lists, else text)."""
-    name, sign, value = text.partition("=")
-    if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    """Read `name=value` for argparse, see :func:`capszoo.fields.read_pair`."""
     try:
-        return name, parse_yaml(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"the value of {name}= is no YAML ({error})") from None
+        return read_pair(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_policy_options(parser: argparse.ArgumentParser, policies: Sequence[str]) -> None:
-    """Give a recipe an option for every option of these policies, None where it is not given."""
-    add = parser.add_argument_group("policy options (default: the policy's own)").add_argument
-    takers: dict[str, list[str]] = {}
-    for policy in policies:
-        for name in policy_options(policy):
-            takers.setdefault(name, []).append(policy)
-    for name, names in takers.items():
-        default, text = policy_options(names[0])[name]
-        # Rates such as "10x" and a cycle of None ("auto") are text that the policy reads.
-        kind: dict[str, Any] = {"type": str if default is None or isinstance(default, str) else type(default)}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        text = text.replace("%", "%%")
-        add("--" + name.replace("_", "-"), dest=name, default=None, help=f"{', '.join(names)}: {text}", **kind)
+def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option], defaults: Mapping[str, Any]) -> None:
+    """Give a parser these options, under the headings that they name.
+
+    Args:
+        parser: The parser.
+        options: What the options take, by name.
+        defaults: Their defaults by name; None where it has none.
+    """
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(o.group for o in options.values())}
+    for name, option in options.items():
+        default = defaults.get(name)
+        if option.read is read_pair:
+            default = list(dict(default or {}).items())
+        kind: dict[str, Any] = {"help": option.help.replace("%", "%%"), "default": default}
+        if option.flag:
+            kind["action"] = argparse.BooleanOptionalAction if option.negatable else "store_true"
+        elif option.join is read_size:
+            kind["action"] = SizeAction
+        else:
+            kind["type"] = key_value if option.read is read_pair else None if option.read is str else option.read
+            kind.update(choices=list(option.choices) or None, nargs=option.many or None, metavar=option.metavar)
+        if option.positional:
+            groups[option.group].add_argument(name, **{**kind, "nargs": "?"})
+        else:
+            groups[option.group].add_argument("--" + name.replace("_", "-"), dest=name, **kind)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def parse_resumable(
         argv: The command line.
 
     Raises:
-        UsageError: If the folder is no run folder, or an option is given that cannot change.
+        UsageError: If the folder is not a run folder, or an option is given that cannot change.
     """
     parser = build_parser()
     args, given = parser.parse(argv)
@@ -36,27 +36,25 @@ def parse_resumable(
     saved = folder / "args.yaml"
     if not saved.is_file():
         raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
-    resumed, _ = build_parser().parse([f"--config={saved}"])
-    resumed.output = str(folder)
-    changed = changed_options(args, resumed, given - may_change - {"config"})
+    found, _ = build_parser().parse([f"--config={saved}"])
+    resumed = {**vars(found), "output": str(folder)}
+    changed = changed_options(vars(args), resumed, given - may_change - {"config"})
     if changed:
         absent = f"no {parser.words(changed[0], True)[0]}"
-        values = [getattr(options, changed[0]) for options in (args, resumed)]
+        values = [options[changed[0]] for options in (vars(args), resumed)]
         ours, theirs = (" ".join(parser.words(changed[0], value)) or absent for value in values)
         raise UsageError(
             f"{ours} cannot change when a run is resumed: the run has {theirs}; leave it out, or start a new run "
             f"with --output"
         )
-    for name in given & may_change:
-        setattr(resumed, name, getattr(args, name))
-    return resumed
+    return argparse.Namespace(**{**resumed, **{name: getattr(args, name) for name in given & may_change}})
 
 
-def changed_options(args: argparse.Namespace, saved: argparse.Namespace, names: Iterable[str]) -> list[str]:
+def changed_options(values: Mapping[str, Any], saved: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Compare the options of a command with those of a run; one that has no value is not given.
 
     Args:
-        args: The options of the command.
+        values: The options of the command, by name.
         saved: Those of the run, whose defaults are filled in.
         names: The options to compare.
 
@@ -64,9 +62,7 @@ def changed_options(args: argparse.Namespace, saved: argparse.Namespace, names: 
         The names of those that differ.
     """
     return [
-        name
-        for name in sorted(names)
-        if getattr(args, name) is not None and not _is_same(name, getattr(args, name), getattr(saved, name))
+        name for name in sorted(names) if values[name] is not None and not _is_same(name, values[name], saved[name])
     ]
 
 

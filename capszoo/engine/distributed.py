@@ -177,7 +177,7 @@ def join_ranks(device: str, environment: Mapping[str, str] = os.environ) -> tupl
 def _unused_part(store: dist.Store, ranks: Ranks) -> dist.Store:
     """A part of the store in which the processes of an earlier start have left nothing.
 
-    torchrun keeps one store over all its restarts. gloo would find the addresses of processes there that are no more,
+    torchrun keeps one store over all its restarts. gloo would find the addresses there of processes that have ended,
     and torchrun's count of restarts is not the same on all machines. So the first rank names a part, and the others
     take the name only from one that has read what they have just written.
     """

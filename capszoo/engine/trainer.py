@@ -15,6 +15,7 @@ from capszoo.errors import CheckpointError, DataError, Stopped, TrainingError
 from .batch_norm import check_batch_norm
 from .distributed import ALONE, Ranks, StopVote
 from .evaluate import check_statistics, evaluate, until_stopped
+from .options import TrainingOptions
 from .run_folder import Position, RunFolder, share_state
 from .run_state import random_state, restore_strides, set_random_state
 from .step import TrainingStep
@@ -59,6 +60,7 @@ class Trainer:
         nonfinite: What to do about a step whose loss is infinite or not a number: 'stop', or 'skip', which leaves out
             every step whose loss or gradient is not finite (one wait for the device a step, no CUDA graphs).
         metadata: Facts for the header of the weights' files.
+        options: What the trainer was made from, kept as its attribute; see :func:`capszoo.engine.run.make_trainer`.
         on_step: Called with the trainer after each step.
         on_epoch: Called with the trainer and the new row of the summary after each epoch.
         should_stop: Asked after each step; True saves the state and ends the training.
@@ -87,6 +89,7 @@ class Trainer:
         micro_batch: int | None = None,
         nonfinite: str = "stop",
         metadata: dict[str, Any] | None = None,
+        options: TrainingOptions | None = None,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
         on_epoch: Callable[["Trainer", dict], None] = lambda trainer, row: None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -101,7 +104,7 @@ class Trainer:
         batch_sizes = {policy.batch_size(epoch) for epoch in range(policy.epochs)}
         on_cpu = self.device.type == "cpu"
         check_batch_norm(task.model, ranks, micro_batch, batch_sizes, len(train), on_cpu)
-        self.metadata = metadata or {}
+        self.metadata, self.options = metadata or {}, options
         self.folder = None if folder is None else Path(folder)
         self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
         skips = nonfinite == "skip"

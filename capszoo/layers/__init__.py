@@ -1,7 +1,7 @@
 """The parts that capsule networks are made of."""
 
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
-from .config import set_fused_routing, use_fused_routing
+from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .decoder import Decoder
 from .functional import capsule_lengths, dynamic_routing, squash
 from .primary_caps import PrimaryCaps
@@ -23,8 +23,10 @@ __all__ = [
     "fold_scales",
     "list_routings",
     "self_attention_routing",
+    "set_fourier_conv",
     "set_fused_routing",
     "squash",
     "unfold_scales",
+    "use_fourier_conv",
     "use_fused_routing",
 ]

@@ -1,16 +1,30 @@
-"""Switch between the fused routing operators and their plain PyTorch reference."""
+"""Switches between what is fast and the plain PyTorch that computes the same numbers."""
 
 import os
 
 import torch
 from timm.layers import is_exportable
 
-__all__ = ["FollowsFusedRouting", "set_fused_routing", "use_fused_routing"]
-
-_USE_FUSED_ROUTING = os.environ.get("CAPSZOO_FUSED_ROUTING", "1") != "0"
+__all__ = ["FollowsFusedRouting", "set_fourier_conv", "set_fused_routing", "use_fourier_conv", "use_fused_routing"]
 
 
-class set_fused_routing:
+class _Switch:
+    """A call sets it for good, a ``with`` statement restores the former choice at its end."""
+
+    enabled: bool
+
+    def __init__(self, enable: bool = True) -> None:
+        self._before = type(self).enabled
+        type(self).enabled = bool(enable)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        type(self).enabled = self._before
+
+
+class set_fused_routing(_Switch):
     """Choose between the fused operators (the default) and the plain PyTorch reference, for every model.
 
     A call sets it for good, a ``with`` statement restores the former choice at its end. The environment variable
@@ -29,22 +43,31 @@ class set_fused_routing:
         enable: True for the fused operators, False for the reference.
     """
 
-    def __init__(self, enable: bool = True) -> None:
-        global _USE_FUSED_ROUTING
-        self._before = _USE_FUSED_ROUTING
-        _USE_FUSED_ROUTING = bool(enable)
+    enabled = os.environ.get("CAPSZOO_FUSED_ROUTING", "1") != "0"
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, *exception: object) -> None:
-        global _USE_FUSED_ROUTING
-        _USE_FUSED_ROUTING = self._before
+class set_fourier_conv(_Switch):
+    """Choose whether large convolutions on a CPU may go through Fourier transforms (the default), for every model.
+
+    A call sets it for good, a ``with`` statement restores the former choice at its end. The environment variable
+    ``CAPSZOO_FOURIER_CONV=0`` does the same from outside. Without them each convolution is PyTorch's own: the same
+    numbers to rounding, in a third of the memory, and slower at large batches; see `capszoo/kernels/fourier_conv.py`.
+
+    Args:
+        enable: True where counts of multiplications speak for it, False for never.
+    """
+
+    enabled = os.environ.get("CAPSZOO_FOURIER_CONV", "1") != "0"
+
+
+def use_fourier_conv() -> bool:
+    """Whether convolutions may go through Fourier transforms now."""
+    return set_fourier_conv.enabled
 
 
 def use_fused_routing() -> bool:
     """Whether models call the fused operators now. ONNX has no such operators, so its export gets the reference."""
-    return _USE_FUSED_ROUTING and not is_exportable() and not torch.onnx.is_in_onnx_export()
+    return set_fused_routing.enabled and not is_exportable() and not torch.onnx.is_in_onnx_export()
 
 
 class FollowsFusedRouting:

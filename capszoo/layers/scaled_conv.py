@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from capszoo.kernels.fourier_conv import chosen_plan, fourier_conv2d
+
+from .config import use_fourier_conv
+
 __all__ = ["ScaledConv2d", "fan_in_scale", "fold_scales", "unfold_scales"]
 
 # The scale times the fan-in. Chosen by recipes/starts.py, see recipes/results/starts-cpu.csv.
@@ -80,7 +84,12 @@ class ScaledConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # Not the sum is multiplied but the weights, as float16 could not hold all sums.
-        return self._conv_forward(x, self.weight * self.scale, self.bias)
+        weight = self.weight * self.scale
+        if not torch.jit.is_scripting():
+            plan = chosen_plan(x, weight, self.stride[0]) if use_fourier_conv() else None
+            if plan is not None:
+                return fourier_conv2d(x, weight, self.bias, plan)
+        return self._conv_forward(x, weight, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:
@@ -118,7 +127,7 @@ def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
             continue
         scale = torch.ones(()) if module.scale.is_meta else module.scale.detach().clone()
         state_dict[f"{name}.scale"] = scale = scale.to(weight.device)
-        if weight.is_floating_point():  # others are no weights, as whoever loads them says
+        if weight.is_floating_point():  # others are refused where they are loaded
             # In the model's type, since float16 could not hold all of them.
             state_dict[f"{name}.weight"] = weight.to(module.weight.dtype) / scale
     return state_dict

@@ -20,6 +20,7 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, select_caps, unfold_scales
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
@@ -255,28 +256,36 @@ class CapsNet(nn.Module):
 
     @torch.jit.ignore
     def prunable_parts(self) -> dict[str, int | tuple[int, int]]:
-        """How many filters, capsule types, capsules and units of the decoder there are to prune."""
-        if self.num_classes == 0:
+        """How many there are of each part that `capszoo.prune` removes; none without class capsules.
+
+        'conv1' counts filters, 'types' and 'capsules' primary capsules, and 'decoder' the units of its hidden layers.
+        """
+        if not isinstance(self.class_caps, ClassCaps):
             return {}
-        types, capsules = self.primary_caps.num_types, len(self.keep_capsules) or self.num_primary
-        parts: dict[str, int | tuple[int, int]] = dict(conv1=self.conv1.out_channels, types=types, capsules=capsules)
+        parts: dict[str, int | tuple[int, int]] = {
+            "conv1": self.conv1.out_channels,
+            "types": self.primary_caps.num_types,
+            "capsules": len(self.keep_capsules) or self.num_primary,
+        }
         if self.decoder is not None:
             parts["decoder"] = (self.decoder.fc1.out_features, self.decoder.fc2.out_features)
         return parts
 
     @torch.jit.ignore
-    def search_space(self) -> dict[str, tuple[Any, ...]]:
-        """Keywords that a search may vary and their values, the unreduced one first (section V of FasTrCaps)."""
-        types, units = self.primary_caps.num_types, self._arguments["decoder_dims"]
-        return {
-            "share_weights": (False, True),
-            "decoder": (True, False),
-            "small_decoder": (False, True),
-            "decoder_dims": tuple([max(1, int(width * n)) for n in units] for width in (1.0, 0.5, 0.25)),
-            "keep_types": (None, *(max(1, round(share * types)) for share in (0.75, 0.5, 0.25))),
-            "num_routing": (3, 1, 2, 4),
-            "squash": ("exact", "approx"),
-        }
+    def search_space(self) -> list[SearchedArgument]:
+        """The reductions of FasTrCaps (section V), and what else makes the network smaller or faster."""
+        types = {share: max(1, round(share * self.primary_caps.num_types)) for share in (0.75, 0.5, 0.25)}
+        dims = self._arguments["decoder_dims"]
+        widths = {width: [max(1, int(width * units)) for units in dims] for width in (1.0, 0.5, 0.25)}
+        return [
+            SearchedArgument("share_weights", [False, True]),
+            SearchedArgument("decoder", [True, False]),
+            SearchedArgument("small_decoder", [False, True], needs="decoder"),
+            SearchedArgument("decoder_dims", widths, name="decoder_width", needs="decoder"),
+            SearchedArgument("keep_types", {1.0: None, **types}, name="types"),
+            SearchedArgument("num_routing", range(1, 5), first=3),
+            SearchedArgument("squash", ["exact", "approx"]),
+        ]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -38,3 +38,15 @@ def interpreted_loops():
         import triton
 
         pytest.skip(f"the interpreter of Triton {triton.__version__} runs no loops with NumPy {numpy.__version__}")
+
+
+@pytest.fixture(scope="module", params=["all_classes", "per_class"])
+def form(request):
+    """Each of the two forms of the routing kernels, as far as the numbers allow the first."""
+    pytest.importorskip("triton")
+    from capszoo.kernels import all_classes
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "per_class":
+            patch.setattr(all_classes, "MAX_VOTES", 0)
+        yield request.param

@@ -1,8 +1,6 @@
 """The operators on a CUDA GPU: numbers against float64, memory, graphs, compilation, precision, determinism."""
 
 import gc
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import capszoo
+from capszoo.benchmark.variants import plain_dynamic_routing
 from capszoo.kernels import dynamic_routing, ops, reference, squash
+
+try:
+    from capszoo.kernels import all_classes, per_class, tuning
+except ImportError:
+    pass  # no Triton, and no GPU test then
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +67,7 @@ def test_triton_is_used():
 )  # fmt: skip
 @example(sizes=(1, 1, 1, 1, 1, 1), num_iters=1, approximate=False)
 @example(sizes=(2, 3, 2, 300, 2, 5), num_iters=2, approximate=False)
-def test_any_shape(sizes, num_iters, approximate, dtype):
+def test_any_shape(sizes, num_iters, approximate, dtype, form):
     # Logits stay small, so that a rounded input does not choose another class.
     scale = 0.5 if sizes[1] * sizes[2] * sizes[3] < 200 else 0.1
     bounds = EXACT if dtype == torch.float32 else HALF
@@ -74,19 +78,18 @@ def test_any_shape(sizes, num_iters, approximate, dtype):
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("T, P", [(1152, 1), (32, 36)])
 @pytest.mark.parametrize("index", range(4))
-def test_all_tile_sizes_at_the_shapes_of_the_zoo(monkeypatch, index, T, P, precision, B):
+def test_all_tile_sizes_at_the_shapes_of_the_zoo(monkeypatch, index, T, P, precision, B, form):
     """Beside the numbers, this fills Triton's cache: what is tuned after these tests is compiled already."""
-    routing = ops.triton_routing
-    for name in ("statistics_kernel", "sum_kernel", "dposes_kernel", "dweight_kernel"):
-        kernel = getattr(routing, name)
-        monkeypatch.setattr(kernel, "configs", [kernel.configs[index % len(kernel.configs)]])
+    for kernel in vars(all_classes if form == "all_classes" else per_class).values():
+        if hasattr(kernel, "configs"):
+            monkeypatch.setattr(kernel, "configs", [kernel.configs[index % len(kernel.configs)]])
     bounds = {"float32": EXACT, "tf32": TF32, "bfloat16": HALF}[precision]
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "tf32"):
         check(make_inputs(B, T, P, 8, 10, 16, dtype, scale=0.1), bounds)
 
 
-def test_empty_batch_zero_vectors_and_strides():
+def test_empty_batch_zero_vectors_and_strides(form):
     x, weight, bias, grad = make_inputs(0, 4, 2, 3, 5, 6)
     results = with_gradients(dynamic_routing, x, weight, bias, grad)
     assert results[0].shape == (0, 5, 6) and not results[2].any() and not results[3].any()
@@ -101,14 +104,14 @@ def test_many_classes_and_capsules():
     check(make_inputs(2, 32, 1024, 8, 1000, 16, scale=0.05), EXACT, num_iters=2)
 
 
-def test_same_bits_from_run_to_run():
+def test_same_bits_from_run_to_run(form):
     inputs = make_inputs(128, 1152, 1, 8, 10, 16, scale=0.1)
     first = with_gradients(dynamic_routing, *inputs)
     for _ in range(3):
         assert all(torch.equal(*pair) for pair in zip(first, with_gradients(dynamic_routing, *inputs), strict=True))
 
 
-def test_autocast_allows_tf32_and_no_less():
+def test_autocast_allows_tf32_and_no_less(form):
     inputs = make_inputs(16, 256, 1, 8, 10, 16, scale=0.1)
     exact = with_gradients(dynamic_routing, *inputs)
     with torch.autocast("cuda", torch.bfloat16):
@@ -133,12 +136,8 @@ def peak(function, inputs):
 
 @pytest.mark.parametrize("T, P", [(1152, 1), (32, 36)])
 def test_peak_memory(T, P):
-    path = Path(__file__).parents[2] / "recipes" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     inputs = make_inputs(128, T, P, 8, 10, 16, scale=0.1)
-    ours, plain = peak(dynamic_routing, inputs), peak(benchmark.plain_dynamic_routing, inputs)
+    ours, plain = peak(dynamic_routing, inputs), peak(plain_dynamic_routing, inputs)
     print(f"fused {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
     assert ours * 20 <= plain
 
@@ -149,7 +148,7 @@ def test_a_size_that_the_plain_form_cannot_hold():
     check(inputs, EXACT)
 
 
-def test_cuda_graph():
+def test_cuda_graph(form):
     x, weight, bias, grad = make_inputs(16, 96, 1, 8, 10, 16, scale=0.1)
     inputs = x, weight, bias, grad
     side = torch.cuda.Stream()
@@ -166,10 +165,10 @@ def test_cuda_graph():
     assert all(torch.equal(*pair) for pair in zip(captured, expected, strict=True))
 
 
-def test_shape_that_is_first_tuned_in_a_capture(monkeypatch):
+def test_shape_that_is_first_tuned_in_a_capture(monkeypatch, form):
     inputs = make_inputs(5, 7, 3, 8, 10, 16, scale=0.1)
     expected = with_gradients(dynamic_routing, *inputs)  # compiles the first tiles
-    monkeypatch.setattr(ops.triton_routing, "MAX_TILES", None)
+    monkeypatch.setattr(tuning, "MAX_TILES", None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = with_gradients(dynamic_routing, *inputs)

@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from capszoo.kernels import ops
-
-routing = ops.triton_routing
-pytestmark = pytest.mark.skipif(routing is None, reason="needs Triton")
+pytest.importorskip("triton")
+from capszoo.kernels import all_classes, per_class, tuning  # noqa: E402
 
 
 class Kernel:
     """Stands for a tuned kernel; what it launches is written down."""
 
     def __init__(self):
-        self.configs = routing._configs((16, 64, 4, 2), (32, 64, 8, 1), (64, 64, 8, 1))
+        self.configs = tuning.make_configs(
+            dict(BLOCK_B=16, WIDTH=64, warps=4, stages=2),
+            dict(BLOCK_B=32, WIDTH=64, warps=8, stages=1),
+            dict(BLOCK_B=64, WIDTH=64, warps=8, stages=1),
+        )
         self.launched = []
         self.fn = {"grid": lambda *args, **options: self.launched.append(options)}
 
@@ -24,16 +26,16 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def a_gpu_that_captures_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(routing, "MAX_TILES", None)
+    monkeypatch.setattr(tuning, "MAX_TILES", None)
 
 
 def candidates(max_b):
-    return [config.kwargs["BLOCK_B"] for config in routing._candidates(Kernel().configs, {"p_x": None}, MAX_B=max_b)]
+    return [config.kwargs["BLOCK_B"] for config in tuning.candidates(Kernel().configs, {"p_x": None}, MAX_B=max_b)]
 
 
 def test_timing_chooses():
     kernel = Kernel()
-    routing._launcher(kernel, "grid")(B=3)
+    tuning.launcher(kernel, "grid")(B=3)
     assert kernel.launched == ["tuned"]
 
 
@@ -41,46 +43,47 @@ def test_the_first_tile_where_torch_is_deterministic():
     kernel = Kernel()
     torch.use_deterministic_algorithms(True)
     try:
-        routing._launcher(kernel, "grid")(B=3)
+        tuning.launcher(kernel, "grid")(B=3)
     finally:
         torch.use_deterministic_algorithms(False)
-    routing._launcher(kernel, "grid")(B=3)
+    tuning.launcher(kernel, "grid")(B=3)
     first, then = kernel.launched
     expected = {"B": 3, "BLOCK_B": 16, "WIDTH": 64, "num_warps": 4, "num_stages": 2}
     assert expected.items() <= first.items() and then == "tuned"
 
 
 def test_one_tile_is_not_timed(monkeypatch):
-    monkeypatch.setattr(routing, "MAX_TILES", 1)
+    monkeypatch.setattr(tuning, "MAX_TILES", 1)
     kernel = Kernel()
-    routing._launcher(kernel, "grid")(B=3)
+    tuning.launcher(kernel, "grid")(B=3)
     assert kernel.launched[0]["BLOCK_B"] == 16
 
 
 def test_tiles_of_more_samples_than_there_are_and_beyond_the_limit_are_not_timed(monkeypatch):
     assert candidates(16) == [16] and candidates(32) == [16, 32] and candidates(64) == [16, 32, 64]
-    monkeypatch.setattr(routing, "MAX_TILES", 2)
+    monkeypatch.setattr(tuning, "MAX_TILES", 2)
     assert candidates(16) == [16] and candidates(64) == [16, 32]
 
 
 def test_nothing_is_timed_in_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert candidates(64) == [16]
-    assert routing._measure(pytest.fail, quantiles=(0.5, 0.2, 0.8)) == [0.0] * 3
+    assert tuning.measure(pytest.fail, quantiles=(0.5, 0.2, 0.8)) == [0.0] * 3
 
 
 def test_every_tuned_kernel_has_a_first_tile_for_any_batch():
-    for name, kernel in vars(routing).items():
-        if hasattr(kernel, "configs"):
-            assert kernel.configs[0].kwargs == {"BLOCK_B": 16, "WIDTH": 64}, name
+    tuned = {n: k for m in (all_classes, per_class) for n, k in vars(m).items() if hasattr(k, "configs")}
+    assert len(tuned) == 7
+    for name, kernel in tuned.items():
+        assert kernel.configs[0].kwargs["BLOCK_B"] == 16, name
 
 
 @pytest.mark.parametrize("text", ["0", "two", "-1", ""])
 def test_variable_that_is_not_a_number_of_tiles(text, monkeypatch):
     monkeypatch.setenv("CAPSZOO_TILES", text)
     with pytest.raises(ValueError, match=f"CAPSZOO_TILES='{text}' does not say how many"):
-        routing._read_max_tiles()
+        tuning.read_max_tiles()
     monkeypatch.setenv("CAPSZOO_TILES", "2")
-    assert routing._read_max_tiles() == 2
+    assert tuning.read_max_tiles() == 2
     monkeypatch.delenv("CAPSZOO_TILES")
-    assert routing._read_max_tiles() is None
+    assert tuning.read_max_tiles() is None

@@ -109,8 +109,8 @@ SIZES = [(1, 1, 1, 1, 1, 1, 1), (1, 3, 2, 5, 3, 6, 3), (17, 2, 5, 3, 2, 3, 2), (
 
 
 @interpreted
-def test_routing(watch):
-    from capszoo.kernels import ops
+def test_routing(watch, form):
+    from capszoo.kernels import all_classes, ops, per_class
 
     routing = ops.triton_routing
     for (B, T, P, K, J, D, R), dtype in [*((sizes, torch.float32) for sizes in SIZES), (SIZES[1], torch.bfloat16)]:
@@ -119,8 +119,9 @@ def test_routing(watch):
         x, weight, bias, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         _, sums = routing.dynamic_routing(x, weight, bias, R, False)
         routing.dynamic_routing_backward(grad, x, weight, sums, False)
-    assert watch.touched.keys() == kernels(routing)
-    assert all(reads > 100 and writes > 100 for reads, writes in watch.touched.values()), watch.touched
+    of_form = all_classes if form == "all_classes" else per_class
+    assert watch.touched.keys() == kernels(routing) | kernels(of_form)
+    assert all(reads > 100 and writes > 50 for reads, writes in watch.touched.values()), watch.touched
 
 
 @interpreted

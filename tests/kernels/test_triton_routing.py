@@ -20,7 +20,7 @@ def test_through_the_interpreter(through_the_interpreter):
 
 
 def interpreted(test):
-    asked = pytest.mark.usefixtures("interpreted_loops")(test)
+    asked = pytest.mark.usefixtures("interpreted_loops", "form")(test)
     return pytest.mark.skipif(not INTERPRETING, reason="run by test_through_the_interpreter")(asked)
 
 
@@ -79,6 +79,8 @@ def check(inputs, num_iters=3, approximate=False):
 @example((2, 5, 9, 3, 3, 5), 3, True, torch.float32, 0)
 @example((1, 1, 1, 1, 1, 1), 2, False, torch.float32, 0)
 @example((2, 3, 2, 300, 2, 5), 2, False, torch.float32, 0)  # a pose longer than a tile
+@example((3, 5, 2, 4, 7, 5), 3, False, torch.float32, 0)  # classes beside a power of 2
+@example((2, 9, 1, 3, 16, 16), 2, False, torch.float32, 0)
 def test_output_and_gradients(sizes, num_iters, approximate, dtype, seed):
     check([t.to(dtype) for t in make_inputs(*sizes, seed=seed)], num_iters, approximate)
 

@@ -6,14 +6,14 @@ import importlib.util
 import io
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from capszoo.data import load_data
+from capszoo.benchmark import measuring
+from capszoo.benchmark.steps import LAYERS
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -63,8 +63,10 @@ def test_all_subjects_and_variants_have_their_row(measured):
     found = {(r["subject"], r["layer"], r["batch_size"], r["variant"]) for r in rows}
     expected = {("routing", "", size, variant) for size in "28" for variant in ("fused", "plain")}
     for subject in ("training step", "inference"):
-        expected |= {(subject, "", size, variant) for size in "28" for variant in ("fused", "plain", "none")}
-    expected |= {("layer", layer, "8", "fused") for layer in benchmark.LAYERS} | {("layer", "routing", "8", "plain")}
+        expected |= {(subject, "", size, variant) for size in "28" for variant in ("fused", "direct", "plain", "none")}
+    expected |= {("training step", "", size, "reference") for size in "28"}
+    expected |= {("layer", layer, "8", "fused") for layer in LAYERS} | {("layer", "routing", "8", "plain")}
+    expected |= {("layer", "primary_caps", "8", "direct")}
     assert found == expected and len(rows) == len(expected)
     assert list(rows[0]) == list(benchmark.COLUMNS)
     assert {r["model"] for r in rows} == {"capsnet_tiny"} and {r["precision"] for r in rows} == {"float32"}
@@ -135,108 +137,12 @@ def test_long_note_does_not_widen_the_table(measured, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
-def make_group(graph=False, **makers):
-    facts = {"subject": "routing", "model": "m", "layer": "", "batch_size": 4, "precision": "float32"}
-    return benchmark.Group(facts, makers, graph)
-
-
-def nap():
-    return lambda: time.sleep(0.002)
-
-
-def no_memory():
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has a total of 2 GiB")
-
-
-def test_variant_without_memory_costs_its_row_alone(capsys):
-    fused, plain, none = benchmark.measure(make_group(fused=nap, plain=no_memory, none=nap), 2, CPU)
-    assert capsys.readouterr().out.startswith("routing m 4 float32 plain: OutOfMemoryError: CUDA out of memory.")
-    assert plain["note"].startswith("OutOfMemoryError") and "\n" not in plain["note"] and len(plain["note"]) <= 120
-    assert plain["rounds"] == 0 and "median_ms" not in plain and "peak_mib" not in plain
-    assert fused["median_ms"] >= 2 and none["median_ms"] >= 2 and none["ratio_to_fused"] > 0
-
-
-def test_variant_that_fails_in_a_later_round_is_dropped(capsys):
-    calls = []
-
-    def fails_late():
-        def step():
-            calls.append(None)
-            time.sleep(0.02)
-            if len(calls) > 6:  # three to warm up, one for the memory, one for the repeats
-                raise RuntimeError("lost")
-
-        return step
-
-    fused, plain = benchmark.measure(make_group(fused=nap, plain=fails_late), 4, CPU)
-    assert plain["note"] == "RuntimeError: lost" and "median_ms" not in plain and len(calls) == 7
-    assert fused["rounds"] == 4
-
-
-def test_failing_fused_variant_leaves_the_others_without_ratio(capsys):
-    fused, plain = benchmark.measure(make_group(fused=no_memory, plain=nap), 1, CPU)
-    assert fused["note"] and plain["median_ms"] > 0
-    assert "ratio_to_fused" not in plain and plain["peak_ratio_to_fused"] is None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where no graph can be captured")
-def test_failed_capture_is_timed_without_graph():
-    (row,) = benchmark.measure(make_group(fused=nap, graph=True), 1, CPU)
-    assert row["graph"] == 0 and row["note"].startswith("timed without graph: ") and row["median_ms"] >= 2
-
-
-def test_ratio_is_the_median_of_the_ratios_within_rounds():
-    summary = benchmark.summarise([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
-    assert summary == {"rounds": 3, "median_ms": 8.0, "p20_ms": 2.0, "p80_ms": 30.0, "ratio_to_fused": 3.0}
-    assert "ratio_to_fused" not in benchmark.summarise([1.0], None)
-
-
-def test_peak_memory_of_a_known_step():
-    held = [torch.ones(2**20)]  # 4 MiB from before, which count neither while held nor when freed
-
-    def step():
-        held.clear()
-        a = torch.ones(2**21)  # 8 MiB
-        b = a + 1  # 16
-        del a
-        c = torch.ones(2**20) * b[0]  # at most 8 + 4 + 4
-        del b, c
-        torch.ones(3 * 2**20)  # 12
-
-    assert benchmark.peak_bytes(step, CPU) / 2**20 == pytest.approx(16, abs=0.1)
-
-
-@pytest.mark.parametrize("shape", [(288, 8, 8, 10, 16), (288, 288, 8, 30, 16), (200, 200, 4, 10, 12)])
-def test_estimated_memory_of_plain_routing_is_near_the_measured(shape):
-    step = benchmark.routing_step(shape, torch.float32, "plain", 16, CPU)
-    assert benchmark.plain_bytes(16, shape) == pytest.approx(benchmark.peak_bytes(step, CPU), rel=0.2)
-
-
-def test_plain_form_is_not_tried_without_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 10 << 30))
-    with pytest.raises(torch.OutOfMemoryError, match="needs some 66 GiB, 5 GiB are free"):
-        benchmark.routing_step(benchmark.LARGE, torch.float32, "plain", 128, torch.device("cuda", 0))
-
-
-@pytest.mark.parametrize("shape", [(72, 72, 8, 10, 16), (72, 8, 8, 10, 16)])
-def test_plain_routing_has_the_numbers_of_ours(shape):
-    ours, plain = (benchmark.routing_step(shape, torch.float32, v, 5, CPU)() for v in ("fused", "plain"))
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("layer", benchmark.LAYERS)
-def test_layers_are_timed_on_what_the_model_gives_them(layer):
-    """In bfloat16, where the parts hand on different types."""
-    assert benchmark.layer_step("capsnet_tiny", layer, torch.bfloat16, "fused", 2, CPU)() is None
-
-
 def test_wrong_numbers_are_not_timed(tmp_path, monkeypatch, capsys):
-    benchmark.check_same_numbers(CPU, "bfloat16")
-    right = benchmark.dynamic_routing
-    monkeypatch.setattr(benchmark, "dynamic_routing", lambda x, weight, bias: right(x, weight, bias + 0.01))
+    measuring.check_same_numbers(CPU, "bfloat16")
+    right = measuring.dynamic_routing
+    monkeypatch.setattr(measuring, "dynamic_routing", lambda x, weight, bias: right(x, weight, bias + 0.01))
     with pytest.raises(ArithmeticError, match="v of our routing is off by .* in float32, T=72"):
-        benchmark.check_same_numbers(CPU, "float32")
+        measuring.check_same_numbers(CPU, "float32")
     with pytest.raises(benchmark.UsageError, match="nothing is timed"):
         small(tmp_path / "b.csv", "--batch-sizes", 1)
     assert list(tmp_path.iterdir()) == []
@@ -267,7 +173,7 @@ def test_failing_group_does_not_end_the_run(tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(benchmark, "summarise", fail)
+    monkeypatch.setattr(measuring, "summarise", fail)
     code, out = small(tmp_path / "b.csv", "--batch-sizes", 1, "--subjects", "routing", "inference", "--rounds", 1)
     rows = read(tmp_path / "b.csv")
     assert code == 0 and [r["subject"] for r in rows] == ["routing", "inference"]
@@ -277,46 +183,6 @@ def test_failing_group_does_not_end_the_run(tmp_path, monkeypatch):
 def test_epoch_is_skipped_without_mnist(tmp_path):
     code, out = small(tmp_path / "b.csv", "--subjects", "epoch", "--data-dir", tmp_path / "none")
     assert code == 1 and "no epoch is timed: " in out and str(tmp_path / "none") in out
-
-
-def test_epoch_is_the_second_of_two():
-    data = load_data("digits", img_size=28, val_fraction=0)
-    facts = {"subject": "epoch", "model": "capsnet_tiny", "layer": "", "batch_size": 256, "precision": "float32"}
-    (row,) = benchmark.measure_epoch(facts, data, None, CPU)
-    assert row["graph"] == 0 and row["rounds"] == 1
-    assert row["images_per_second"] == pytest.approx(1000 * len(data.train) / row["median_ms"], rel=1e-3)
-
-
-def test_order_on_a_gpu_begins_with_what_matters():
-    args = Namespace(
-        device=torch.device("cuda", 0),
-        amp=torch.bfloat16,
-        models=["capsnet_tiny", "capsnet_ws", "capsnet"],
-        batch_sizes=[1, 128, 1024],
-        compile_batch_sizes=[128],
-        subjects=benchmark.SUBJECTS,
-    )
-    groups = benchmark.plan(args, ["float32", "tf32", "bfloat16"])  # float16 had wrong numbers, say
-    names = [group.name for group in groups]
-    assert names[:6] == [
-        "routing capsnet_ws 128 float32",
-        "routing capsnet 128 float32",
-        "routing capsnet_tiny 128 float32",
-        "training step capsnet_ws 128 bfloat16",
-        "training step capsnet 128 bfloat16",
-        "routing large 128 float32",
-    ]
-    assert list(groups[3].makers) == ["fused", "plain", "compiled", "none"]
-    assert "compiled" not in {variant for group in groups if "1024" in group.name for variant in group.makers}
-    assert names.index("epoch capsnet_ws 128 bfloat16") < names.index("inference capsnet_ws 128 bfloat16")
-    assert names.index("routing capsnet 128 tf32") < names.index("routing capsnet_ws 1 float32")
-    assert names[-1] == "inference capsnet_tiny 1024 bfloat16" and "routing capsnet 128 float16" not in names
-    ways = [(group.name, group.graph) for group in groups]
-    assert len(set(ways)) == len(ways)
-    assert [name for name, graph in ways if not graph] == [
-        "routing large 128 float32",
-        *(f"routing {name} 128 float32" for name in ("capsnet_ws", "capsnet", "capsnet_tiny")),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +234,7 @@ def test_steps_are_captured_on_a_gpu(tmp_path):
     assert {r["note"] for r in rows} == {""}
     eager = {(r["subject"], r["batch_size"], r["precision"], r["variant"]) for r in rows if r["graph"] == "0"}
     assert eager == {("routing", "128", "float32", variant) for variant in ("fused", "plain")}
-    assert {r["precision"] for r in rows if r["subject"] == "routing"} == set(benchmark.PRECISIONS)
+    assert {r["precision"] for r in rows if r["subject"] == "routing"} == set(measuring.PRECISIONS)
     plain = [r for r in rows if r["variant"] == "plain" and r["batch_size"] == "128"]
     assert all(float(r["peak_ratio_to_fused"]) > 1 and float(r["ratio_to_fused"]) > 1 for r in plain)
     assert torch.get_float32_matmul_precision() == "highest"

@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 import capszoo
-from capszoo.engine.options import make_model, options_from
+from capszoo.engine.options import options_from
+from capszoo.engine.run import make_model
+from capszoo.explore.grid import read_grid
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("plotly")
@@ -101,6 +103,22 @@ def test_it_goes_on_by_the_command_that_began_it(searched, recipe):
     ):
         with pytest.raises(ValueError, match=re.escape(expected)):
             parse(*words)
+
+
+def test_a_search_of_before_goes_on_with_the_loss_that_it_allowed(searched, recipe, tmp_path):
+    explore, folder = recipe("explore"), shutil.copytree(searched[0], tmp_path / "search")
+
+    def parse(*words):
+        return capszoo.command_line.parse_resumable(explore.build_parser, explore.MAY_CHANGE_ON_RESUME, [*words])
+
+    text = (folder / "args.yaml").read_text()
+    assert "max_drop: 0.0\n" in text
+    (folder / "args.yaml").write_text(text.replace("max_drop: 0.0", "loss: 0.25"))
+    assert parse("--resume", str(folder)).max_drop == 0.25
+    assert parse("--resume", str(folder), "--loss", "1%").max_drop == 0.01
+    (tmp_path / "config.yaml").write_text("loss: 0.1%\n")
+    assert parse("--config", str(tmp_path / "config.yaml")).max_drop == 0.001
+    assert parse("--resume", str(folder), "--config", str(tmp_path / "config.yaml")).max_drop == 0.001
 
 
 def test_rows_of_images_that_are_not_square(tmp_path):
@@ -283,6 +301,7 @@ BAD = [
     (["--set", "seed=-1"], "--seed -1 is out of range"),
     (["--seed", str(2**31)], "--seed 2147483648 is out of range: give 0 to 2^31 - 1"),
     (["--storage", "sqlite://{a}", "--trials", "1"], "storage sqlite://{a} cannot be used"),
+    (["--max-drop", "2"], "'2' is no accuracy to lose"),
     (["--loss", "2"], "'2' is no accuracy to lose"),
     (["--val-fraction", "0", "--trials", "1"], "--val-fraction above 0"),
     (["--model", "capsnet_tny"], "capsnet_tny"),
@@ -305,7 +324,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(recipe, tmp_path, monkeypatch,
 def test_searches_of_the_same_second_have_folders_of_their_own(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     explore = recipe("explore")
-    monkeypatch.setattr(explore.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
     args = explore.build_parser().parse_args([])
     options = {"model": "capsnet_tiny", "dataset": "digits"}
     with explore.claim_folder(args, options) as first, explore.claim_folder(args, options) as second:
@@ -327,8 +346,8 @@ def test_a_folder_of_another_data_set_is_refused(searched, recipe, tmp_path, cap
     assert ended.value.code == 2 and "was made for images" in err and err.count("\n") == 1
 
 
-def test_the_paper_has_eight_rows(recipe):
-    rows = recipe("explore").read_grid(["paper"], {})
+def test_the_paper_has_eight_rows():
+    rows = read_grid(["paper"], {})
     assert [row.name for row in rows] == [
         "baseline", "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch", "weight_sharing",
         "warm_ada_batch_weight_sharing",
@@ -345,6 +364,6 @@ def test_the_paper_has_eight_rows(recipe):
         # The paper counts the 11,520 coupling coefficients as parameters.
         counted = next(int(r["parameters"]) for r in published if r["name"] == row.name)
         assert sum(p.numel() for p in model.parameters()) + 11_520 == counted, shared
-    scaled = recipe("explore").read_grid(["paper"], {"model": "capsnet_tiny", "epochs": 8, "warm_epochs": 1})
+    scaled = read_grid(["paper"], {"model": "capsnet_tiny", "epochs": 8, "warm_epochs": 1})
     assert [row.options.get("warm_epochs") for row in scaled] == [None] * 4 + [1, 1, None, 1]
     assert {(row.options["model"], row.options["epochs"]) for row in scaled} == {("capsnet_tiny", 8)}

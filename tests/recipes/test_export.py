@@ -89,8 +89,9 @@ def test_recipe_repeats_the_options(recipe, make_run):
     command = recipe("export").read_recipe(file.parent)
     args = recipe("train").parse_args(shlex.split(command)[2:])
     assert (args.model, args.dataset, args.epochs, args.lr, args.seed) == ("capsnet_tiny", "mnist", 3, 0.002, 3)
-    assert args.decoder is False and args.rise == 0.3 and args.max_lr == "5x" and args.clip_grad == 1.5
-    assert args.img_size == [20, 32] and args.model_kwargs == [("conv_dim", 8), ("decoder_dims", [4, 8])]
+    assert args.decoder is False and args.clip_grad == 1.5
+    assert (args.policy_options["rise"], args.policy_options["max_lr"]) == (0.3, "5x")
+    assert args.img_size == [20, 32] and args.model_kwargs == {"conv_dim": 8, "decoder_dims": [4, 8]}
     assert (args.data_dir, args.download) == ("data", False)  # where the data was is no part of it
 
 

@@ -17,8 +17,13 @@ from safetensors.torch import load_file
 
 import capszoo
 from capszoo.checkpoint import read_metadata, save_weights
+from capszoo.data import Loader, load_data
+from capszoo.engine import CapsuleTask, evaluate
+from capszoo.engine.criteria import criterion_header
 from capszoo.engine.step import TrainingStep
+from capszoo.losses import MarginLoss
 from capszoo.prune import cost, count_parts
+from capszoo.prune import run as pruning_run
 
 ROOT = Path(__file__).parents[2]
 # 4 types of 6x6 positions; float32, where a CPU gives the same bits each time.
@@ -114,9 +119,6 @@ def test_run_folder_has_all_that_was_promised(finished, given):
 
 
 def test_accuracies_are_those_of_the_saved_weights(finished):
-    from capszoo.data import Loader, load_data
-    from capszoo.engine import evaluate
-
     data, rows = load_data("digits", val_fraction=0.7), read_rows(finished / "pareto.csv")
     for name, split, expected in [
         ("best", "test", json.loads((finished / "result.json").read_text())["test_top1"]),
@@ -139,7 +141,7 @@ def test_saved_arguments_repeat_the_run(finished, tmp_path, given):
 
 def test_finished_run_resumes_to_the_same_result(finished, given, monkeypatch):
     before = (finished / "result.json").read_text(), (finished / "pareto.csv").read_text()
-    monkeypatch.setattr(recipe, "Trainer", None)  # nothing is trained again
+    monkeypatch.setattr(pruning_run, "trainer_of", None)  # nothing is trained again
     run("--resume", finished)
     same = ["--rounds", 2, "--epochs", 2, "--output", finished, "--keep", "decoder=[3,4]", "conv1=4", "types=1"]
     run(given, *SMALL, "--dataset", "digits", *same, "--resume", finished)
@@ -182,15 +184,15 @@ def test_killed_and_resumed_to_the_same_bits(moment, given, finished, tmp_path, 
 
     with monkeypatch.context() as patch:
         if moment == "at the start":
-            patch.setattr(recipe, "save_weights", kill)
+            patch.setattr(pruning_run, "save_weights", kill)
         elif moment == "while pruning":
-            patch.setattr(recipe, "prune_once", kill_at_call(recipe.prune_once, 2))
+            patch.setattr(pruning_run, "prune_once", kill_at_call(pruning_run.prune_once, 2))
         elif moment == "in the first round":
             patch.setattr(TrainingStep, "__call__", kill_at_call(TrainingStep.__call__, 10))
         elif moment == "between epochs":
-            patch.setattr(recipe.Run, "show_epoch", kill_at_call(recipe.Run.show_epoch, 3))
+            patch.setattr(pruning_run.Run, "show_epoch", kill_at_call(pruning_run.Run.show_epoch, 3))
         else:
-            patch.setattr(recipe, "plot_pareto", kill_at_call(recipe.plot_pareto, 2))
+            patch.setattr(pruning_run, "plot_pareto", kill_at_call(pruning_run.plot_pareto, 2))
         arguments = [given, *SMALL, "--rounds", 2, "--epochs", 2, "--save-every", 3, "--output", folder, "--quiet"]
         with pytest.raises(Killed):
             run(*arguments, "--keep", "types=1", "conv1=4", "decoder=[3,4]")
@@ -239,6 +241,33 @@ def test_indices_fractions_and_capsules(given, tmp_path):
     rows = read_rows(tmp_path / "further/pareto.csv")
     assert [row["capsules"] for row in rows] == ["27", "16", "9"] and rows[0]["decoder_1"] == ""
     assert capszoo.load_model(tmp_path / "further/best.safetensors").decoder is None
+
+
+def test_other_margins_are_those_of_the_weights(given, tmp_path):
+    """A network is scored, trained and measured by the criterion that its file names."""
+    model, header = capszoo.load_model(given), read_metadata(given)
+    criterion = MarginLoss(0.8, 0.2, 0.6)
+    header = {**header, "criterion": json.dumps(criterion_header(criterion)["criterion"])}
+    save_weights(tmp_path / "given.safetensors", model, header)
+    used = []
+
+    def prune_and_note(*args, **kwargs):
+        used.append(args[-1])
+        return prune_once(*args, **kwargs)
+
+    prune_once = pruning_run.prune_once
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning_run, "prune_once", prune_and_note)
+        run(tmp_path / "given.safetensors", *SMALL, "--keep", "types=2", "--epochs", 1, "--output", folder, "--quiet")
+    assert [(c.m_plus, c.m_minus, c.lambda_) for c in used] == [(0.8, 0.2, 0.6)]
+    assert read_metadata(folder / "best.safetensors")["criterion"] == header["criterion"]
+    data = load_data("digits", val_fraction=0.7)
+    for number, row in enumerate(read_rows(folder / "pareto.csv")):
+        model = capszoo.load_model(folder / f"round-{number}/best.safetensors")
+        data.normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        found = evaluate(CapsuleTask(model, criterion, verbose=False), Loader(data.val, 256, "cpu"))
+        assert found.loss == pytest.approx(float(row["val_loss"]), rel=1e-5)
 
 
 def test_validate_reads_what_prune_wrote(finished, capsys):

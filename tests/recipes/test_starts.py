@@ -7,7 +7,8 @@ import torch
 
 from capszoo.data import DataSplits, Loader, Split
 from capszoo.engine import evaluate
-from capszoo.engine.options import make_trainer, options_from
+from capszoo.engine.options import options_from
+from capszoo.engine.run import make_trainer
 from capszoo.engine.watch import measure_saturation
 
 

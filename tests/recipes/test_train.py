@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import capszoo
-import capszoo.engine.options
+import capszoo.engine.run
 from capszoo.data import Loader, load_data
 from capszoo.engine import evaluate
 from capszoo.engine.run_folder import _lock
@@ -491,7 +491,7 @@ def test_every_policy_configuration_is_accepted():
     train = load_recipe("train")
     for path in sorted((ROOT / "recipes/configs").glob("*.yaml")):
         args = train.parse_args(["--config", str(path)])
-        assert capszoo.engine.options.make_policy(args, 60_000).epochs == args.epochs
+        assert capszoo.engine.run.make_policy(args, 60_000).epochs == args.epochs
         overridden = train.parse_args(["--config", str(path), "--epochs", "7"])
         assert overridden.epochs == 7 and overridden.policy == args.policy
 

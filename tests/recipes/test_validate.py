@@ -9,8 +9,10 @@ import torch
 import capszoo
 from capszoo.command_line import run
 from capszoo.data import Loader, load_data
-from capszoo.engine import evaluate
-from capszoo.robustness import ROBUSTNESS_COLUMNS, measure_robustness
+from capszoo.engine import CapsuleTask, evaluate
+from capszoo.engine.criteria import criterion_header
+from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
+from capszoo.losses import MarginLoss
 
 
 @pytest.fixture
@@ -104,6 +106,31 @@ def test_shipped_by_name(validate, ship, tmp_path, capsys):
 def test_file_of_a_model_without_decoder(validate, make_run):
     out = validate(make_run("cnn_baseline_tiny", "digits", conv_dim=4))
     assert out.startswith("cnn_baseline_tiny ") and "reconstruction error - (no decoder)" in out
+
+
+def test_the_loss_is_that_of_the_training(validate, digits, tmp_path):
+    """Margins go into the header; weights of before were trained with the paper's."""
+    model = capszoo.create_model("capsnet_tiny", conv_dim=8, num_types=2)
+    criterion = MarginLoss(0.8, 0.2, 0.7)
+    losses = {}
+    for name, facts in {"old": {}, "new": criterion_header(criterion), "same": criterion_header(MarginLoss())}.items():
+        capszoo.save_model(tmp_path / f"{name}.safetensors", model, dataset="digits", **facts)
+        validate(tmp_path / f"{name}.safetensors", "--json", tmp_path / "v.json", "--device", "cpu")
+        losses[name] = json.loads((tmp_path / "v.json").read_text())["margin_loss"]
+    digits.mean, digits.std = (0.0,), (1.0,)
+    for name, expected in {"old": MarginLoss(), "new": criterion, "same": MarginLoss()}.items():
+        task = CapsuleTask(model, expected, verbose=False)
+        assert losses[name] == pytest.approx(evaluate(task, Loader(digits, 256, "cpu")).loss, rel=1e-5)
+    assert losses["old"] != losses["new"]
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"name": "spread"}', '{"name": "margin"}', "{", '"margin"',
+                                  '{"name": "margin", "m_plus": "a", "m_minus": 0.1, "lambda": 0.5}',
+                                  '{"name": "margin", "m_plus": 0.1, "m_minus": 0.9, "lambda": 0.5}'])  # fmt: skip
+def test_damaged_criterion(validate, text, tmp_path):
+    file = tmp_path / "w.safetensors"
+    capszoo.save_model(file, capszoo.create_model("capsnet_tiny"), dataset="digits", criterion=text)
+    assert "(its 'criterion' is " in validate(file, "--device", "cpu")
 
 
 @pytest.mark.parametrize(

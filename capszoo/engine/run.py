@@ -1,0 +1,307 @@
+"""A training run from its options: the data, the parts that the options name, the trainer and the result.
+
+recipes/train.py runs one of these, capszoo.explore many of them.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+
+from capszoo._version import __version__
+from capszoo.checkpoint import load_weights
+from capszoo.contract import HasCriterion
+from capszoo.data import DataSplits, Loader, default_translate, load_data
+from capszoo.errors import UsageError
+from capszoo.fields import words
+from capszoo.files import write_json
+from capszoo.losses import MarginLoss
+from capszoo.policies import Policy, create_policy
+from capszoo.precision import resolve_amp
+from capszoo.pretrained import image_statistics
+from capszoo.registry import check_arguments, create_model, model_header, model_keywords
+
+from .criteria import criterion_header
+from .distributed import ALONE, Ranks
+from .evaluate import evaluate, until_stopped
+from .options import DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
+from .task import CapsuleTask
+from .trainer import Trainer
+
+
+def load_splits(options: TrainingOptions) -> DataSplits:
+    """Load the data set that the options name."""
+    return load_data(
+        options.dataset,
+        options.data_dir,
+        img_size=options.img_size,
+        in_chans=options.in_chans,
+        val_fraction=options.val_fraction,
+        download=options.download,
+    )
+
+
+def model_arguments(options: TrainingOptions, data: DataSplits) -> dict[str, Any]:
+    """Keywords of the model for the images and classes of a data set.
+
+    Raises:
+        UsageError: If --model-kwargs contradicts the data set or another option.
+        ValueError: If the model or a keyword is unknown, or a value is of the wrong type.
+    """
+    known = model_keywords(options.model)
+    of_data = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
+    # A model without routing or decoder is not told of them, unless the user changed something about them.
+    own = {key: getattr(options, key) for key in MODEL_OPTIONS}
+    own = {key: value for key, value in own.items() if key in known or value != getattr(DEFAULTS, key)}
+    more = check_arguments(options.model, dict(options.model_kwargs))
+    more = {key: value for key, value in more.items() if value is not None}
+    for key, value in more.items():
+        given = f"--model-kwargs {key}={value}"
+        if key in {"device", "dtype"} or key not in known:
+            remedy = {"device": "use --device", "dtype": "use --amp"}.get(key, "leave it out")
+            raise UsageError(f"{given} does not go with training: {remedy}")
+        if key in of_data and to_2tuple(value) != to_2tuple(of_data[key]):
+            remedy = f"use {' '.join(words(key, value, OPTIONS[key]))}" if key in OPTIONS else "leave it out"
+            raise UsageError(f"{given} contradicts the images of {options.dataset!r}, {key}={of_data[key]}: {remedy}")
+        if key in own and own[key] not in (value, getattr(DEFAULTS, key)):
+            raise UsageError(f"{given} contradicts {' '.join(words(key, own[key], OPTIONS[key]))}: give one of them")
+    return {**of_data, **own, **more}
+
+
+def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
+    """Make the model for the images and classes of a data set, with the weights that the options name.
+
+    The images are normalised by `mean` and `std` of the options, else by those of the weights, else by their own; the
+    model's `pretrained_cfg` has them.
+    """
+    kwargs = model_arguments(options, data)
+    model = create_model(options.model, pretrained=options.pretrained, **kwargs)
+    if options.checkpoint:
+        load_weights(model, options.checkpoint)
+    model.creation_args = kwargs
+    # Weights are used to images as they were trained on.
+    has_weights = options.pretrained or options.checkpoint or ":" in options.model
+    own = image_statistics(model) if has_weights else data.statistics()
+    given = options.mean, options.std
+    mean, std = (tuple(o if g is None else g) for g, o in zip(given, own, strict=True))
+    data.normalize(mean, std)
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "mean": mean, "std": std}
+    return model
+
+
+def make_policy(options: TrainingOptions, num_images: int) -> Policy:
+    """Make the policy of --policy and its options, for so many training images."""
+    options = fill_in(options, num_images)
+    return create_policy(
+        options.policy,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        num_images=num_images,
+        **{name: options.policy_options[name] for name in sorted(options.policy_options)},
+    )
+
+
+policy_from = make_policy  # its name of before
+
+
+def make_trainer(
+    options: TrainingOptions,
+    data: DataSplits,
+    device: torch.device,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
+    **kwargs: Any,
+) -> Trainer:
+    """Make model, policy, optimizer and task, and the trainer that holds them.
+
+    Seeds torch's generator, so that equal options give equal initial weights.
+
+    Args:
+        options: The options.
+        data: From :func:`load_splits`.
+        device: Where to train.
+        folder: Run folder, which must exist; None keeps nothing. It may also be set later, before the training.
+        ranks: The processes that train together, from :func:`capszoo.engine.distributed.join_ranks`.
+        kwargs: More for :class:`capszoo.engine.Trainer`: `on_step`, `on_epoch`, `should_stop`.
+
+    Returns:
+        The trainer; its `options` are the given ones with all defaults filled in.
+
+    Raises:
+        ValueError: For a model, policy, optimizer or precision that cannot be made.
+    """
+    check_ranges(options)
+    resolve_amp(options.amp, device)  # says what is impossible before anything is made
+    translate = default_translate(options.dataset) if options.translate is None else options.translate
+    Loader(data.train, 1, device, translate=translate)  # says whether images are large enough for these shifts
+    torch.manual_seed(options.seed)
+    model = make_model(options, data)
+    cfg = model.pretrained_cfg
+    options = replace(fill_in(options, len(data.train)), mean=list(cfg["mean"]), std=list(cfg["std"]))
+    criterion = make_criterion(options, model)
+    return trainer_of(model, criterion, options, data, device, folder=folder, ranks=ranks, **kwargs)
+
+
+def make_criterion(options: TrainingOptions, model: torch.nn.Module) -> torch.nn.Module:
+    """Make the loss of the class scores: the model's own, or the margin loss of the options.
+
+    Raises:
+        UsageError: If an option of the margin loss is given for a model that trains on another loss.
+    """
+    if not isinstance(model, HasCriterion):
+        return MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
+    for key in ("m_plus", "m_minus", "margin_lambda"):
+        if getattr(options, key) != getattr(DEFAULTS, key):
+            given = " ".join(words(key, getattr(options, key), OPTIONS[key]))
+            raise UsageError(f"{given} is for the margin loss, and {options.model!r} trains on its own: leave it out")
+    return model.default_criterion()
+
+
+def trainer_of(
+    model: torch.nn.Module,
+    criterion: torch.nn.Module,
+    options: TrainingOptions,
+    data: DataSplits,
+    device: torch.device,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
+    **kwargs: Any,
+) -> Trainer:
+    """Make policy, optimizer and task for a model that is there, and the trainer that holds them.
+
+    Args:
+        model: The model; it is moved to the device.
+        criterion: Its criterion.
+        options: The options, with all defaults filled in.
+        data: The data set, normalised as the model takes it.
+        device: Where to train.
+        metadata: More or other facts for the header of the weights' files.
+        ranks: The processes that train together.
+        kwargs: More for :class:`capszoo.engine.Trainer`.
+
+    Raises:
+        ValueError: For a policy, optimizer or precision that cannot be made.
+    """
+    model.to(device)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    policy = make_policy(options, len(data.train))
+    optimizer = create_optimizer(options, model)
+    task = CapsuleTask(model, criterion, options.reconstruction_weight, device=device, verbose=False)
+    if ranks.count > 1:
+        task.prepare_distributed([device.index] if device.type == "cuda" else None)
+    if options.compile:
+        task.compile()
+    return Trainer(
+        task,
+        optimizer,
+        policy,
+        data.train,
+        data.val,
+        device=device,
+        amp=resolve_amp(options.amp, device),
+        seed=options.seed,
+        translate=default_translate(options.dataset) if options.translate is None else options.translate,
+        eval_batch_size=options.eval_batch_size,
+        clip_grad=options.clip_grad,
+        save_every=options.save_every,
+        num_workers=options.workers,
+        cuda_graphs=options.cuda_graphs,
+        ranks=ranks,
+        micro_batch=options.micro_batch,
+        nonfinite=options.nonfinite,
+        metadata=header_of(model, criterion, options, data, **(metadata or {})),
+        options=options,
+        **kwargs,
+    )
+
+
+def header_of(
+    model: torch.nn.Module,
+    criterion: torch.nn.Module,
+    options: TrainingOptions,
+    data: DataSplits,
+    **more: Any,
+) -> dict[str, Any]:
+    """The header of the weights' files, with facts of the run and more of them."""
+    facts = {
+        "dataset": options.dataset,
+        "class_names": data.class_names,
+        "policy": options.policy,
+        "epochs": options.epochs,
+        "seed": options.seed,
+    }
+    return model_header(model, **{**facts, **criterion_header(criterion), **more})
+
+
+def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -> dict[str, Any]:
+    """Measure the best epoch's weights on the test set, once, and write result.json.
+
+    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there is a
+    `test_mean_average_precision`, see :class:`capszoo.engine.Evaluation`.
+
+    Raises:
+        Stopped: If the trainer is asked to stop; nothing is written.
+    """
+    options = fill_in(options, len(data.train))
+    load_weights(trainer.task.model, trainer.folder / "best.safetensors")
+    loader = Loader(data.test, options.eval_batch_size, trainer.device, num_workers=options.workers)
+    test = evaluate(trainer.task, until_stopped(loader, trainer.should_stop), trainer.amp)
+    best = trainer.best
+    result = {
+        "model": options.model,
+        "dataset": options.dataset,
+        "policy": options.policy,
+        "parameters": sum(p.numel() for p in trainer.task.model.parameters()),
+        "epochs": trainer.policy.epochs,
+        "batch_size": options.batch_size,
+        "lr": options.lr,
+        "best_epoch": best["epoch"],
+        "eval_top1": best["eval_top1"],
+        "test_top1": test.top1,
+        **({"test_mean_average_precision": test.mean_average_precision} if data.multi_label else {}),
+        "test_margin_loss": test.loss,
+        "test_reconstruction_error": test.reconstruction_error,
+        "total_seconds": trainer.position.total_seconds,
+        "seed": options.seed,
+        "amp": "none" if trainer.amp is None else str(trainer.amp).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": trainer.ranks.count,
+        "images_per_second": statistics.median(row["images_per_second"] for row in trainer.history),
+        "torch": torch.__version__,
+        "capszoo": __version__,
+    }
+    write_json(trainer.folder / "result.json", result)
+    return result
+
+
+def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of --opt, --lr, --weight-decay and --momentum.
+
+    Raises:
+        UsageError: If there is no such optimizer, or it does not take these options.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if options.opt not in list_optimizers():
+        raise UsageError(f"unknown optimizer {options.opt!r}: see timm.optim.list_optimizers()")
+    extra: dict[str, Any] = {"fused": True} if options.opt in ("adam", "adamw") else {}
+    values = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
+    try:
+        optimizer = create_optimizer_v2(model, opt=options.opt, **values, **extra)
+    except (ImportError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {options.opt!r} cannot be made: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        # timm has one such, Adahessian, whose generator is not in its state_dict.
+        raise UsageError(
+            f"optimizer {options.opt!r} draws random numbers that no checkpoint holds, so that no run can be resumed: "
+            f"use adam, or a loop of your own with backward(create_graph=True)"
+        )
+    return optimizer

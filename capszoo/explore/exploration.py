@@ -1,0 +1,267 @@
+"""A study: its trials, who runs them, and where they are kept."""
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capszoo.data import DataSplits
+from capszoo.engine import Trainer
+from capszoo.errors import TrainingError, unknown_name
+from capszoo.precision import resolve_amp
+
+from .grid import Row
+from .reclaim import Reclaimer, retry
+from .solution import OBJECTIVES, ExplorationError, Solution, pareto_front
+from .space import Space
+from .storage import open_storage, storage_errors, without_password
+from .timing import CLOCKS
+from .trials import is_limited, solution_of, trials_seen
+from .worker import Worker
+
+# Trials that may fail, and none complete, before something must be wrong with all of them.
+_MOST_FAILURES = 5
+# Sampled options that were tried before, one after another, until the space counts as exhausted.
+_MOST_REPETITIONS = 20
+
+
+class Exploration:
+    """A study: its trials, who runs them, and where they are kept.
+
+    Args:
+        plan: A :class:`Space` to search, or the rows of a fixed grid.
+        options: Options of recipes/train.py for all trials (`dataset`, `data_dir`, `val_fraction` ...).
+        data: The data set that they name; it must have a validation split.
+        folder: Where the run folders, and by default the storage, are kept; made when there is something to keep.
+        storage: URL of Optuna's storage, for several workers; None is a SQLite file in `folder`.
+        name: Name of the study in the storage.
+        objectives: Those of :data:`OBJECTIVES` that matter.
+        trials: Number of trials of all workers together; None for as many as `run` has time for. Of a grid, all rows.
+        seeds: Runs of each row of a grid, with seeds from the options' on.
+        device: Where to train.
+        measure_test: Also measure each finished trial on the test set, for reports; it is never used to choose.
+        clock: What seconds are: 'wall', or 'cpu' for those that the processor spent on it (divided by torch's threads).
+        grace: Seconds without a sign of life after which another worker's trial counts as dead and is run again.
+        on_change: Called with the trainer of the running trial (None between trials) after each epoch and trial.
+
+    Raises:
+        ExplorationError: If the storage cannot be reached, or holds a study of that name made for something else.
+    """
+
+    def __init__(
+        self,
+        plan: Space | Sequence[Row],
+        options: Mapping[str, Any],
+        data: DataSplits,
+        folder: str | Path,
+        *,
+        storage: str | None = None,
+        name: str = "study",
+        objectives: Sequence[str] = tuple(OBJECTIVES),
+        trials: int | None = None,
+        seeds: int = 1,
+        device: torch.device | str = "cpu",
+        measure_test: bool = False,
+        clock: str = "wall",
+        grace: int = 120,
+        on_change: Callable[[Trainer | None], None] = lambda trainer: None,
+    ):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        for objective in objectives:
+            if objective not in OBJECTIVES:
+                known = list(OBJECTIVES)
+                raise ExplorationError(unknown_name("objective", objective, known, f"choose from {', '.join(known)}"))
+        if not objectives or len(set(objectives)) < len(objectives):
+            raise ExplorationError(f"objectives {list(objectives)} are none or not all different: name each once")
+        if data.val is None:
+            raise ExplorationError("trials are compared on the validation split: give --val-fraction above 0")
+        self.plan, self.options, self.data = plan, dict(options), data
+        self.folder, self.device, self.objectives = Path(folder), torch.device(device), list(objectives)
+        self.on_change = on_change
+        if clock == "cpu" and self.device.type != "cpu":
+            raise ExplorationError(f"clock 'cpu' does not see the work of {self.device}: use 'wall'")
+        self.storage = storage or f"sqlite:///{self.folder / 'study.db'}"
+        self._deadline: float | None = None
+        self._asked_to_stop: Callable[[], bool] = lambda: False
+        is_grid = not isinstance(plan, Space)
+        models = {row.options.get("model", "") for row in plan} if is_grid else {plan.model}
+        facts = {
+            "model": self.options.get("model") or ", ".join(sorted(models)),
+            "dataset": self.options.get("dataset", "digits"),
+            "images": [len(data.train), len(data.val)],
+            "objectives": self.objectives,
+            "clock": clock,
+            "grid": [row.name for row in plan] if is_grid else None,
+            "options": _digest(self.options, {row.name: row.options for row in plan} if is_grid else plan.fixed),
+            "seeds": seeds,
+        }
+        if storage is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ExplorationError(
+                    f"folder {str(folder)!r} cannot be made ({error.strerror}): choose another --output"
+                ) from None
+        # Wide intervals are kind to a database with hundreds of workers.
+        backend = open_storage(self.storage, heartbeat=max(1, grace // 4), grace=grace, retry=retry)
+        directions = [OBJECTIVES[objective] for objective in self.objectives]
+        with storage_errors(self.storage):
+            try:
+                self.study = optuna.create_study(storage=backend, study_name=name, directions=directions)
+            except optuna.exceptions.DuplicatedStudyError:
+                self.study = optuna.load_study(storage=backend, study_name=name)
+                self._join(name, facts)
+                seed = None  # a worker that joins, or comes again, must not draw what the first one drew
+            else:
+                self.study.set_user_attr("facts", facts)
+                self._fill_queue(trials, seeds)
+                seed = int(self.options.get("seed", 0)) % 2**32  # NumPy takes no larger one
+        self.study.sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+        if not is_grid:
+            # So that all workers draw from one space.
+            plan.epochs, plan.amps = self.study.user_attrs["epochs"], self.study.user_attrs["amps"]
+            for amp in plan.amps:
+                try:
+                    resolve_amp(amp, self.device)
+                except TrainingError:
+                    raise ExplorationError(
+                        f"study {name!r} varies precisions that {self.device.type} does not have ({amp}): start it "
+                        f"with --set amp=none, or leave this worker out"
+                    ) from None
+        self._reclaimer = Reclaimer(self.study, grace)
+        self._worker = Worker(
+            self.study,
+            plan,
+            self.options,
+            data,
+            self.folder,
+            self.objectives,
+            self.device,
+            CLOCKS[clock],
+            measure_test,
+            self._interrupted,
+            on_change,
+        )
+
+    def _fill_queue(self, trials: int | None, seeds: int) -> None:
+        """Enqueue what is known before the search: rows, or the baseline and the paper's policies."""
+        first = int(self.options.get("seed", 0))
+        if isinstance(self.plan, Space):
+            self.study.set_user_attr("epochs", self.plan.epochs)
+            self.study.set_user_attr("amps", self.plan.amps)
+            known = self.plan.queue()
+            known += [{}] * (0 if trials is None else trials - len(known))
+            queue: list[tuple[dict[str, Any], dict[str, Any]]]
+            queue = [(point, {}) for point in (known if trials is None else known[:trials])]
+            if queue and queue[0][0].get("policy") == "fixed":
+                queue[0][1]["name"] = "baseline"
+        else:
+            # By seed, so that a grid that is cut short still has whole repetitions.
+            queue = [({"row": row.name, "seed": first + n}, {}) for n in range(seeds) for row in self.plan]
+        for point, attributes in queue:
+            self.study.enqueue_trial(point, user_attrs={**attributes, "queued": True})
+        limited = trials is not None or not isinstance(self.plan, Space)
+        self.study.set_user_attr("queue", len(queue) if limited else None)
+
+    def _join(self, name: str, facts: dict[str, Any]) -> None:
+        """Wait for the worker that makes the study, and check that it is for the same thing."""
+        for _ in range(100):
+            if "queue" in self.study.user_attrs:
+                break
+            time.sleep(0.1)
+        else:
+            raise ExplorationError(
+                f"study {name!r} in {without_password(self.storage)} was never finished being set up: choose another "
+                "--study, or delete it"
+            )
+        for key, value in self.study.user_attrs.get("facts", {}).items():
+            if facts.get(key) != value:
+                if key == "options":
+                    raise ExplorationError(
+                        f"study {name!r} was made with other options or rows: choose another --study or folder"
+                    )
+                raise ExplorationError(
+                    f"study {name!r} was made for {key} {value!r}, not {facts.get(key)!r}: choose another --study or "
+                    "folder"
+                )
+
+    @property
+    def limited(self) -> bool:
+        """Whether the number of trials is fixed."""
+        return is_limited(self.study)
+
+    def solutions(self) -> list[Solution]:
+        """All trials so far, those of other workers too."""
+        return [solution_of(trial, len(self.data.train)) for trial in trials_seen(self.study)]
+
+    def front(self) -> list[Solution]:
+        """The Pareto-optimal solutions so far."""
+        return pareto_front(self.solutions(), self.objectives)
+
+    def baseline(self) -> Solution | None:
+        """The trial named 'baseline', if it is complete; of several, as a grid has by seed, the first."""
+        found = (s for s in self.solutions() if s.name == "baseline" and s.state == "complete")
+        return next(found, None)
+
+    def run(self, budget: float | None = None, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Run trials until all are done, or the budget is spent; return False if `should_stop` ended it before.
+
+        What the end of the budget or `should_stop` interrupts goes on from its checkpoint when the study is run again.
+
+        Args:
+            budget: Seconds; None for no limit, which needs a fixed number of trials.
+            should_stop: Asked after each training step.
+
+        Raises:
+            ExplorationError: If there is neither a budget nor a number of trials, or all of the first trials fail.
+        """
+        if budget is None and not self.limited:
+            raise ExplorationError("the search has no end: give --budget, such as 30m, or --trials")
+        self._deadline = None if budget is None else time.monotonic() + budget
+        if budget is not None and isinstance(self.plan, Space) and "most_seconds" not in self.study.user_attrs:
+            # Of the first budget, else a short --resume would stop what a long one began.
+            self.study.set_user_attr("most_seconds", budget / 4)
+        self._asked_to_stop = should_stop
+        repetitions = 0
+        while not should_stop() and not self._out_of_time():
+            with storage_errors(self.storage):
+                self._reclaimer.reclaim()
+            if self.limited:
+                states = [trial.state.name for trial in trials_seen(self.study)]
+                if "WAITING" not in states:
+                    if "RUNNING" not in states:
+                        break
+                    time.sleep(1)  # another worker has the last ones, and may yet die
+                    continue
+            with storage_errors(self.storage):
+                repeated = self._worker.run_trial()
+            seen = trials_seen(self.study)
+            failed = [t for t in seen if t.state.name == "FAIL" and not t.user_attrs.get("interrupted")]
+            reasons = [trial.user_attrs["reason"] for trial in failed if "reason" in trial.user_attrs]
+            if len(reasons) >= _MOST_FAILURES and not any(trial.state.name == "COMPLETE" for trial in seen):
+                raise ExplorationError(f"the first {len(reasons)} trials failed, the last one since {reasons[-1]}")
+            repetitions = repetitions + 1 if repeated else 0
+            if repetitions == _MOST_REPETITIONS:
+                break
+            self.on_change(None)
+        return not should_stop()
+
+    def _out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _interrupted(self) -> bool:
+        return self._asked_to_stop() or self._out_of_time()
+
+
+def _digest(*options: Any) -> str:
+    """Tell sets of options apart, but for where the data are."""
+    kept = [{k: v for k, v in part.items() if k not in ("data_dir", "download")} for part in options]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

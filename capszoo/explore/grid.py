@@ -1,0 +1,151 @@
+"""Grids: fixed trials from YAML files, and the comparison of their rows over seeds."""
+
+import re
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capszoo.data import DataSplits
+from capszoo.engine.options import check_ranges, options_from
+from capszoo.engine.run import make_policy, model_arguments
+from capszoo.errors import UsageError
+from capszoo.files import read_yaml
+from capszoo.policies import list_policies, policy_options
+from capszoo.registry import create_model
+
+from .solution import Solution
+
+_GRIDS = Path(__file__).resolve().parents[1] / "recipes" / "configs"
+_ALL_POLICY_OPTIONS = {name for policy in list_policies() for name in policy_options(policy)}
+# Options that say which images the trials train on; those of the validation split depend on them, too.
+_OF_THE_DATA = ("seed", "dataset", "val_fraction", "img_size", "in_chans")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fixed trial: its name and its options."""
+
+    name: str
+    options: dict[str, Any]
+
+
+def read_grid(names: Sequence[str], overrides: Mapping[str, Any]) -> list[Row]:
+    """Read rows from YAML files of train.py; a row's name is its file's without the number that sorts it."""
+    files: list[Path] = []
+    for name in names:
+        path = _GRIDS / name if (_GRIDS / name).is_dir() else Path(name)
+        found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            known = ", ".join(sorted(p.name for p in _GRIDS.iterdir() if p.is_dir()))
+            raise UsageError(f"no grid {name!r}: name a folder of YAML files, a YAML file, or one of {known}")
+        files += found
+    rows = []
+    for file in files:
+        values = read_yaml(file)
+        # A length of warm-up, say, is set where a row's policy has one.
+        known = policy_options(overrides.get("policy", values.get("policy", "one_cycle")))
+        taken = {name: value for name, value in overrides.items() if name in known or name not in _ALL_POLICY_OPTIONS}
+        if not isinstance(values.get("model_kwargs") or {}, dict):
+            raise UsageError(f"{file}: model_kwargs must be a mapping, not {values['model_kwargs']!r}")
+        kwargs = {**(values.get("model_kwargs") or {}), **taken.get("model_kwargs", {})}
+        values = {**values, **taken, "model_kwargs": kwargs}
+        options_from(values, str(file))
+        rows.append(Row(re.sub(r"^\d+-", "", file.stem), values))
+    doubled = next((row.name for n, row in enumerate(rows) if row.name in {r.name for r in rows[:n]}), None)
+    if doubled:
+        raise UsageError(f"--grid has two rows named {doubled!r}: rename one of the files")
+    return rows
+
+
+def plan_grid(
+    names: Sequence[str], options: Mapping[str, Any], given: Collection[str], epochs: int | None = None
+) -> tuple[list[Row], dict[str, Any]]:
+    """Read the rows of a grid, and split the options of all trials from those of single rows.
+
+    Args:
+        names: As in :func:`read_grid`.
+        options: Options of recipes/train.py for all trials.
+        given: Names of those that take the place of a row's own.
+        epochs: Epochs of each row; None for its own.
+
+    Returns:
+        The rows, and the options that they share; all rows train on the same images.
+
+    Raises:
+        UsageError: If there is no such grid, or its rows name different images.
+    """
+    overrides = {name: options[name] for name in set(given) & set(options)}
+    shared = {name: value for name, value in options.items() if name not in overrides or name in _OF_THE_DATA}
+    if epochs is not None:
+        overrides["epochs"] = epochs
+    rows = read_grid(names, overrides)
+    of_rows = [vars(options_from({**shared, **row.options}, f"grid row {row.name!r}")) for row in rows]
+    for name in _OF_THE_DATA[1:]:
+        values = {str(values[name]) for values in of_rows}
+        if len(values) > 1:
+            raise UsageError(f"--grid has rows of different {name} ({', '.join(sorted(values))}): give --set {name}=")
+        shared[name] = of_rows[0][name]
+    return rows, shared
+
+
+def check_rows(rows: Sequence[Row], options: Mapping[str, Any], data: DataSplits) -> None:
+    """Check that the policy and the model of each row can be created, before the first of them trains.
+
+    Raises:
+        ValueError: If one cannot.
+    """
+    for row in rows:
+        args = options_from({**options, **row.options}, f"grid row {row.name!r}")
+        check_ranges(args)
+        make_policy(args, len(data.train))
+        create_model(args.model, device="meta", **model_arguments(args, data))
+
+
+def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[dict[str, Any]]:
+    """Compare the rows of a grid over their seeds, as section VI of the paper does.
+
+    Every run is held against the baseline's of the same seed: `seconds_to_baseline` is the training time until the end
+    of the first epoch that is as accurate, on the validation split, as the baseline ever was, and `saving` what
+    that spares of the time the baseline took to get there (0.586 is the paper's headline).
+
+    Args:
+        solutions: Trials of a grid.
+        baseline: Name of the row to compare with.
+
+    Returns:
+        A dictionary a row, in the order of their first trials: means, and standard deviations (`_std`) over seeds.
+        Missing are times where no seed got there; `reached` counts the seeds that did.
+    """
+    complete = [solution for solution in solutions if solution.state == "complete"]
+    references = {s.options.get("seed", 0): s for s in complete if s.name == baseline}
+    rows = []
+    for name in dict.fromkeys(solution.name for solution in complete):
+        runs = [solution for solution in complete if solution.name == name]
+        times, savings = [], []
+        for run in runs:
+            reference = references.get(run.options.get("seed", 0))
+            if reference is None:
+                continue
+            at = next((seconds for _, seconds, accuracy in run.history if accuracy >= reference.accuracy), None)
+            if at is not None:
+                times.append(at)
+                savings.append(1 - at / reference.seconds_to_best)
+        row: dict[str, Any] = {"name": name, "runs": len(runs)}
+        for key, values in (
+            ("accuracy", [run.accuracy for run in runs]),
+            ("test_top1", [run.test_top1 for run in runs if run.test_top1 is not None]),
+            ("best_epoch", [run.best_epoch for run in runs]),
+            ("epoch_seconds", [run.seconds / len(run.history) for run in runs]),
+            ("seconds", [run.seconds for run in runs]),
+            ("seconds_to_best", [run.seconds_to_best for run in runs]),
+            ("seconds_to_baseline", times),
+            ("saving", savings),
+        ):
+            row[key] = statistics.fmean(values) if values else None
+            row[key + "_std"] = statistics.stdev(values) if len(values) > 1 else None
+        row["reached"] = len(times)
+        row["parameters"] = runs[0].parameters
+        rows.append(row)
+    return rows

@@ -1,0 +1,75 @@
+"""Trials of workers that died or were interrupted: they are found, and run again from their checkpoints."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Reclaimer:
+    """Takes trials of dead workers back.
+
+    Args:
+        study: The study.
+        grace: Seconds without a sign of life after which another worker's trial counts as dead.
+    """
+
+    def __init__(self, study: "optuna.Study", grace: int):
+        self.study, self.grace = study, grace
+        self._nameless: dict[int, float] = {}  # when running trials without a worker were first seen
+
+    def reclaim(self) -> None:
+        """Take back trials of workers of this machine that have ended, without waiting for the period of grace.
+
+        Those of other machines are found by their missing heartbeats, whenever a trial begins.
+        """
+        import optuna
+
+        optuna.storages.fail_stale_trials(self.study)
+        for trial in self.study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+            if "process" in trial.user_attrs:
+                dead = is_dead(trial.user_attrs["process"])
+            else:  # its worker has just taken it, or died before it could say who it is
+                first = self._nameless.setdefault(trial.number, time.monotonic())
+                dead = time.monotonic() - first > self.grace
+            if dead:
+                try:
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    continue  # another worker was first
+                retry(self.study, trial)
+
+
+def retry(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
+    """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint."""
+    known = trial.user_attrs
+    attributes = {"queued": True, "retry_of": known.get("retry_of", trial.number)}
+    attributes |= {"name": known["name"]} if "name" in known else {}
+    attributes |= {"folder_before": known["folder"]} if "folder" in known else {}
+    study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params}, user_attrs=attributes)
+
+
+def process_identity(process: int | None = None) -> list[str]:
+    """Where a process runs (machine since its start, process numbers of its container), its number and its start.
+
+    A number alone may be that of another container, or of a process that came after. Empty where there is no /proc.
+    """
+    number = os.getpid() if process is None else process
+    try:
+        place = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return []
+    return [place, str(number), started]
+
+
+def is_dead(identity: Sequence[str]) -> bool:
+    """Whether a process is known to be no more; of another machine's, nothing is known."""
+    own = process_identity()
+    if not identity or not own or identity[0] != own[0]:
+        return False
+    return process_identity(int(identity[1])) != list(identity)

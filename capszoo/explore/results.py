@@ -1,0 +1,112 @@
+"""What a search writes: tables, figures, the page and the chosen solution."""
+
+import csv
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capszoo._version import __version__
+from capszoo.figures import plot_accuracy, plot_comparison, plot_front, plot_time_to_best, plot_tradeoff, write_report
+from capszoo.files import write_atomically, write_csv
+
+from .exploration import Exploration
+from .solution import Solution
+
+_SOLUTION_COLUMNS = (
+    "number", "name", "state", "accuracy", "seconds", "parameters", "seconds_to_best", "best_epoch", "test_top1",
+    "policy", "epochs", "batch_size", "lr", "seed", "options", "reason", "machine", "folder",
+)  # fmt: skip
+_PUBLISHED = Path(__file__).resolve().parents[1] / "recipes/results/paper-published.csv"
+
+
+def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
+    """Write solutions as CSV, the options as JSON and the commonest of them as columns too."""
+    rows = []
+    for solution in solutions:
+        row = {**solution.options, **asdict(solution), "options": json.dumps(solution.options)}
+        rows.append({key: row.get(key) for key in _SOLUTION_COLUMNS})
+    write_csv(Path(path), _SOLUTION_COLUMNS, rows)
+
+
+def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> list[str]:
+    """Write tables, figures and the page; return what could not be drawn."""
+    import yaml
+
+    solutions, front = exploration.solutions(), exploration.front()
+    write_solutions(folder / "trials.csv", solutions)
+    write_solutions(folder / "front.csv", front)
+    command = ""
+    if chosen is not None:
+        command = f"python recipes/train.py --config {folder / 'chosen.yaml'}"
+        text = f"# {command}\n" + yaml.safe_dump(chosen.options, sort_keys=False)
+        write_atomically(folder / "chosen.yaml", lambda temporary: temporary.write_text(text))
+    facts = exploration.study.user_attrs["facts"]
+    shown = {
+        "model": str(facts["model"]),
+        "data set": f"{facts['dataset']} ({facts['images'][0]:,} train, {facts['images'][1]:,} validation)",
+        "seconds": {"wall": "by the clock", "cpu": "of the processor"}[facts["clock"]],
+        "machines": ", ".join(sorted({re.sub(r":\d+", "", s.machine) for s in solutions if s.machine})),
+        "torch": torch.__version__,
+        "capszoo": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    title = f"{facts['model']} on {facts['dataset']}"
+    write_report(
+        folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
+        study=exploration.study, command=command,
+    )  # fmt: skip
+    missing = []
+    for name, draw in (
+        ("front", lambda path: plot_front(solutions, front, path, exploration.objectives)),
+        ("tradeoff", lambda path: plot_tradeoff(solutions, front, path)),
+        ("accuracy", lambda path: plot_accuracy(solutions, path)),
+        ("time_to_best", lambda path: plot_time_to_best(solutions, path)),
+    ):
+        try:
+            draw(folder / f"{name}.png")
+        except ValueError as error:
+            missing.append(f"{name}.png: {error}")
+    return missing
+
+
+def write_comparison(
+    path: Path,
+    exploration: Exploration,
+    solutions: list[Solution],
+    rows: list[dict[str, Any]],
+    clock: str,
+    command: str,
+) -> None:
+    """Write the rows of a grid, what it takes to make them again, and the figures beside the table.
+
+    Args:
+        path: The table, a CSV file.
+        exploration: The study.
+        solutions: Its trials, as they are compared.
+        rows: From :func:`capszoo.explore.compare`.
+        clock: How their seconds were measured.
+        command: The command that writes this table.
+    """
+    dataset = exploration.study.user_attrs["facts"]["dataset"]
+    facts = {
+        "clock": clock,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "capszoo": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**row, **facts} for row in rows]
+    write_csv(path, list(rows[0]), rows)
+    with open(_PUBLISHED, newline="") as file:
+        published = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
+    if any(row["name"] == "baseline" for row in rows):
+        plot_comparison(rows, published, path.with_suffix(".png"))
+        plot_accuracy(solutions, path.with_name(path.stem + "-accuracy.png"))

@@ -1,0 +1,115 @@
+"""Solutions: trials with their results, the Pareto-optimal ones among them, and the one to take."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from capszoo.errors import CapszooError, unknown_name
+
+OBJECTIVES = {"accuracy": "maximize", "seconds": "minimize", "parameters": "minimize"}
+
+
+class ExplorationError(CapszooError):
+    """A search cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A trial and what it came to.
+
+    Attributes:
+        number: Number of the trial in the study.
+        name: Its policy, or the name of its row in a grid; "baseline" for the network and training of the original.
+        state: 'complete', 'stopped' (early), 'failed', 'running' or 'waiting'.
+        options: Options of recipes/train.py that differ from the defaults.
+        accuracy: Best top-1 on the validation split, a fraction; the exact-match accuracy where images show several
+            classes (:class:`capszoo.engine.Evaluation`).
+        seconds: Time spent in training steps.
+        parameters: Trainable parameters, those of the decoder included.
+        seconds_to_best: Training seconds until the end of the best epoch.
+        best_epoch: First epoch with the best accuracy, from 1. The weights kept are of the one with the lowest loss.
+        history: ``[epoch, seconds so far, accuracy of the epoch]`` for each epoch.
+        folder: The run folder.
+        reason: Why it was stopped or failed.
+        test_top1: Top-1 on the test set, where it was asked for.
+        machine: Host and device that ran it.
+        images: Training images of an epoch.
+    """
+
+    number: int
+    name: str
+    state: str
+    options: dict[str, Any] = field(default_factory=dict)
+    accuracy: float | None = None
+    seconds: float | None = None
+    parameters: int | None = None
+    seconds_to_best: float | None = None
+    best_epoch: int | None = None
+    history: list[list[float]] = field(default_factory=list)
+    folder: str = ""
+    reason: str = ""
+    test_top1: float | None = None
+    machine: str = ""
+    images: int = 0
+
+    def gains(self, objectives: Sequence[str]) -> tuple[float, ...]:
+        """Values of the objectives, larger is better."""
+        return tuple(getattr(self, name) * (1 if OBJECTIVES[name] == "maximize" else -1) for name in objectives)
+
+
+def pareto_front(solutions: Sequence[Solution], objectives: Sequence[str] = tuple(OBJECTIVES)) -> list[Solution]:
+    """The complete solutions that no other one beats: none is as good in all objectives and better in one.
+
+    Of solutions that are equal in all objectives the first stands for all. Sorted by the first objective, best first.
+    """
+    points = [(solution.gains(objectives), solution) for solution in solutions if solution.state == "complete"]
+    front: list[tuple[tuple[float, ...], Solution]] = []
+    for gains, solution in sorted(points, key=lambda point: (point[0], -point[1].number), reverse=True):
+        # Whatever dominates a point comes before it in this order.
+        if not any(all(b >= a for a, b in zip(gains, better, strict=True)) for better, _ in front):
+            front.append((gains, solution))
+    return [solution for _, solution in front]
+
+
+def choose(
+    solutions: Sequence[Solution],
+    mode: str = "fastest",
+    *,
+    max_drop: float = 0.0,
+    within: float | None = None,
+    baseline: Solution | None = None,
+    loss: float | None = None,
+) -> Solution | None:
+    """Choose by one of the paper's three ways to steer: fast, accurate or small.
+
+    Args:
+        solutions: Those to choose from.
+        mode: 'fastest' and 'smallest' take the least training time or the fewest parameters at an accuracy not more
+            than `max_drop` below the baseline's; 'accurate' takes the best accuracy at a training time of `within`.
+        max_drop: Accuracy that may be lost, a fraction.
+        within: Most training seconds; None for any.
+        baseline: What `max_drop` is measured against; the best accuracy of all if None.
+        loss: The earlier name of `max_drop`; it takes its place where it is given.
+
+    Returns:
+        The solution, or None where no complete solution meets the condition.
+
+    Raises:
+        ExplorationError: If there is no such mode.
+    """
+    keys: dict[str, Callable[[Solution], tuple]] = {
+        "fastest": lambda s: (s.seconds, -s.accuracy, s.parameters),
+        "accurate": lambda s: (-s.accuracy, s.seconds, s.parameters),
+        "smallest": lambda s: (s.parameters, -s.accuracy, s.seconds),
+    }
+    if mode not in keys:
+        raise ExplorationError(unknown_name("choice", mode, list(keys), f"choose from {', '.join(keys)}"))
+    complete = [solution for solution in solutions if solution.state == "complete"]
+    if mode == "accurate":
+        fitting = [s for s in complete if within is None or s.seconds <= within]
+    else:
+        has_baseline = baseline is not None and baseline.accuracy is not None
+        reference = baseline.accuracy if has_baseline else max((s.accuracy for s in complete), default=0.0)
+        # Accuracies are ratios of whole numbers: a drop of exactly what is allowed must pass.
+        fitting = [s for s in complete if s.accuracy >= reference - (max_drop if loss is None else loss) - 1e-9]
+    return min(fitting, key=keys[mode], default=None)

@@ -1,0 +1,97 @@
+"""Training seconds: the clocks of a search, estimates of an epoch, and times measured at rest."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from capszoo.data import DataSplits
+from capszoo.engine.options import options_from
+from capszoo.engine.run import make_policy, make_trainer
+from capszoo.policies import list_policies, policy_options
+
+from .solution import Solution
+
+if TYPE_CHECKING:
+    from .exploration import Exploration
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process, per thread of torch."""
+    return time.process_time() / torch.get_num_threads()
+
+
+# By their names on the command line: on a CPU that does other things too, the time of the process alone is comparable.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": _cpu_seconds}
+
+
+def seconds_of_an_epoch(args: argparse.Namespace, data: DataSplits, device: torch.device, limit: float = 3.0) -> float:
+    """Estimate the training seconds of the first epoch from the median of its first steps.
+
+    Args:
+        args: Options of the run, see :mod:`capszoo.engine.options`.
+        data: The data set.
+        device: Where to train.
+        limit: Seconds after which the measurement ends, two steps at least.
+    """
+    ends: list[float] = []
+
+    def measured() -> bool:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.perf_counter())
+        return len(ends) > 2 and ends[-1] - ends[0] > limit
+
+    trainer = make_trainer(args, data, device, should_stop=measured)
+    start = time.perf_counter()
+    trainer.fit()
+    # The first step also compiles and allocates.
+    steps = [after - before for before, after in zip(ends, ends[1:], strict=False)] or [ends[0] - start]
+    return statistics.median(steps) * trainer.policy.steps(0)
+
+
+def retime(solutions: Sequence[Solution], seconds: Callable[[Solution, int], float]) -> list[Solution]:
+    """Replace the times of solutions by epochs times seconds an epoch, as the paper counts them.
+
+    Trials that ran beside other work, or on different machines, are compared fairly by times that were measured
+    at rest.
+
+    Args:
+        solutions: Trials; those without a history stay as they are.
+        seconds: Seconds of an epoch of a solution at a batch size.
+    """
+    retimed = []
+    for solution in solutions:
+        if not solution.history:
+            retimed.append(solution)
+            continue
+        args = options_from(solution.options)
+        policy = make_policy(args, solution.images)
+        total, history = 0.0, []
+        for epoch, _, accuracy in solution.history:
+            total += seconds(solution, policy.batch_size(int(epoch) - 1))
+            history.append([epoch, total, accuracy])
+        to_best = None if solution.best_epoch is None else history[solution.best_epoch - 1][1]
+        retimed.append(replace(solution, history=history, seconds=total, seconds_to_best=to_best))
+    return retimed
+
+
+def retime_at_rest(exploration: "Exploration", rounds: int = 3) -> list[Solution]:
+    """Measure an epoch of every row at every batch size it has, in turns, and time the trials by the medians."""
+    solutions = exploration.solutions()
+    device, data = exploration.device, exploration.data
+    first = {solution.name: solution for solution in reversed(solutions) if solution.history}
+    of_policies = {name for policy in list_policies() for name in policy_options(policy)}
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for name, solution in first.items():
+            policy = make_policy(options_from(solution.options), solution.images)
+            for batch_size in {policy.batch_size(epoch) for epoch in range(policy.epochs)}:
+                fixed = {**solution.options, "policy": "fixed", "batch_size": batch_size, "epochs": 1}
+                args = options_from({key: value for key, value in fixed.items() if key not in of_policies})
+                times.setdefault((name, batch_size), []).append(seconds_of_an_epoch(args, data, device))
+    return retime(solutions, lambda solution, batch_size: statistics.median(times[solution.name, batch_size]))

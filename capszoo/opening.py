@@ -1,0 +1,101 @@
+"""Open a model with its weights, from the name of shipped weights or from a file, and data for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import read_metadata
+from .data import DataSplits, load_data
+from .errors import UsageError
+from .pretrained import read_table, weights_path
+from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
+
+__all__ = ["OpenedModel", "load_data_for", "open_model"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model with its weights, and what is known of them.
+
+    Attributes:
+        model: The model.
+        name: Its name for people: `model.tag` of shipped weights, else model and file.
+        file: The file of the weights.
+        header: The metadata in the file's header.
+        dataset: The data set that the weights were trained on, if known.
+    """
+
+    model: nn.Module
+    name: str
+    file: Path
+    header: dict[str, str]
+    dataset: str | None
+
+
+def open_model(
+    name_or_file: str | Path, *, model_name: str | None = None, decoder: bool | None = None, **kwargs: Any
+) -> OpenedModel:
+    """Open shipped weights by name, or a safetensors file.
+
+    Args:
+        name_or_file: Name of a model with shipped weights, with or without a tag, or a file such as
+            `runs/NAME/best.safetensors`.
+        model_name: Model of the weights, for a file whose header does not say it.
+        decoder: Open it with or without the decoder; if None with it, where the weights may have one.
+        **kwargs: More keywords of the model, in place of the header's.
+
+    Raises:
+        UsageError: If there is neither such a file nor such a name, or `model_name` does not go with it.
+        ValueError: If the weights are damaged, or do not fit the model.
+    """
+    source = str(name_or_file)
+    if is_model(source):
+        if model_name is not None:
+            raise UsageError(f"{source!r} says what model it is, --model {model_name} is for files: leave it out")
+        if decoder is None and "decoder" in model_keywords(source):
+            decoder = True
+        model = create_model(source, pretrained=True, **_with_decoder(decoder, kwargs))
+        cfg: Any = model.pretrained_cfg
+        name = f"{source.partition('.')[0]}.{cfg['tag']}"
+        file = weights_path(name)
+        return OpenedModel(model, name, file, read_metadata(file), read_table()[name]["dataset"])
+    if not Path(source).is_file():
+        known = ", ".join(list_pretrained()) or "none yet"
+        raise UsageError(f"{source!r} is no file and no shipped weights (there are: {known}): check the path")
+    header, kwargs = read_metadata(source), _with_decoder(decoder, kwargs)
+    if model_name is None:
+        name = f"{header.get('model', '')} {source}".strip()
+        return OpenedModel(load_model(source, **kwargs), name, Path(source), header, header.get("dataset"))
+    if header.get("model", model_name) != model_name:
+        raise UsageError(f"{source!r} holds weights of the model {header['model']!r}: leave out --model {model_name}")
+    kwargs = {**header_arguments(source, model_name, header), **kwargs}
+    model = create_model(model_name, checkpoint_path=source, **kwargs)
+    return OpenedModel(model, f"{model_name} {source}", Path(source), header, header.get("dataset"))
+
+
+def _with_decoder(decoder: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs if decoder is None else {"decoder": decoder, **kwargs}
+
+
+def load_data_for(model: nn.Module, dataset: str, data_dir: str | Path, **kwargs: Any) -> DataSplits:
+    """Load a data set with images of a model's size.
+
+    Args:
+        model: The model.
+        dataset: Name or folder of the data set.
+        data_dir: Folder that has it.
+        **kwargs: More for :func:`capszoo.data.load_data`.
+
+    Raises:
+        UsageError: If it has another number of classes than the model.
+        DataError: If it cannot be loaded.
+    """
+    size: dict[str, Any] = {"img_size": model.img_size, "in_chans": model.in_chans}
+    data = load_data(dataset, str(data_dir), **size, **kwargs)
+    if data.num_classes != model.num_classes:
+        raise UsageError(
+            f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
+        )
+    return data

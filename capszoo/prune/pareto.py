@@ -1,0 +1,61 @@
+"""Accuracy over size, before and after the training of each round."""
+
+from pathlib import Path
+from typing import Any
+
+from capszoo.files import write_atomically
+
+PARETO_COLUMNS = (
+    "round",
+    "conv1",
+    "types",
+    "capsules",
+    "decoder_1",
+    "decoder_2",
+    "parameters",
+    "parameters_with_decoder",
+    "macs",
+    "routing_macs",
+    "float32_bytes",
+    "float16_bytes",
+    "val_top1_before",  # after pruning, before the training of the round
+    "val_loss_before",
+    "val_top1",
+    "val_loss",
+    "best_epoch",
+    "train_seconds",
+)
+
+
+def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw validation accuracy over size, a point a round, before and after its training.
+
+    Args:
+        rows: Rows of pareto.csv, of which round 0 is the given network.
+        path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    sizes = [row["float32_bytes"] / 1e6 for row in rows]
+    axes.plot(sizes, [100 * row["val_top1"] for row in rows], "o-", label="trained after pruning")
+    pruned = [row for row in rows if row["round"]]
+    before = [100 * row["val_top1_before"] for row in pruned]
+    axes.plot([row["float32_bytes"] / 1e6 for row in pruned], before, "x:", label="pruned")
+    for size, row in zip(sizes, rows, strict=True):
+        axes.annotate(
+            str(row["round"]), (size, 100 * row["val_top1"]), xytext=(0, 6), textcoords="offset points", ha="center"
+        )
+    if max(sizes) > 3 * min(sizes):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.xaxis.set_minor_formatter(lambda size, _: f"{size:g}")
+    axes.set_xlabel("weights without decoder, float32, MB")
+    axes.set_ylabel("validation accuracy, %")
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

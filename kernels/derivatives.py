@@ -1,0 +1,63 @@
+"""What operators take from the reference: second and higher derivatives, and what transforms of torch.func ask for.
+
+They store the votes, as the reference does.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Half precision is stored as it comes and computed in float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """An operator chooses its precision itself; the matrix products in it are not for autocast to lower."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has none
+
+
+def squash_reference(x: Tensor, approximate: bool) -> Tensor:
+    with no_autocast(x):
+        return reference.squash(x, approximate)
+
+
+def routing_reference(x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool) -> Tensor:
+    with no_autocast(x):
+        return reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+def second_gradients(function: Callable, cotangents: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor) -> tuple:
+    """Gradients, by `grad` and `inputs`, of the product of `cotangents` and the gradients of `function` by its inputs.
+
+    They can be differentiated further if the caller's mode says so (create_graph).
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), no_autocast(grad):
+        # Views, since `grad` may itself depend on the inputs, and a path through it would be counted twice. They keep
+        # the graph of the inputs, without which higher derivatives would be zero.
+        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *inputs)]
+        gradients = torch.autograd.grad(function(*views[1:]), views[1:], views[0], create_graph=True)
+        return torch.autograd.grad(gradients, views, cotangents, create_graph=create_graph, materialize_grads=True)
+
+
+def squash_backward_transformed(grad, x, approximate):
+    _, pull_back = torch.func.vjp(partial(squash_reference, approximate=approximate), x)
+    return pull_back(grad)[0]
+
+
+def routing_transformed(x, weight, bias, num_iters, approximate_squash, tf32=False):
+    v = routing_reference(x, weight, bias, num_iters, approximate_squash)
+    # Nothing reads these sums: what goes back through a transform is the reference as well.
+    return v, v.new_full((num_iters, *v.shape), float("nan"), dtype=compute_dtype(x, weight))
+
+
+def routing_backward_transformed(grad, x, weight, bias, sums, approximate_squash, tf32):
+    options = {"num_iters": sums.shape[0], "approximate_squash": approximate_squash}
+    _, pull_back = torch.func.vjp(partial(routing_reference, **options), x, weight, bias)
+    return pull_back(grad)

@@ -1,0 +1,206 @@
+"""capszoo.explore.exploration: studies that end, go on, and stop what is hopeless."""
+
+import csv
+import itertools
+import json
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from capszoo.engine.options import options_from
+from capszoo.engine.run import make_model
+from capszoo.explore import OBJECTIVES, Exploration, ExplorationError, Row, Space, write_solutions
+from capszoo.explore.stopping import why_stop
+
+pytest.importorskip("optuna")
+
+SMALL = {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}
+ROW = {"policy": "fixed", "epochs": 1, "batch_size": 64}
+OPTIONS = {"dataset": "digits", "model": "capsnet_tiny", "model_kwargs": SMALL, "amp": "none"}
+
+
+def test_a_search_runs_as_many_trials_as_asked(searched):
+    exploration, folder = searched
+    solutions = exploration.solutions()
+    assert len(solutions) == 10 and {s.state for s in solutions} <= {"complete", "stopped"}
+    assert solutions[0].name == "baseline" and exploration.baseline() == solutions[0]
+    for s in solutions:
+        assert s.seconds == pytest.approx(s.history[-1][1]) and s.accuracy == max(point[2] for point in s.history)
+        assert (folder / "trials" / f"{s.number:04d}" / "args.yaml").is_file() and s.folder.endswith(f"{s.number:04d}")
+        with torch.device("meta"):
+            model = make_model(options_from(s.options), exploration.data)
+        assert s.parameters == sum(p.numel() for p in model.parameters())
+        assert not (folder / "trials" / f"{s.number:04d}" / "resume.safetensors").exists()
+    front = exploration.front()
+    study = {trial.number for trial in exploration.study.best_trials}
+    assert {s.number for s in front} <= study, "Optuna finds the same front"
+    assert {s.gains(list(OBJECTIVES)) for s in solutions if s.number in study} == {
+        s.gains(list(OBJECTIVES)) for s in front
+    }
+
+
+def test_solutions_as_a_table(searched, tmp_path):
+    solutions = searched[0].solutions()
+    write_solutions(tmp_path / "trials.csv", solutions)
+    with open(tmp_path / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["number"]) for row in rows] == list(range(10))
+    assert float(rows[0]["accuracy"]) == solutions[0].accuracy and rows[0]["policy"] == "fixed"
+    assert json.loads(rows[0]["options"]) == solutions[0].options
+
+
+def test_a_finished_search_has_nothing_left_to_do(searched, digits, explore, small_space):
+    exploration, folder = searched
+    again = explore(small_space(digits, 99), digits, folder)
+    assert again.run() and again.solutions() == exploration.solutions()
+    assert again.plan.epochs == 2, "the study's space, not that of the later call"
+
+
+def test_a_study_for_something_else_is_refused(searched, digits, explore):
+    _, folder = searched
+    with pytest.raises(ExplorationError, match=r"study 'study' was made for objectives .* not \['accuracy'\]"):
+        explore(Space("capsnet_tiny", digits, 2), digits, folder, objectives=["accuracy"])
+    with pytest.raises(ExplorationError, match="was made for dataset 'digits', not 'mnist'"):
+        Exploration(Space("capsnet_tiny", digits, 2), {**OPTIONS, "dataset": "mnist"}, digits, folder)
+    with pytest.raises(ExplorationError, match="was made for grid None"):
+        explore([Row("a", ROW)], digits, folder)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"objectives": ["accuracy", "second"]}, "unknown objective 'second', did you mean 'seconds'"),
+        ({"objectives": ["seconds", "seconds"]}, "not all different"),
+        ({"objectives": []}, "name each once"),
+        ({"storage": "postgresql+psycopg://u:secret@127.0.0.1:1/none"}, r"u@127.0.0.1:1/none cannot be used \("),
+        ({"storage": "nonsense"}, "storage nonsense cannot be used"),
+        ({"storage": "sqlite:////nowhere/at/all.db"}, "cannot be used"),
+    ],
+)
+def test_what_cannot_be_searched(digits, tmp_path, kwargs, expected, explore):
+    with pytest.raises(ExplorationError, match=expected) as caught:
+        explore(Space("capsnet_tiny", digits, 2), digits, tmp_path, **kwargs)
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_search_without_end_or_validation_is_refused(digits, tmp_path, explore):
+    with pytest.raises(ExplorationError, match="--budget"):
+        explore(Space("capsnet_tiny", digits, 2), digits, tmp_path).run()
+    with pytest.raises(ExplorationError, match="--val-fraction"):
+        explore(Space("capsnet_tiny", digits, 2), replace(digits, val=None), tmp_path)
+
+
+def test_a_failing_trial_is_one_line_and_the_rest_goes_on(digits, tmp_path, explore):
+    plan = [Row("bad", {**ROW, "lr": 1e30}), Row("good", ROW), Row("wrong", {**ROW, "squash": "none"})]
+    exploration = explore(plan, digits, tmp_path)
+    assert exploration.run()
+    bad, good, wrong = exploration.solutions()
+    assert (bad.state, good.state, wrong.state) == ("failed", "complete", "failed")
+    assert "loss is" in bad.reason and "unknown squash 'none'" in wrong.reason
+
+
+def test_a_search_in_which_all_fails_ends(digits, tmp_path, explore):
+    space = Space("capsnet_tiny", digits, 1, fixed={"policy": "fixed", "lr": 1e30, "model_kwargs": SMALL})
+    with pytest.raises(ExplorationError, match="the first 5 trials failed, the last one since the loss is"):
+        explore(space, digits, tmp_path).run(budget=600)
+
+
+def test_a_grid_runs_every_row_with_every_seed(digits, tmp_path, explore):
+    plan = [Row("slow", ROW), Row("fast", {**ROW, "batch_size": 256})]
+    exploration = explore(plan, digits, tmp_path, seeds=2, measure_test=True)
+    assert exploration.run()
+    solutions = exploration.solutions()
+    assert [(s.name, s.options["seed"]) for s in solutions] == [("slow", 0), ("fast", 0), ("slow", 1), ("fast", 1)]
+    assert all(0 < s.test_top1 <= 1 for s in solutions)
+    assert len({s.accuracy for s in solutions}) > 1
+
+
+def stop_after(steps):
+    count = [0]
+
+    def stop():
+        count[0] += 1
+        return count[0] > steps
+
+    return stop
+
+
+def test_an_interrupted_trial_goes_on_where_it_was(digits, tmp_path, explore):
+    plan = [Row("a", {**ROW, "epochs": 2}), Row("b", {**ROW, "epochs": 2})]
+    whole = explore(plan, digits, tmp_path / "whole")
+    assert whole.run()
+    exploration = explore(plan, digits, tmp_path / "cut")
+    # Into the second epoch of the second trial; the loop over trials asks as well.
+    assert not exploration.run(should_stop=stop_after(3 * 21 + 5))
+    first, second, again = exploration.solutions()
+    assert (first.state, second.state, again.state) == ("complete", "failed", "waiting")
+    seen = []
+    resumed = explore(plan, digits, tmp_path / "cut", on_change=lambda t: t and seen.append(len(t.history)))
+    assert resumed.run()
+    assert seen[0] == 1, "the first epoch is not trained again"
+    first_again, _, last = resumed.solutions()
+    assert first_again == first and last.state == "complete" and last.folder == second.folder
+    assert [s.accuracy for s in whole.solutions()] == [first.accuracy, last.accuracy]
+    for name in ("0000", "0001"):
+        a, b = (load_file(tmp_path / way / "trials" / name / "last.safetensors") for way in ("whole", "cut"))
+        assert all(torch.equal(a[key], b[key]) for key in a), "bit for bit as without the interruption"
+
+
+def test_the_budget_ends_a_search_in_time(digits, tmp_path, explore, small_space):
+    exploration = explore(small_space(digits, 500), digits, tmp_path)
+    assert exploration.run(budget=1.5)
+    assert exploration.solutions()[0].state in ("failed", "stopped")
+
+
+def test_same_options_are_not_trained_twice(digits, tmp_path, explore):
+    fixed = {
+        "policy": "fixed", "epochs": 1, "lr": 1e-3, "batch_size": 128, "decoder": False, "num_routing": 1,
+        "squash": "exact", "model_kwargs": {**SMALL, "share_weights": True, "keep_types": 2},
+    }  # fmt: skip
+    exploration = explore(Space("capsnet_tiny", digits, 1, fixed=fixed), digits, tmp_path)
+    assert exploration.run(budget=300)
+    assert len(exploration.solutions()) == 1
+
+
+def trainer_at(epoch, epochs, seconds, accuracy):
+    return Namespace(position=Namespace(epoch=epoch, total_seconds=seconds), policy=Namespace(epochs=epochs),
+                     best={"eval_top1": accuracy})  # fmt: skip
+
+
+def test_only_hopeless_trials_are_stopped(searched, solution):
+    exploration, _ = searched
+    history = [[1, 5.0, 0.5], [2, 10.0, 0.8], [3, 15.0, 0.85], [4, 20.0, 0.9]]
+    peers = [solution(n, 0.9, 20.0, 1000, history=history) for n in range(3)]
+
+    def why(epoch, seconds, accuracy, parameters=1000, peers=peers):
+        trial = Namespace(number=9, user_attrs={"parameters": parameters})
+        return why_stop(trial, trainer_at(epoch, 4, seconds, accuracy), peers, exploration.objectives)
+
+    assert why(2, 30.0, 0.7).startswith("could at best come near trial")
+    assert why(2, 30.0, 0.81) == "", "with the gain of 0.1 that others had from here it would be the most accurate"
+    assert why(2, 19.0, 0.7) == "", "it may still be the fastest"
+    assert why(2, 30.0, 0.7, parameters=999) == "", "it is the smallest"
+    assert why(2, 30.0, 0.7, peers=peers[:2]) == "", "two finished trials say too little"
+
+
+def test_a_study_of_other_rows_or_options_is_refused(digits, tmp_path, explore):
+    explore([Row("a", ROW)], digits, tmp_path / "study")
+    with pytest.raises(ExplorationError, match="was made with other options or rows"):
+        explore([Row("a", {**ROW, "epochs": 2})], digits, tmp_path / "study")
+    with pytest.raises(ExplorationError, match="was made for seeds 1, not 4"):
+        explore([Row("a", ROW)], digits, tmp_path / "study", seeds=4)
+
+
+def test_a_short_budget_stops_nothing_that_a_long_one_began(digits, tmp_path, explore, small_space):
+    def search(**kwargs):
+        return explore(small_space(digits, 40), digits, tmp_path / "study", trials=2, **kwargs)
+
+    steps = itertools.count()
+    assert not search().run(budget=4000, should_stop=lambda: next(steps) > 40)
+    again = search()
+    assert again.run(budget=300) and again.study.user_attrs["most_seconds"] == 1000
+    assert {s.state for s in again.solutions()} == {"complete", "failed"}, "failed: what was interrupted, and retried"
+    assert again.baseline().name == "baseline"

@@ -1,0 +1,220 @@
+"""Convolution by Fourier transforms against PyTorch's in float64, and where it is taken."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import capszoo
+from capszoo.kernels import fourier_conv
+from capszoo.kernels.fourier_conv import Plan, best_plan, chosen_plan, fourier_conv2d
+from capszoo.layers import ScaledConv2d
+
+
+def inputs(B, C, D, H, W, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, C, H, W), (D, C, k, k), (D,)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def with_gradients(function, *tensors, **kwargs):
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    y = function(*tensors, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, tensors, torch.linspace(0.5, 1, y.numel()).view(y.shape).to(y))]
+
+
+def error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(*(st.integers(1, n) for n in (4, 3, 4))),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    kernel=st.integers(2, 11),
+    stride=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, seed=0)
+@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, seed=0)
+@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, seed=0)
+def test_exact(sizes, height, width, kernel, stride, seed):
+    stride = min(stride, kernel - 1)
+    B, C, D = sizes
+    x, weight, bias = inputs(B, C, D, max(height, kernel), max(width, kernel), kernel, seed)
+    expected = with_gradients(functional.conv2d, x, weight, bias, stride=stride)
+    sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
+    plan = best_plan(*x.shape[2:], kernel, stride, C, D)
+    found = with_gradients(fourier_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
+    assert [t.shape for t in found] == [t.shape for t in expected]
+    for actual, wanted, size in zip(found, expected, sizes, strict=True):
+        assert (actual - wanted).norm() <= 1e-6 * size.norm()
+
+
+@pytest.mark.parametrize("size", [6, 7, 10, 13, 16])
+def test_any_size_of_maps(size):
+    x, weight, bias = inputs(2, 3, 4, 20, 23, 9)
+    expected = with_gradients(functional.conv2d, x, weight, bias, stride=2)
+    found = with_gradients(fourier_conv2d, *(t.float() for t in (x, weight, bias)), plan=Plan(9, 2, 20, 23, size))
+    assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_more_images_than_a_chunk(monkeypatch):
+    x, weight, bias = inputs(11, 2, 3, 12, 12, 5)
+    expected = with_gradients(functional.conv2d, x, weight, bias, stride=2)
+    monkeypatch.setattr(fourier_conv, "CHUNK", 4)
+    plan = best_plan(12, 12, 5, 2, 2, 3)
+    found = with_gradients(fourier_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
+    assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_counts_of_the_standard_convolution():
+    plan = best_plan(20, 20, 9, 2, 256, 256)
+    assert (plan.size, plan.tile, plan.tiles, plan.products) == (10, 6, (1, 1), 148)
+    direct, image, kernels = fourier_conv.multiplications(plan, 256, 256)
+    assert direct == 36 * 81 * 256 * 256 and image == 148 * (1024 * 256 + 100 * 1024 + 36 * 256)
+    assert kernels == 148 * 25 * 1024 * 256
+    assert fourier_conv.is_faster(plan, 128, 256, 256) and not fourier_conv.is_faster(plan, 16, 256, 256)
+
+
+def test_higher_derivatives_are_those_of_the_direct_convolution():
+    x, weight, _ = inputs(2, 2, 3, 9, 9, 5)
+
+    def penalty(function):
+        a, b = x.float().requires_grad_(), weight.float().requires_grad_()
+        gradients = torch.autograd.grad(function(a, b).square().sum(), (a, b), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b))
+
+    plan = best_plan(9, 9, 5, 2, 2, 3)
+    found = penalty(lambda a, b: fourier_conv2d(a, b, None, plan))
+    expected = penalty(lambda a, b: functional.conv2d(a, b, stride=2))
+    assert all(error(a, b) <= 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+def test_one_gradient_alone():
+    x, weight, bias = (t.float() for t in inputs(2, 2, 3, 9, 9, 5))
+    plan = best_plan(9, 9, 5, 2, 2, 3)
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+        (gradient,) = torch.autograd.grad(fourier_conv2d(x, weight, bias, plan).sum(), tensor)
+        (expected,) = torch.autograd.grad(functional.conv2d(x, weight, bias, stride=2).sum(), tensor)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+        tensor.requires_grad_(False)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The plans of the convolutions that went through Fourier transforms."""
+    plans = []
+    forward = fourier_conv._forward
+    monkeypatch.setattr(fourier_conv, "_forward", lambda plan, *rest: plans.append(plan) or forward(plan, *rest))
+    return plans
+
+
+def make_conv():
+    torch.manual_seed(0)
+    return ScaledConv2d(128, 128, 9, 2)
+
+
+def test_layer_takes_it_for_large_batches_alone(counted):
+    conv, x = make_conv(), torch.randn(60, 128, 20, 20)
+    found = conv(x)
+    assert len(counted) == 1
+    with capszoo.set_fourier_conv(False):
+        torch.testing.assert_close(found, conv(x), rtol=1e-4, atol=1e-5)
+    conv(x[:8])
+    conv.double()(x.double())
+    assert len(counted) == 1
+
+
+def test_layer_under_autocast(counted):
+    conv, x = make_conv(), torch.randn(60, 128, 20, 20)
+    expected = conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = conv(x)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+        halves = x.bfloat16()
+        assert conv(halves).dtype == torch.bfloat16
+    found.sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+    assert len(counted) == (1 if fourier_conv._has_matrix_units() else 3)
+
+
+def test_who_looks_on_sees_the_direct_convolution(counted):
+    conv, x = make_conv(), torch.randn(60, 128, 20, 20)
+    expected = conv(x).detach()
+    counted.clear()
+    traced = torch.jit.trace(conv, x, check_trace=False)
+    assert not counted
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(traced(x), expected, **close)
+    torch.testing.assert_close(torch.jit.script(conv)(x), expected, **close)
+    torch.testing.assert_close(torch.fx.symbolic_trace(conv)(x), expected, **close)
+    exported = torch.export.export(conv, (x,)).module()
+    torch.testing.assert_close(exported(x), expected, **close)
+    _, tangent = torch.func.jvp(conv, (x,), (x,))
+    assert tangent.shape == expected.shape
+    assert not counted
+
+
+def test_same_bits_again_and_in_another_thread():
+    conv, x = make_conv(), torch.randn(60, 128, 20, 20)
+    found = [with_gradients(conv, x)]
+    conv(torch.randn(70, 128, 20, 20))  # other numbers in the memory that is kept
+    found.append(with_gradients(conv, x))
+    thread = threading.Thread(target=lambda: found.append(with_gradients(conv, x)))
+    thread.start()
+    thread.join()
+    assert len(found) == 3
+    for again in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], again, strict=True))
+
+
+def test_weights_changed_before_the_backward_pass_are_noticed():
+    conv, x = make_conv(), torch.randn(60, 128, 20, 20, requires_grad=True)
+    weight = conv.weight.detach().clone().requires_grad_()
+    plan = chosen_plan(x, weight, 2)
+    y = fourier_conv2d(x, weight, None, plan)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "stride"),
+    [
+        (lambda x, w: (x[:8], w), 2),
+        (lambda x, w: (x.double(), w.double()), 2),
+        (lambda x, w: (x.half(), w), 2),
+        (lambda x, w: (x, w[..., :5]), 2),
+        (lambda x, w: (x[..., :8], w), 2),
+        (lambda x, w: (x[:0], w), 2),
+        (lambda x, w: (x, w[..., :2, :2]), 2),
+        (lambda x, w: (x.to("meta"), w.to("meta")), 2),
+    ],
+)
+def test_direct_where_it_does_not_fit(change, stride):
+    x, weight = torch.randn(60, 128, 20, 20), torch.randn(128, 128, 9, 9)
+    assert chosen_plan(x, weight, stride) is not None
+    assert chosen_plan(*change(x, weight), stride) is None
+
+
+def test_network_trains_alike():
+    torch.manual_seed(0)
+    model = capszoo.create_model("capsnet", conv_dim=128, num_types=16)
+    images = torch.rand(60, 1, 28, 28)
+    gradients = {}
+    for enable in (True, False):
+        again = copy.deepcopy(model)
+        with capszoo.set_fourier_conv(enable):
+            again(images).square().sum().backward()
+        gradients[enable] = [p.grad for p in again.parameters()]
+    for fourier, direct in zip(gradients[True], gradients[False], strict=True):
+        assert error(fourier, direct) <= 1e-4
