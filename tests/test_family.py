@@ -175,7 +175,7 @@ def test_validated_and_exported(weights, tmp_path, capsys):
 
 
 def test_pruning_is_refused_in_one_line(weights, tmp_path):
-    with pytest.raises(ValueError, match="^OutsideCaps cannot be pruned: .*$"):
+    with pytest.raises(ValueError, match="^outside_caps cannot be pruned: .*$"):
         prune.main([weights, "--keep", "types=0.5", "--device", "cpu", "--output", str(tmp_path / "pruned")])
 
 

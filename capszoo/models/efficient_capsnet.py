@@ -16,7 +16,9 @@ from timm.layers import to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from capszoo.arguments import SearchedArgument
 from capszoo.layers import Decoder, SelfAttentionRouting, capsule_lengths, exponential_squash
+from capszoo.layers.self_attention import COUPLINGS
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -226,15 +228,10 @@ class EfficientCapsNet(nn.Module):
         return self.primary_caps.to_capsules(features)
 
     @torch.jit.ignore
-    def search_space(self) -> dict[str, tuple[Any, ...]]:
-        """Keywords that a search may vary and their values, the unreduced one first."""
-        units = self._arguments["decoder_dims"]
-        return {
-            "couplings": ("attention", "uniform"),
-            "decoder": (True, False),
-            "small_decoder": (False, True),
-            "decoder_dims": tuple([max(1, int(width * n)) for n in units] for width in (1.0, 0.5, 0.25)),
-        }
+    def search_space(self) -> list[SearchedArgument]:
+        """What a search may vary: the couplings and the decoder."""
+        decoder = _builder.searched_decoder(self._arguments["decoder_dims"])
+        return [SearchedArgument("couplings", list(COUPLINGS)), *decoder]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
