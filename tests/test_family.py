@@ -187,3 +187,14 @@ def test_explored(tmp_path):
 def test_benchmark_measures_dynamic_routing_alone():
     with pytest.raises(UsageError, match="^model 'outside_caps' has no routing to measure: .*$"):
         benchmark.main(["--models", NAME, "--device", "cpu", "--amp", "none"])
+
+
+def test_a_loss_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(OutsideCaps, "default_criterion", lambda self: nn.CrossEntropyLoss(), raising=False)
+    argv = ["--model", NAME, "--device", "cpu", "--amp", "none", "--epochs", "1", "--quiet"]
+    with pytest.raises(UsageError, match="^--m-plus 0.8 is for the margin loss, and 'outside_caps' trains on its own"):
+        train.main([*argv, "--m-plus", "0.8", "--output", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()
+    assert train.main([*argv, "--output", str(tmp_path / "run")]) == 0
+    loss = json.loads((tmp_path / "run/result.json").read_text())["test_margin_loss"]
+    assert 1.46 < loss < 2.4, "the cross-entropy of scores from 0 to 1, which the margin loss never reaches"
