@@ -34,7 +34,7 @@ from capszoo.opening import open_model
 from capszoo.registry import model_header, model_keywords
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
-COMPUTING = ("num_routing", "routing", "squash", "keep_capsules")
+COMPUTING = ("num_routing", "routing", "couplings", "squash", "keep_capsules")
 # Options that say where and how fast a run is computed, and not what comes out.
 NOT_IN_RECIPE = {"data_dir", "device", "download", "workers", "quiet", "tensorboard", "save_every", "cuda_graphs"}
 # Recipes that train, and leave an args.yaml.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import capszoo
+from capszoo.engine.batch_norm import has_batch_norm
 from capszoo.engine.task import CapsuleTask
 from capszoo.kernels import dynamic_routing, reference, squash
 from capszoo.layers import set_fused_routing, use_fused_routing
@@ -60,6 +61,11 @@ def make_batches(model, count):
     ]
 
 
+def beyond_float16(model):
+    """Batches whose gradients float16 cannot hold; BatchNorm multiplies those of constant maps by 1 / sqrt(eps)."""
+    return BEYOND_FLOAT16 + (("zeros", "ones", "tiny") if has_batch_norm(model) else ())
+
+
 def all_finite(tensors):
     return all(bool(t.isfinite().all()) for t in tensors)
 
@@ -78,8 +84,8 @@ def train(model, precision, steps, count=4, dtype=torch.float32):
         cycle, kind = divmod(step, len(batches))
         kind, images, labels = batches[kind]
         where = f"step {step}, {kind}, scale {scaler.get_scale()}"
-        may_overflow = precision == "float16" and kind in BEYOND_FLOAT16
-        if may_overflow and cycle >= 5:
+        may_overflow = precision == "float16" and kind in beyond_float16(model)
+        if may_overflow and cycle >= 10 // len(beyond_float16(model)):
             continue
         optimizer.zero_grad()
         # It raises an error at the first NaN of a backward pass. The stacks that it keeps take longer than the rest.
@@ -99,7 +105,9 @@ def train(model, precision, steps, count=4, dtype=torch.float32):
         assert (scaler.get_scale() < scale) == (not finite), where
         assert all_finite(params), where
     assert scaler.get_scale() >= 1
-    assert all(not torch.equal(*pair) for pair in zip(params, before, strict=True))
+    for (key, param), other in zip(model.named_parameters(), before, strict=True):
+        # In bfloat16 no step of 0.001 leads away from BatchNorm's weights of 1.
+        assert not torch.equal(param, other) or (dtype == torch.bfloat16 and key.endswith("norm.weight")), key
 
 
 @pytest.mark.parametrize("precision", AUTOCAST)
@@ -144,6 +152,8 @@ def test_passes_with_float16_weights(name):
     model = make_model(name, small=True).half()
     task = CapsuleTask(model, verbose=False)
     for kind, images, labels in make_batches(model, 4):
+        if has_batch_norm(model) and kind in beyond_float16(model):
+            continue
         model.zero_grad()
         with torch.autograd.set_detect_anomaly(True):
             loss = task(images.half(), labels)["loss"]

@@ -6,6 +6,7 @@ from .decoder import Decoder
 from .functional import capsule_lengths, dynamic_routing, squash
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
+from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
 
 __all__ = [
     "ClassCaps",
@@ -13,12 +14,15 @@ __all__ = [
     "DynamicRouting",
     "PrimaryCaps",
     "ScaledConv2d",
+    "SelfAttentionRouting",
     "capsule_lengths",
     "create_routing",
     "dynamic_routing",
+    "exponential_squash",
     "fan_in_scale",
     "fold_scales",
     "list_routings",
+    "self_attention_routing",
     "set_fourier_conv",
     "set_fused_routing",
     "squash",

@@ -2,5 +2,6 @@
 
 from .capsnet import CapsNet
 from .cnn_baseline import CNNBaseline
+from .efficient_capsnet import EfficientCapsNet
 
-__all__ = ["CNNBaseline", "CapsNet"]
+__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet"]

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, select_caps, unfold_scales
+from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
-
-from . import _builder
 
 __all__ = ["CapsNet"]
 

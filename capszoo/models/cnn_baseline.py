@@ -16,9 +16,8 @@ from timm.layers import _assert, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
-
-from . import _builder
 
 __all__ = ["CNNBaseline"]
 

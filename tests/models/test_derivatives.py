@@ -13,7 +13,8 @@ every_model = pytest.mark.parametrize("name", capszoo.list_models())
 
 def small(name):
     torch.manual_seed(0)
-    return timm.create_model(name, conv_dim=8, img_size=18, num_classes=4, dtype=torch.float64).eval()
+    sizes = {"conv_dims": (4, 5, 6)} if name == "efficient_capsnet" else {"conv_dim": 8}
+    return timm.create_model(name, **sizes, img_size=18, num_classes=4, dtype=torch.float64).eval()
 
 
 def images():

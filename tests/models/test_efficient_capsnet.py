@@ -1,0 +1,231 @@
+"""Efficient-CapsNet: the paper's numbers, both contracts, the ways out of eager PyTorch, weights, training."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import create_feature_extractor
+from timm.models import group_parameters
+from timm.utils.onnx import onnx_export
+
+import capszoo
+from capszoo.engine import evaluate
+from capszoo.engine.task import CapsuleTask
+from capszoo.engine.watch import measure_saturation
+from capszoo.models import EfficientCapsNet
+from capszoo.prune import prune
+from capszoo.recipes import export, train, validate
+from capszoo.testing import check_model
+
+NAME = "efficient_capsnet"
+SMALL = dict(conv_dims=[4, 5, 6], num_types=3, caps_dim=4, class_dim=5, img_size=13)
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(NAME, **{**SMALL, **kwargs})
+
+
+def images(batch_size=2, in_chans=1, size=(13, 13)):
+    return torch.rand(batch_size, in_chans, *size, generator=torch.Generator().manual_seed(1))
+
+
+def test_parameters_of_the_paper():
+    model = capszoo.create_model(NAME)
+    parts = {"conv1": 832 + 64, "conv2": 18_496 + 128, "conv3": 36_928 + 128, "conv4": 73_856 + 256}
+    parts |= {"primary_caps": 10_496, "class_caps": 20_640}
+    assert {key: sum(p.numel() for p in module.parameters()) for key, module in model.named_children()} == parts
+    assert capszoo.model_info(NAME).parameters == sum(parts.values()) == 161_824
+    assert model.class_caps.weight.shape == (16, 8, 10, 16) and model.class_caps.bias.shape == (16, 10)
+    decoder = capszoo.model_info(NAME, decoder=True).parameters - 161_824
+    assert decoder == 161 * 512 + 513 * 1024 + 1025 * 784
+
+
+def test_features():
+    model = capszoo.create_model(NAME).eval()
+    assert isinstance(model, EfficientCapsNet)
+    cfg, x = model.pretrained_cfg, images(size=(28, 28))
+    assert cfg["pool_size"] == (1, 1) and cfg["paper_ids"] == "arXiv:2101.12491" and "published" in cfg["notes"][0]
+    features = model.forward_features(x)
+    assert features.shape == (2, 128, 1, 1) and model.conv4(model.conv3(model.conv2(model.conv1(x)))).shape[2:] == (
+        9,
+        9,
+    )
+    capsules = model.primary_capsules(features)
+    assert capsules.shape == (2, 16, 8) and torch.equal(capsules.flatten(1), features.flatten(1))
+    assert (capsules.norm(dim=2) < 1).all()
+    classes, scores = model.forward_capsules(x)
+    assert classes.shape == (2, 10, 16)
+    torch.testing.assert_close(scores, classes.norm(dim=2))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(decoder=True, decoder_dims=[6, 7]),
+        dict(decoder=True, small_decoder=True, num_classes=3),
+        dict(couplings="uniform", in_chans=3),
+        dict(img_size=(11, 14), num_classes=1),
+    ],
+    ids=str,
+)
+def test_contract(kwargs):
+    check_model(NAME, **{**SMALL, **kwargs})
+
+
+@pytest.mark.parametrize("size", [(11, 11), (28, 32), (64, 64)])
+def test_any_size(size):
+    model = small(img_size=size).eval()
+    assert model(images(size=size)).shape == (2, 10) and model.forward_features(images(size=size)).shape == (
+        2,
+        12,
+        1,
+        1,
+    )
+    with pytest.raises(AssertionError, match="class capsules of 3 capsules got .*: make the model for this img_size"):
+        model(images(size=(size[0] + 4, size[1] + 4)))
+
+
+ERRORS = {
+    "img_size=10x28 is too small: the four convolutions need 11 pixels each way": dict(img_size=(10, 28)),
+    "conv_dims=.* is not possible: give three numbers": dict(conv_dims=[4, 5, 0]),
+    "num_types=0 is not possible": dict(num_types=0),
+    "decoder_dims=.* is not possible": dict(decoder_dims=[0, 5]),
+    "drop_rate=2.0 is not possible": dict(drop_rate=2.0),
+    "num_classes=-1 is not possible": dict(num_classes=-1),
+    "capsules are not pooled": dict(global_pool="avg"),
+    "unknown couplings 'even'. Known: attention, uniform": dict(couplings="even"),
+    "unknown keyword 'num_routing' for model 'efficient_capsnet'": dict(num_routing=3),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    with pytest.raises(ValueError, match=message) as caught:
+        capszoo.create_model(NAME, **{**SMALL, **ERRORS[message]})
+    assert "\n" not in str(caught.value)
+
+
+def test_pruning_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="^(EfficientCapsNet|efficient_capsnet) cannot be pruned: .*$"):
+        prune(small(), {"types": 2})
+    assert not hasattr(small(), "prunable_parts")
+
+
+def test_search_space():
+    model = small(decoder_dims=[6, 9])
+    for argument in model.search_space():
+        key, values = argument.keyword, argument.values
+        values = list(values.values() if isinstance(values, dict) else values)
+        assert values[0] == (True if key == "decoder" else model.arguments()[key]), "the unreduced comes first"
+        for value in values:
+            capszoo.create_model(NAME, device="meta", **{**SMALL, key: value})
+
+
+def test_levels():
+    model = small().eval()
+    final, levels = model.forward_intermediates(images())
+    assert torch.equal(final, model.forward_features(images())) and torch.equal(levels[2], final)
+    assert [level.shape[1:] for level in levels] == [(12, 2, 2), (12, 1, 1), (12, 1, 1)]
+    assert torch.equal(levels[2], model.primary_caps.squash(levels[1]))
+    extractor = small(features_only=True, out_indices=(0, 2)).eval()
+    assert all(torch.equal(a, levels[i]) for a, i in zip(extractor(images()), (0, 2), strict=True))
+    assert model.prune_intermediate_layers(1, prune_norm=True) == [2]
+    assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
+    assert torch.equal(model.forward_features(images()), levels[1])
+    assert model.prune_intermediate_layers([0]) == [0] and torch.equal(model(images()), levels[0])
+
+
+def test_grad_checkpointing_counts_a_batch_once():
+    results = []
+    for enable in (False, True):
+        model = small().train()
+        model.set_grad_checkpointing(enable)
+        model(images()).square().sum().backward()
+        results.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_parameter_groups():
+    model = small()
+    groups = group_parameters(model, model.group_matcher())
+    assert len(groups) >= 3 and model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("couplings", ["attention", "uniform"])
+def test_ways_out(couplings, tmp_path):
+    model = small(couplings=couplings).eval()
+    expected = model(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(torch.jit.script(model)(images()), expected)
+        assert torch.equal(torch.export.export(model, (images(),)).module()(images()), expected)
+        assert torch.equal(torch.fx.symbolic_trace(model)(images()), expected)
+        out = create_feature_extractor(model, {"class_caps": "capsules"})(images())["capsules"]
+        assert torch.equal(out, model.forward_capsules(images())[0])
+        onnx_export(model, str(tmp_path / "model.onnx"), example_input=images(), check=False)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_pretrained_of_other_shapes(tmp_path):
+    source = small(decoder=True)
+    path = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), path)
+    overlay = dict(file=str(path), input_size=(1, 13, 13))
+    kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    model = small(**kwargs)
+    assert torch.equal(model.eval()(images()), source.eval()(images())) and model.decoder is None
+    for other in (dict(num_classes=4), dict(in_chans=3), dict(img_size=20), dict(decoder=True, num_classes=4)):
+        model = small(**kwargs, **other)
+        assert torch.equal(model.conv2.conv.weight, source.conv2.conv.weight), "what fits is kept"
+        assert torch.equal(model.conv4.norm.running_var, source.conv4.norm.running_var)
+    with pytest.raises(ValueError, match="these weights do not fit 'efficient_capsnet': 'conv2.conv.weight' has shape"):
+        small(**kwargs, conv_dims=[4, 7, 6])
+
+
+def test_saturation_is_seen():
+    model = small().eval()
+    assert measure_saturation(model, images(4)).saturated == 0
+    with torch.no_grad():
+        model.primary_caps.conv.bias.fill_(100)
+    assert measure_saturation(model, images(4)).saturated == 1
+
+
+def test_task_trains():
+    torch.manual_seed(0)
+    model = small(decoder=True, num_classes=3)
+    task, x, target = CapsuleTask(model, verbose=False), images(12), torch.arange(12) % 3
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = task(x, target)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 3
+    assert evaluate(task, [(x, target)]).reconstruction_error > 0
+
+
+def test_recipes(tmp_path, capsys):
+    folder = tmp_path / "run"
+    argv = ["--model", NAME, "--device", "cpu", "--amp", "none", "--epochs", "2", "--batch-size", "64", "--quiet"]
+    assert train.main([*argv, "--model-kwargs", "couplings=uniform", "--output", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["test_top1"] > 0.5
+    weights = str(folder / "best.safetensors")
+    assert capszoo.load_model(weights).arguments()["couplings"] == "uniform"
+    capsys.readouterr()
+    assert validate.main([weights, "--device", "cpu"]) == 0
+    assert "reconstruction error" in capsys.readouterr().out
+    assert export.main(["hub", weights, "--output", str(tmp_path / "hub")]) == 0
+    model = capszoo.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    x = images(size=tuple(model.img_size))
+    assert torch.equal(model(x), capszoo.load_model(weights).eval()(x))
