@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from .contract import HasCapsules, HasCriterion, HasPrimaryCapsules, decoder_of
+from .contract import Explorable, HasCapsules, HasCriterion, HasPrimaryCapsules, decoder_of
 from .engine.task import CapsuleTask
-from .registry import create_model, family_of, list_models, load_model, save_model
+from .registry import check_arguments, create_model, family_of, list_models, load_model, save_model
 
 __all__ = ["check_model"]
 
@@ -46,6 +47,7 @@ def check_model(name: str, **kwargs: Any) -> None:
         images = torch.rand(_BATCH, model.in_chans, *model.img_size)
         _check_registration(name, model)
         _check_arguments(name, model, kwargs)
+        _check_space(name, model)
         model.eval()
         with torch.no_grad():
             _check_scores(model, images)
@@ -91,6 +93,16 @@ def _check_arguments(name: str, model: nn.Module, kwargs: dict[str, Any]) -> Non
         given = json.loads(json.dumps(kwargs[key]))
         kept = arguments[key] if isinstance(given, list) or not isinstance(arguments[key], list) else arguments[key][0]
         _check(given is None or kept == given, f"arguments() have {key}={arguments[key]!r}, given was {given!r}")
+
+
+def _check_space(name: str, model: nn.Module) -> None:
+    for argument in model.search_space() if isinstance(model, Explorable) else ():
+        values = argument.values.values() if isinstance(argument.values, Mapping) else argument.values
+        for value in values:
+            try:
+                check_arguments(name, {argument.keyword: value})
+            except ValueError as error:
+                raise AssertionError(f"search_space() has a value that the model does not take: {error}") from None
 
 
 def _check_scores(model: nn.Module, images: Tensor) -> None:

@@ -8,6 +8,7 @@ from timm.models import _registry, generate_default_cfgs, register_model
 from torch import nn
 
 import capszoo
+from capszoo.arguments import SearchedArgument
 from capszoo.contract import (
     CapsuleModel,
     Explorable,
@@ -93,6 +94,7 @@ FAULTS = {
     "forward": (lambda self, x: self.forward_head(self.forward_features(x)) / 2, r"is not forward\(x\)"),
     "capsule_layers": (lambda self: {"fc": self.conv1}, "'fc', which is not the module of that name"),
     "auxiliary_modules": (lambda self: {"fc": self.fc}, "forward\\(x\\) uses 'fc.weight' of an auxiliary module"),
+    "search_space": (lambda self: [SearchedArgument("conv_dim", ["8"])], "search_space.. has .*: conv_dim='8' is not"),
     "get_classifier": (lambda self: self.conv1, "not the module that pretrained_cfg names"),
 }
 

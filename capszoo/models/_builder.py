@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from capszoo.arguments import SearchedArgument
 from capszoo.layers import capsule_lengths
 from capszoo.pretrained import check_source
 
@@ -32,6 +33,7 @@ __all__ = [
     "reconstruct",
     "replace_head",
     "reset_classifier",
+    "searched_decoder",
     "set_grad_checkpointing",
     "trained_otherwise",
 ]
@@ -270,6 +272,16 @@ def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None
         check_pool(global_pool, self._pooled)
         self.global_pool = global_pool
     replace_head(self, self._heads, lambda **dd: self._build_head(num_classes, **dd))
+
+
+def searched_decoder(decoder_dims: Sequence[int]) -> list[SearchedArgument]:
+    """What a search may vary of a decoder: whether there is one, what it takes, and its widths."""
+    widths = {width: [max(1, int(width * units)) for units in decoder_dims] for width in (1.0, 0.5, 0.25)}
+    return [
+        SearchedArgument("decoder", [True, False]),
+        SearchedArgument("small_decoder", [False, True], needs="decoder"),
+        SearchedArgument("decoder_dims", widths, name="decoder_width", needs="decoder"),
+    ]
 
 
 def trained_otherwise(model: nn.Module) -> tuple[bool, bool, bool]:

@@ -256,17 +256,11 @@ class CapsNet(nn.Module):
 
     @torch.jit.ignore
     def prunable_parts(self) -> dict[str, int | tuple[int, int]]:
-        """How many there are of each part that `capszoo.prune` removes; none without class capsules.
-
-        'conv1' counts filters, 'types' and 'capsules' primary capsules, and 'decoder' the units of its hidden layers.
-        """
+        """How many filters, types, capsules and decoder units there are to prune; none without class capsules."""
         if not isinstance(self.class_caps, ClassCaps):
             return {}
-        parts: dict[str, int | tuple[int, int]] = {
-            "conv1": self.conv1.out_channels,
-            "types": self.primary_caps.num_types,
-            "capsules": len(self.keep_capsules) or self.num_primary,
-        }
+        types, capsules = self.primary_caps.num_types, len(self.keep_capsules) or self.num_primary
+        parts: dict[str, int | tuple[int, int]] = dict(conv1=self.conv1.out_channels, types=types, capsules=capsules)
         if self.decoder is not None:
             parts["decoder"] = (self.decoder.fc1.out_features, self.decoder.fc2.out_features)
         return parts
@@ -275,13 +269,9 @@ class CapsNet(nn.Module):
     def search_space(self) -> list[SearchedArgument]:
         """The reductions of FasTrCaps (section V), and what else makes the network smaller or faster."""
         types = {share: max(1, round(share * self.primary_caps.num_types)) for share in (0.75, 0.5, 0.25)}
-        dims = self._arguments["decoder_dims"]
-        widths = {width: [max(1, int(width * units)) for units in dims] for width in (1.0, 0.5, 0.25)}
         return [
             SearchedArgument("share_weights", [False, True]),
-            SearchedArgument("decoder", [True, False]),
-            SearchedArgument("small_decoder", [False, True], needs="decoder"),
-            SearchedArgument("decoder_dims", widths, name="decoder_width", needs="decoder"),
+            *_builder.searched_decoder(self._arguments["decoder_dims"]),
             SearchedArgument("keep_types", {1.0: None, **types}, name="types"),
             SearchedArgument("num_routing", range(1, 5), first=3),
             SearchedArgument("squash", ["exact", "approx"]),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import Decoder, SelfAttentionRouting, capsule_lengths, exponential_squash
+from capszoo.layers.self_attention import COUPLINGS
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -228,15 +229,9 @@ class EfficientCapsNet(nn.Module):
 
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:
-        """What routing and reconstruction cost."""
-        dims = self._arguments["decoder_dims"]
-        widths = {width: [max(1, int(width * units)) for units in dims] for width in (1.0, 0.5, 0.25)}
-        return [
-            SearchedArgument("couplings", ["attention", "uniform"]),
-            SearchedArgument("decoder", [True, False]),
-            SearchedArgument("small_decoder", [False, True], needs="decoder"),
-            SearchedArgument("decoder_dims", widths, name="decoder_width", needs="decoder"),
-        ]
+        """What a search may vary: the couplings and the decoder."""
+        decoder = _builder.searched_decoder(self._arguments["decoder_dims"])
+        return [SearchedArgument("couplings", list(COUPLINGS)), *decoder]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -127,6 +127,12 @@ class Outsider(nn.Module):
     def arguments(self):
         return self.sizes
 
+    def auxiliary_modules(self):
+        return {}
+
+    def capsule_layers(self):
+        return {}
+
 
 class Searchable(Outsider):
     def search_space(self):
