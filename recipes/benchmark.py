@@ -92,8 +92,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             routing_shape(name)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        except AttributeError:
-            raise UsageError(f"model {name!r} has no routing to measure: choose one of capsnet*") from None
     return args
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from capszoo.errors import UsageError
 from capszoo.kernels import dynamic_routing
+from capszoo.layers import ClassCaps
 from capszoo.registry import create_model
 
 __all__ = [
@@ -95,8 +97,14 @@ def routing_function(variant: str) -> Callable:
 
 
 def routing_shape(name: str) -> tuple[int, ...]:
-    """I, T, K, J, D of a model."""
-    caps = create_model(name, device="meta").class_caps
+    """I, T, K, J, D of a model.
+
+    Raises:
+        UsageError: If its class capsules are not reached by dynamic routing, which alone has other forms to compare.
+    """
+    caps = getattr(create_model(name, device="meta"), "class_caps", None)
+    if not isinstance(caps, ClassCaps):
+        raise UsageError(f"model {name!r} has no routing to measure: choose one of capsnet*")
     return caps.num_capsules, *caps.weight.shape
 
 

@@ -16,9 +16,10 @@ import capszoo
 from capszoo.engine import evaluate
 from capszoo.engine.task import CapsuleTask
 from capszoo.engine.watch import measure_saturation
+from capszoo.errors import UsageError
 from capszoo.models import EfficientCapsNet
 from capszoo.prune import prune
-from capszoo.recipes import export, train, validate
+from capszoo.recipes import benchmark, export, train, validate
 from capszoo.testing import check_model
 
 NAME = "efficient_capsnet"
@@ -114,6 +115,11 @@ def test_pruning_is_refused_in_one_line():
     with pytest.raises(ValueError, match="^efficient_capsnet cannot be pruned: .*$"):
         prune(small(), {"types": 2})
     assert not hasattr(small(), "prunable_parts")
+
+
+def test_benchmark_measures_dynamic_routing_alone():
+    with pytest.raises(UsageError, match="^model 'efficient_capsnet' has no routing to measure: .*$"):
+        benchmark.main(["--models", NAME, "--device", "cpu", "--amp", "none"])
 
 
 def test_search_space():
