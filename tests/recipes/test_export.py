@@ -304,7 +304,7 @@ def test_hub_of_a_lone_file(export, make_run, tmp_path):
     export("hub", file, "--output", tmp_path / "out")
     front, text = front_matter(tmp_path / "out")
     assert "model-index" not in front and "Recipe" not in text and "Test top-1" not in text
-    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).decoder is None
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).capsule_layers() == {}
 
 
 def test_hub_of_a_file_whose_facts_are_null(export, make_run, tmp_path):
