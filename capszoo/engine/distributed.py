@@ -8,6 +8,7 @@ this zoo have some million parameters: sharding them (FSDP) would save nothing.
 
 import gc
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -240,7 +241,8 @@ def leave_ranks() -> None:
     _store = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.exc_info()[0] is None:
         # The threads of gloo end with the last reference to the group. A trainer, a cycle, holds one in its
         # DistributedDataParallel; threads that still free tensors when the interpreter ends would abort the process.
+        # An error on its way holds the trainer by its traceback, and torchrun may not wait until it is printed.
         gc.collect()

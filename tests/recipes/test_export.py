@@ -14,7 +14,6 @@ import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, save_tensors, save_weights
 from capszoo.command_line import run
-from capszoo.contract import decoder_of
 from capszoo.errors import UsageError
 
 CARD = {
@@ -269,7 +268,7 @@ def test_hub_folder(export, make_run, weights_dir, tmp_path, of):
         assert torch.equal(model(x), source(x)) and torch.equal(model.reconstruct(x), source.reconstruct(x))
         assert model.pretrained_cfg["label_names"][3] == "class 3" and model.conv1.weight.dtype == torch.float32
         plain = create(f"local-dir:{folder}", pretrained=True, decoder=False, num_classes=4)
-        assert plain(x).shape == (2, 4) and decoder_of(plain) is None
+        assert plain(x).shape == (2, 4) and plain.decoder is None
 
     front, text = front_matter(folder)
     assert front["library_name"] == "timm" and front["license"] == "mit" and front["metrics"] == ["accuracy"]
@@ -305,7 +304,7 @@ def test_hub_of_a_lone_file(export, make_run, tmp_path):
     export("hub", file, "--output", tmp_path / "out")
     front, text = front_matter(tmp_path / "out")
     assert "model-index" not in front and "Recipe" not in text and "Test top-1" not in text
-    assert decoder_of(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)) is None
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).capsule_layers() == {}
 
 
 def test_hub_of_a_file_whose_facts_are_null(export, make_run, tmp_path):
