@@ -184,9 +184,15 @@ def test_explored(tmp_path):
     assert explore.main([*argv, "--output", str(tmp_path / "study")]) == 0
 
 
-def test_benchmark_measures_dynamic_routing_alone():
+def test_benchmarked(tmp_path):
+    argv = ["--models", NAME, "--batch-sizes", "2", "--rounds", "1", "--device", "cpu", "--amp", "none"]
+    assert benchmark.main([*argv, "--output", str(tmp_path / "times.csv")]) == 0
+    with open(tmp_path / "times.csv", newline="") as file:
+        rows = [(row["subject"], row["variant"], float(row["median_ms"]) > 0) for row in csv.DictReader(file)]
+    wanted = [(subject, variant) for subject in ("training step", "inference") for variant in ("fused", "direct")]
+    assert sorted(rows) == sorted((*pair, True) for pair in wanted)
     with pytest.raises(UsageError, match="^model 'outside_caps' has no routing to measure: .*$"):
-        benchmark.main(["--models", NAME, "--device", "cpu", "--amp", "none"])
+        benchmark.main([*argv, "--subjects", "routing"])
 
 
 def test_a_loss_of_its_own(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import torch
 
 from . import steps
 from .measuring import PRECISIONS, Group
-from .variants import routing_shape
+from .variants import routes_dynamically, routing_shape
 
 SUBJECTS = ("routing", "training", "inference", "layer", "large", "epoch")
+OF_ROUTING = ("routing", "routing in other ways", "layer")
 LARGE = (4608, 4608, 8, 100, 16)  # I, T, K, J, D
 
 
@@ -84,7 +85,13 @@ def make_groups(subject: str, name: str, batch_size: int, scope: Scope, precisio
         facts = {"subject": subject, "model": name, "layer": layer, "batch_size": batch_size, "precision": precision}
         return Group(facts, {v: partial(make, v, batch_size, device) for v in variants}, graph)
 
-    if subject == "routing":
+    if subject in ("training", "inference") and not routes_dynamically(name):
+        step = steps.training_step if subject == "training" else steps.inference_step
+        kind = "training step" if subject == "training" else subject
+        yield group(kind, mode, partial(step, name, amp), ["fused", *direct])
+    elif subject in OF_ROUTING and not routes_dynamically(name):
+        return
+    elif subject == "routing":
         make = partial(steps.routing_step, routing_shape(name), torch.float32)
         yield group(subject, "float32", make, ["fused", "plain", *compiled])
     elif subject == "large":

@@ -9,7 +9,7 @@ from capszoo.engine.task import CapsuleTask
 from capszoo.layers import capsule_lengths, set_fourier_conv
 from capszoo.losses import reconstruction_loss
 from capszoo.precision import autocast
-from capszoo.registry import create_model
+from capszoo.registry import create_model, model_keywords
 
 from .variants import VARIANTS, Routing, plain_bytes, require_memory, routing_function, routing_shape
 
@@ -20,10 +20,12 @@ def make_model(
     name: str, variant: str, batch_size: int, device: torch.device, decoder: bool = True
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A model with the routing of a variant, images and labels."""
-    require_memory(variant, plain_bytes(batch_size, routing_shape(name), backward=decoder), device)
+    if VARIANTS[variant].routing == "plain":
+        require_memory(variant, plain_bytes(batch_size, routing_shape(name), backward=decoder), device)
     torch.manual_seed(0)
     layout = torch.channels_last if VARIANTS[variant].channels_last else torch.contiguous_format
-    model = create_model(name, decoder=decoder).to(device, memory_format=layout)
+    kwargs = {"decoder": decoder} if "decoder" in model_keywords(name) else {}
+    model = create_model(name, **kwargs).to(device, memory_format=layout)
     if VARIANTS[variant].routing != "fused":
         model.class_caps.routing = Routing(routing_function(variant))
     images = torch.rand(batch_size, model.in_chans, *model.img_size, device=device)

@@ -18,6 +18,7 @@ __all__ = [
     "plain_dynamic_routing",
     "require_memory",
     "routing_function",
+    "routes_dynamically",
     "routing_shape",
 ]
 
@@ -96,11 +97,16 @@ def routing_function(variant: str) -> Callable:
     return {"fused": dynamic_routing, "plain": plain_dynamic_routing, "none": no_routing}[routing]
 
 
+def routes_dynamically(name: str) -> bool:
+    """Whether a model's class capsules are reached by dynamic routing, which alone has other forms to compare."""
+    return isinstance(getattr(create_model(name, device="meta"), "class_caps", None), ClassCaps)
+
+
 def routing_shape(name: str) -> tuple[int, ...]:
     """I, T, K, J, D of a model.
 
     Raises:
-        UsageError: If its class capsules are not reached by dynamic routing, which alone has other forms to compare.
+        UsageError: If it has no dynamic routing.
     """
     caps = getattr(create_model(name, device="meta"), "class_caps", None)
     if not isinstance(caps, ClassCaps):
