@@ -42,8 +42,8 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     """Turn the name of a precision into the type that autocast takes, None for float32.
 
     Args:
-        amp: 'auto' (bfloat16 where the processor computes in it, float16 on older CUDA devices, else float32),
-            'none', 'bf16' or 'fp16'.
+        amp: 'auto' (bfloat16 on GPUs that compute in it and on CPUs with matrix units for it, float16 on older GPUs,
+            else float32), 'none', 'bf16' or 'fp16'.
         device: Where the model runs.
 
     Raises:
@@ -52,9 +52,9 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        # Without hardware for it, bfloat16 is emulated and slower than float32.
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else None
+        # With vector instructions alone (avx512_bf16) it is slower than float32, see recipes/results/precision-cpu.csv.
+        has_matrix_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_matrix_units else None
     if amp not in _AMP_TYPES:
         raise TrainingError(f"unknown precision amp={amp!r}. Known: auto, {', '.join(_AMP_TYPES)}")
     if amp == "fp16" and device.type == "cpu":
