@@ -18,7 +18,9 @@ from capszoo.layers import capsule_lengths
 from capszoo.pretrained import check_source
 
 __all__ = [
+    "auxiliary_modules",
     "build_model",
+    "capsule_layers",
     "check_capsules",
     "check_decoder_dims",
     "check_drop_rate",
@@ -28,7 +30,9 @@ __all__ = [
     "digits_cfg",
     "forward_capsules",
     "forward_intermediates",
+    "get_classifier",
     "given_arguments",
+    "no_weight_decay",
     "prune_intermediate_layers",
     "reconstruct",
     "replace_head",
@@ -240,6 +244,30 @@ def reconstruct(self: Any, x: Tensor, target: Tensor | None = None) -> Tensor:
     if target is None:
         target = scores.argmax(dim=1)
     return self.decoder(capsules, target)
+
+
+@torch.jit.ignore
+def auxiliary_modules(self: Any) -> dict[str, nn.Module | None]:
+    """Modules that only training uses: the decoder; a method of models with a `decoder`, which may be None."""
+    return {"decoder": self.decoder}
+
+
+@torch.jit.ignore
+def capsule_layers(self: Any) -> dict[str, nn.Module]:
+    """Layers that route; a method of models whose one such layer is `class_caps`, as are the next two."""
+    return {"class_caps": self.class_caps} if self.num_classes else {}
+
+
+@torch.jit.ignore
+def no_weight_decay(self: Any) -> set[str]:
+    """Parameters that weight decay leaves out."""
+    return {"class_caps.bias"}
+
+
+@torch.jit.ignore
+def get_classifier(self: Any) -> nn.Module:
+    """The class capsules."""
+    return self.class_caps
 
 
 def replace_head(model: nn.Module, names: Iterable[str], build: Callable[..., None]) -> None:

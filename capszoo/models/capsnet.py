@@ -227,6 +227,10 @@ class CapsNet(nn.Module):
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
     reconstruct = _builder.reconstruct
+    auxiliary_modules = _builder.auxiliary_modules
+    capsule_layers = _builder.capsule_layers
+    no_weight_decay = _builder.no_weight_decay
+    get_classifier = _builder.get_classifier
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
@@ -238,16 +242,6 @@ class CapsNet(nn.Module):
             "keep_capsules": list(self.keep_capsules) or None,
             "drop_rate": self.drop_rate,
         }
-
-    @torch.jit.ignore
-    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
-        """Modules that only training uses: the decoder."""
-        return {"decoder": self.decoder}
-
-    @torch.jit.ignore
-    def capsule_layers(self) -> dict[str, nn.Module]:
-        """Layers that route: the class capsules."""
-        return {"class_caps": self.class_caps} if self.num_classes else {}
 
     @torch.jit.ignore
     def primary_capsules(self, features: Tensor) -> Tensor:
@@ -278,19 +272,9 @@ class CapsNet(nn.Module):
         ]
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves out."""
-        return {"class_caps.bias"}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for optimisation; what no pattern names (class capsules, decoder) is timm's last group."""
         return dict(stem=r"^conv1", blocks=r"^primary_caps")
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The class capsules."""
-        return self.class_caps
 
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:

@@ -201,6 +201,10 @@ class EfficientCapsNet(nn.Module):
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
     reconstruct = _builder.reconstruct
+    auxiliary_modules = _builder.auxiliary_modules
+    capsule_layers = _builder.capsule_layers
+    no_weight_decay = _builder.no_weight_decay
+    get_classifier = _builder.get_classifier
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
@@ -211,16 +215,6 @@ class EfficientCapsNet(nn.Module):
             "global_pool": self.global_pool,
             "drop_rate": self.drop_rate,
         }
-
-    @torch.jit.ignore
-    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
-        """Modules that only training uses: the decoder."""
-        return {"decoder": self.decoder}
-
-    @torch.jit.ignore
-    def capsule_layers(self) -> dict[str, nn.Module]:
-        """Layers that route: the class capsules."""
-        return {"class_caps": self.class_caps} if self.num_classes else {}
 
     @torch.jit.ignore
     def primary_capsules(self, features: Tensor) -> Tensor:
@@ -234,19 +228,9 @@ class EfficientCapsNet(nn.Module):
         return [SearchedArgument("couplings", list(COUPLINGS)), *decoder]
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves out."""
-        return {"class_caps.bias"}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for optimisation; what no pattern names (class capsules, decoder) is timm's last group."""
         return dict(stem=r"^conv1", blocks=r"^(?:conv[2-4]|primary_caps)")
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The class capsules."""
-        return self.class_caps
 
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
