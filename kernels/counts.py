@@ -5,13 +5,17 @@ compile.
 """
 
 import collections
+import contextlib
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -138,6 +142,27 @@ def compile_launch(launch: Launch, target: str, source_class: type = ASTSource) 
     nvidia = target.startswith("sm_")
     device = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     return triton.compile(source_class(function, signature, values, attributes), target=device, options=options)
+
+
+@contextlib.contextmanager
+def nothing_launched(record: Callable[[tuple], None] = lambda tensors: None) -> Iterator[None]:
+    """Within this no routing kernel runs, so that launchers take tensors on the meta device.
+
+    Args:
+        record: Called instead of each launch, with the kernel's tensors.
+    """
+
+    class Recorded:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **kwargs: record(tuple(arg for arg in args if isinstance(arg, torch.Tensor)))
+
+    with contextlib.ExitStack() as stack:
+        for module in (routing, all_classes, per_class):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(mock.patch.object(module, name, Recorded()))
+            if hasattr(module, "launcher"):
+                stack.enter_context(mock.patch.object(module, "launcher", lambda kernel, grid: kernel[grid]))
+        yield
 
 
 @dataclass

@@ -77,29 +77,17 @@ def tasks() -> Iterator[tuple[str, str, str, int, int]]:
 
 def launch_rows() -> Iterator[dict]:
     """Launches and bytes of both forms: tensors on the meta device, and kernels that do nothing."""
-    from capszoo.kernels import all_classes, per_class
+    from capszoo.kernels import all_classes, counts
     from capszoo.kernels.ops import triton_routing as routing
 
     launched: list[int] = []
 
-    class Counted:
-        def __getitem__(self, grid):
-            return self.launch
-
-        def launch(self, *args, **kwargs):
-            launched.append(sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor)))
+    def record(tensors: tuple[torch.Tensor, ...]) -> None:
+        launched.append(sum(t.numel() * t.element_size() for t in tensors))
 
     T, K, J, D, R = 1152, 8, 10, 16, 3
     for form, most in (("all classes", all_classes.MAX_VOTES), ("per class", 0)):
-        with mock.patch.object(all_classes, "MAX_VOTES", most):
-            patches = []
-            for module in (routing, all_classes, per_class):
-                names = [name for name in vars(module) if name.endswith("_kernel")]
-                patches += [mock.patch.object(module, name, Counted()) for name in names]
-                if hasattr(module, "launcher"):
-                    patches.append(mock.patch.object(module, "launcher", lambda kernel, grid: kernel[grid]))
-            for patch in patches:
-                patch.start()
+        with mock.patch.object(all_classes, "MAX_VOTES", most), counts.nothing_launched(record):
             for batch in (1, 16, 128):
                 shapes = (batch, T, K), (T, K, J, D), (J, D), (batch, J, D)
                 x, weight, bias, grad = (torch.empty(shape, device="meta") for shape in shapes)
@@ -109,8 +97,6 @@ def launch_rows() -> Iterator[dict]:
                 launched.clear()
                 routing.dynamic_routing_backward(grad, x, weight, sums, False)
                 yield {"form": form, "pass": "backward", "batch_size": batch, **_summed(launched)}
-            for patch in patches:
-                patch.stop()
 
 
 def _summed(launched: list[int]) -> dict[str, int]:
