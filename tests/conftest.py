@@ -25,6 +25,32 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+# Tests whose module trains something for all of them, which two workers would do twice.
+TOGETHER = (
+    "tests/test_distributed.py",
+    "tests/explore/test_exploration.py",
+    "tests/recipes/test_benchmark.py",
+    "tests/recipes/test_explore.py",
+    "tests/recipes/test_prune.py",
+    "tests/recipes/test_train.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of such a module to one worker, and any other to whichever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition("::")
+            if test == "test_through_the_interpreter":  # one process runs those of all files
+                return test
+            return path if path in TOGETHER else nodeid
+
+    return Scheduling(config, log)
+
+
 def load_module(path, name):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

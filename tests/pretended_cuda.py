@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 
 def storages(values):
@@ -35,8 +35,14 @@ class Graph(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = args[place] if place < len(args) else kwargs.get(argument.name)
                 self.overwritten += [(t, t.clone()) for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
-        results = function(*args, **kwargs)
-        self.calls.append((function, args, kwargs, results))
+        inputs, results = storages((args, kwargs)), function(*args, **kwargs)
+        # What lies in memory of its own, by its place: a replay writes it there.
+        own = {
+            place: leaf
+            for place, leaf in enumerate(tree_leaves(results))
+            if isinstance(leaf, torch.Tensor) and not storages(leaf) <= inputs
+        }
+        self.calls.append((function, args, kwargs, own))
         return results
 
     @torch.inference_mode()
@@ -48,11 +54,11 @@ class Graph(TorchDispatchMode):
 
     @torch.inference_mode()
     def replay(self):
-        for function, args, kwargs, results in self.calls:
-            inputs, again = storages((args, kwargs)), function(*args, **kwargs)
-            for kept, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
-                if isinstance(kept, torch.Tensor) and not storages(kept) <= inputs:
-                    kept.copy_(new)
+        with torch._C.DisableTorchFunction():
+            for function, args, kwargs, own in self.calls:
+                results = tree_leaves(function(*args, **kwargs))
+                for place, kept in own.items():
+                    kept.copy_(results[place])
 
 
 class NoWaiting(TorchFunctionMode):
@@ -120,7 +126,7 @@ class OnCPU(TorchFunctionMode):
             return args[0]
         kwargs = kwargs or {}
         if function is not torch.device:
-            args, kwargs = tree_map(self.on_cpu, (args, kwargs))
+            args, kwargs = map(self.on_cpu, args), {key: self.on_cpu(value) for key, value in kwargs.items()}
         return function(*args, **kwargs)
 
     @staticmethod

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -102,17 +103,17 @@ def free_port():
 
 
 def start_ranks(count, script, *arguments):
-    """Run a script in several processes, as torchrun would."""
+    """Run a script in several processes, as torchrun would; return what each printed."""
     port = str(free_port())
-    processes = []
+    started = []
     for rank in range(count):
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, script, *map(str, arguments)], env=environment,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))  # fmt: skip
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
+        started.append(processes.start(script, *arguments, env=environment, stderr=subprocess.STDOUT))
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
         assert process.returncode == 0, output
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +220,7 @@ def test_the_recipe_under_torchrun_resumes_with_other_ranks(tmp_path):
     assert done.stdout.count("test top1") == 1 and "2 processes" in done.stdout, "one process prints"
     with open(tmp_path / "run/summary.csv", newline="") as file:
         two = list(csv.DictReader(file))
-    alone = [sys.executable, str(ROOT / "recipes/train.py"), *SMALL, "--epochs", "2", "--output", str(tmp_path / "one")]
-    subprocess.run(alone, check=True, capture_output=True, timeout=300)
+    processes.run(ROOT / "recipes/train.py", *SMALL, "--epochs", 2, "--output", tmp_path / "one", check=True)
     with open(tmp_path / "one/summary.csv", newline="") as file:
         one = list(csv.DictReader(file))
     for a, b in zip(one, two, strict=True):
@@ -229,12 +229,10 @@ def test_the_recipe_under_torchrun_resumes_with_other_ranks(tmp_path):
     # One process takes up what two began: the state after the first epoch, as a killed run leaves it.
     text = (tmp_path / "run/args.yaml").read_text().replace("epochs: 2", "epochs: 3")
     (tmp_path / "run/args.yaml").write_text(text)
-    resumed = subprocess.run([sys.executable, str(ROOT / "recipes/train.py"), "--resume", str(tmp_path / "run")],
-                             capture_output=True, text=True, timeout=300)  # fmt: skip
+    resumed = processes.run(ROOT / "recipes/train.py", "--resume", tmp_path / "run")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at epoch 3, step 0" in resumed.stdout
     text = (tmp_path / "run/args.yaml").read_text().replace("epochs: 3", "epochs: 4")
     (tmp_path / "run/args.yaml").write_text(text)
-    again = torchrun(2, "--resume", tmp_path / "run")
-    assert again.returncode == 0, again.stderr
-    assert "resumed at epoch 4, step 0" in again.stdout and again.stdout.count("epoch   4/4") == 1
+    again = "".join(start_ranks(2, ROOT / "recipes/train.py", "--resume", tmp_path / "run"))
+    assert "resumed at epoch 4, step 0" in again and again.count("epoch   4/4") == 1

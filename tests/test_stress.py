@@ -34,7 +34,9 @@ def make_model(name, small, **options):
     """Small in every size, or as the zoo has it; with decoder where there is one."""
     known = model_keywords(name)
     if small:
-        sizes = {"img_size": 20, "conv_dim": 8, "num_types": 2, "decoder_dims": (16, 16)}
+        # The smallest size whose capsules are several; float16 takes a CPU long.
+        img_size = 14 if name.startswith("efficient") else 20
+        sizes = {"img_size": img_size, "conv_dim": 8, "num_types": 2, "decoder_dims": (16, 16)}
         if name == "capsnet_pruned":
             sizes["keep_types"] = 1
         options = {**sizes, **options}

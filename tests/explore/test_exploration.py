@@ -196,7 +196,7 @@ def test_a_study_of_other_rows_or_options_is_refused(digits, tmp_path, explore):
 
 def test_a_short_budget_stops_nothing_that_a_long_one_began(digits, tmp_path, explore, small_space):
     def search(**kwargs):
-        return explore(small_space(digits, 40), digits, tmp_path / "study", trials=2, **kwargs)
+        return explore(small_space(digits, 8), digits, tmp_path / "study", trials=2, **kwargs)
 
     steps = itertools.count()
     assert not search().run(budget=4000, should_stop=lambda: next(steps) > 40)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 
 import capszoo.explore.worker
@@ -18,12 +19,14 @@ ROW = {"policy": "fixed", "epochs": 1, "batch_size": 64}
 
 
 ASK = """
-import json, sys, time
+import json, os, sys
 import optuna
 from capszoo.explore.storage import open_storage
 study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1], 30, 120, None))
 taken = []
-sys.stdout.write("ready\\n"), sys.stdout.flush(), sys.stdin.readline()
+print("ready", flush=True)
+while not os.path.exists(sys.argv[2]):
+    pass
 while (trial := study.ask()).user_attrs.get("queued"):
     taken.append(trial.number)
 print(json.dumps(taken))
@@ -38,14 +41,10 @@ def test_no_trial_is_given_to_two_workers(tmp_path):
     study = optuna.create_study(study_name="s", storage=storage, directions=["maximize", "minimize"])
     for _ in range(40):
         study.enqueue_trial({}, user_attrs={"queued": True})
-    command = [sys.executable, "-c", ASK, url]
-    workers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) for _ in range(3)
-    ]
+    workers = [processes.start("-c", ASK, url, tmp_path / "go", stderr=None) for _ in range(3)]
     for worker in workers:
-        assert worker.stdout.readline() == "ready\n"
-    for worker in workers:
-        worker.stdin.write("go\n")
+        assert worker.stdout.readline() == b"ready\n"
+    (tmp_path / "go").touch()
     taken = [json.loads(worker.communicate(timeout=300)[0]) for worker in workers]
     assert sorted(number for numbers in taken for number in numbers) == list(range(40)), taken
 

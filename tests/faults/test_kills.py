@@ -4,11 +4,10 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from small_runs import EPOCHS, STEPS, assert_same_bits, go_on, make_trainer
 
@@ -19,9 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_killed_at_any_moment(kills, tmp_path):
     seed = random.randrange(2**32)
-    command = [sys.executable, Path(__file__).with_name("kills.py"), tmp_path, kills, seed]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=1800)
+    done = processes.run(Path(__file__).with_name("kills.py"), tmp_path, kills, seed, timeout=1800)
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     facts = json.loads(done.stdout)
     assert facts["killed"] == kills and facts["finished"] > 0, facts

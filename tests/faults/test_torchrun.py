@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from capszoo.engine.run_folder import STATE_FILES
@@ -71,8 +72,7 @@ def test_killed_process_of_torchrun(tmp_path):
     # One process can take it up.
     text = (folder / "args.yaml").read_text()
     (folder / "args.yaml").write_text(text.replace("epochs: 500", f"epochs: {state['epoch'] + 1}"))
-    command = [sys.executable, str(ROOT / "recipes/train.py"), "--resume", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.run(ROOT / "recipes/train.py", "--resume", folder)
     assert done.returncode == 0 and f"resumed at epoch {state['epoch'] + 1}" in done.stdout, done.stderr
 
 

@@ -1,26 +1,45 @@
-"""Tests in Triton's interpreter, which is chosen when a kernel is decorated: their file runs in another process."""
+"""Tests in Triton's interpreter, which is chosen when a kernel is decorated: they run in another process."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 
-@pytest.fixture
-def through_the_interpreter(request):
-    """Run the tests of the file that asks for this, in a process whose kernels are decorated for the interpreter."""
+@pytest.fixture(scope="session")
+def interpreted_files(request, tmp_path_factory):
+    """What came of the tests of all files that ask for the interpreter, by the file's name, and what was printed."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("is the process that it starts")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(request.path)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    if " passed" not in result.stdout:
-        pytest.skip(result.stdout.strip().splitlines()[-2])
+    asking = [item for item in request.session.items if "interpreted_files" in item.fixturenames]
+    report = tmp_path_factory.mktemp("interpreted") / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    result = subprocess.run(
+        [*command, *sorted({str(item.path) for item in asking})],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert report.exists(), result.stdout + result.stderr
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("classname").rpartition(".")[2]
+        outcomes.setdefault(name, []).append(next((child.tag for child in case), "passed"))
+    return outcomes, result.stdout + result.stderr
+
+
+@pytest.fixture
+def through_the_interpreter(request, interpreted_files):
+    """Run the tests of the file that asks for this, in a process whose kernels are decorated for the interpreter."""
+    outcomes, printed = interpreted_files
+    assert set(outcomes[request.path.stem]) <= {"passed", "skipped"}, printed
+    if "passed" not in outcomes[request.path.stem]:
+        pytest.skip(printed.strip().splitlines()[-2])
 
 
 @pytest.fixture(scope="session")

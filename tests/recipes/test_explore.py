@@ -8,10 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 
@@ -24,16 +24,13 @@ optuna = pytest.importorskip("optuna")
 pytest.importorskip("plotly")
 
 ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/explore.py"
 SMALL = ["--set", "model_kwargs={conv_dim: 8, num_types: 2, decoder_dims: [4, 8]}", "amp=none"]
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "recipes/explore.py"), *map(str, arguments)]
 
 
 def run(*arguments):
     """Run the recipe to its end; return what it printed."""
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    done = processes.run(RECIPE, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -156,8 +153,7 @@ def test_the_chosen_solution_trains_with_the_printed_command(searched, tmp_path)
     chosen = re.search(r"chosen \(fastest\): trial (\d+)", out)
     printed = re.search(r"train it: python (\S+) --config (\S+)", out)
     assert printed[1] == "recipes/train.py" and printed[2] == str(folder / "chosen.yaml")
-    arguments = [sys.executable, str(ROOT / printed[1]), "--config", printed[2], "--output", str(tmp_path / "run")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    done = processes.run(ROOT / printed[1], "--config", printed[2], "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     trial = next(row for row in table(folder / "trials.csv") if row["number"] == chosen[1])
@@ -167,8 +163,7 @@ def test_the_chosen_solution_trains_with_the_printed_command(searched, tmp_path)
 def test_killed_and_resumed_it_loses_no_finished_trial(tmp_path):
     folder = tmp_path / "search"
     rows = grid(tmp_path / "rows", 4, epochs=3)
-    arguments = command("--grid", rows, *SMALL, "--output", folder)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = processes.start(RECIPE, "--grid", rows, *SMALL, "--output", folder, stdout=subprocess.DEVNULL)
     # In the third trial, after its first epoch.
     third = folder / "trials/0002/resume.safetensors"
     wait_for(third.exists)
@@ -223,11 +218,7 @@ def postgres(tmp_path_factory):
 
 
 def start_workers(count, tmp_path, *arguments):
-    return [
-        subprocess.Popen(command(*arguments, "--output", tmp_path / f"worker{n}"), stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True, start_new_session=True)
-        for n in range(count)
-    ]  # fmt: skip
+    return [processes.start(RECIPE, *arguments, "--output", tmp_path / f"worker{n}") for n in range(count)]
 
 
 def finished(study):

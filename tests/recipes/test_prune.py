@@ -6,10 +6,10 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
@@ -295,8 +295,7 @@ def test_killed_from_outside_and_resumed_to_the_same_bits(given, finished, tmp_p
         "decoder=[3,4]",
     ]
     for attempt in range(3):
-        command = [sys.executable, ROOT / "recipes/prune.py", *arguments]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = processes.start(ROOT / "recipes/prune.py", *arguments, stderr=subprocess.STDOUT)
         if attempt < 2:
             while not list(folder.glob(f"round-{attempt + 1}/resume.safetensors")) and process.poll() is None:
                 time.sleep(0.005)

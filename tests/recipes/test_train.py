@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
@@ -28,9 +29,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = "--model-kwargs conv_dim=8 num_types=2 --amp none --epochs 3".split()
 
 
-def start(script, *args, cwd, **kwargs):
-    command = [sys.executable, str(ROOT / "recipes" / script), *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+def start(script, *args, cwd):
+    return processes.start(ROOT / "recipes" / script, *args, cwd=cwd)
 
 
 def run(script, *args, cwd, code=0):
