@@ -11,7 +11,7 @@ from .measuring import PRECISIONS, Group
 from .variants import routes_dynamically, routing_shape
 
 SUBJECTS = ("routing", "training", "inference", "layer", "large", "epoch")
-OF_ROUTING = ("routing", "routing in other ways", "layer")
+OF_ROUTING = ("routing", "routing in other ways")
 LARGE = (4608, 4608, 8, 100, 16)  # I, T, K, J, D
 
 
@@ -108,8 +108,12 @@ def make_groups(subject: str, name: str, batch_size: int, scope: Scope, precisio
     elif subject == "inference":
         yield group(subject, mode, partial(steps.inference_step, name, amp), ["fused", *direct, "plain", "none"])
     elif subject == "layer":
-        for layer in steps.LAYERS:
-            variants = ["fused", *{"routing": ["plain"], "primary_caps": direct}.get(layer, [])]
+        for layer in steps.layer_names(name):
+            variants = ["fused"]
+            if layer == "routing" and routes_dynamically(name):
+                variants.append("plain")
+            elif steps.has_convolution(name, layer):
+                variants += direct
             yield group(subject, mode, partial(steps.layer_step, name, layer, amp), variants, layer)
     else:
         yield group(subject, mode, None, [])  # what measure_epoch is for

@@ -1,19 +1,21 @@
 """The steps that are timed: each function returns one, ready to be called."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from capszoo.contract import decoder_of
 from capszoo.engine.task import CapsuleTask
-from capszoo.layers import capsule_lengths, set_fourier_conv
+from capszoo.layers import ScaledConv2d, set_fourier_conv
 from capszoo.losses import reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.registry import create_model, model_keywords
 
 from .variants import VARIANTS, Routing, plain_bytes, require_memory, routing_function, routing_shape
-
-LAYERS = ("conv1", "primary_caps", "squash", "routing", "losses", "decoder", "optimizer")
 
 
 def make_model(
@@ -87,6 +89,51 @@ def inference_step(name: str, amp: torch.dtype | None, variant: str, batch_size:
     return step
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of one of a model's modules."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _layer_calls(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, _Call]:
+    """The first call of each module of a model's top level in a training step, by the layer's name.
+
+    A layer has the name of its module; the one that routes, where a model has but one, is called 'routing'.
+    """
+    routing = list(model.capsule_layers().values())
+    calls: dict[str, _Call] = {}
+    hooks = []
+    for name, module in model.named_children():
+        if routing == [module]:
+            name = "routing"
+
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], name: str = name) -> None:
+            calls.setdefault(name, _Call(module, args, kwargs))
+
+        hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
+    task = CapsuleTask(model, device=images.device, verbose=False)
+    with torch.no_grad():
+        task(images, labels)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def layer_names(name: str) -> list[str]:
+    """The layers of a training step that :func:`layer_step` takes apart: modules, then losses and optimizer."""
+    model, images, labels = make_model(name, "fused", 2, torch.device("cpu"))
+    return [*_layer_calls(model, images, labels), "losses", "optimizer"]
+
+
+def has_convolution(name: str, layer: str) -> bool:
+    """Whether a layer convolves by :func:`capszoo.set_fourier_conv`'s choice."""
+    module = getattr(create_model(name, device="meta"), layer, None)
+    return module is not None and any(isinstance(part, ScaledConv2d) for part in module.modules())
+
+
 def layer_step(
     name: str, layer: str, amp: torch.dtype | None, variant: str, batch_size: int, device: torch.device
 ) -> Callable:
@@ -98,38 +145,48 @@ def layer_step(
             parameter.grad = torch.randn_like(parameter)
         return optimizer.step
 
-    primary = model.primary_caps
-    parts = {
-        "conv1": (lambda x: model.act1(model.conv1(x)), model.conv1),
-        "primary_caps": (primary.conv, primary.conv),
-        "squash": (lambda x: primary.to_capsules(primary.squash_map(x)), None),
-        "routing": (model.class_caps, model.class_caps),
-        "decoder": (lambda x: model.decoder(x, labels), model.decoder),
-    }
-    inputs = [images]
-    with torch.no_grad(), autocast(device, amp):
-        for part, (function, _) in parts.items():
-            if part == layer:
-                break
-            inputs = [function(inputs[0]), *inputs]
-    if layer == "losses":  # inputs are now the drawn images, the class capsules and what came before
-        inputs, module = inputs[:2], None
-        task = CapsuleTask(model, device=device, verbose=False)
-
-        def function(drawn: Tensor, capsules: Tensor) -> Tensor:
-            loss = task.criterion(capsule_lengths(capsules), labels)
-            return loss + task.reconstruction_weight * reconstruction_loss(drawn, images)
-    else:
-        inputs, (function, module) = inputs[:1], parts[layer]
-    inputs = [tensor.detach().requires_grad_(layer != "conv1") for tensor in inputs]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    wanted += [] if module is None else module.parameters()
-    with torch.no_grad(), autocast(device, amp):
-        grad = torch.ones_like(function(*inputs))
+    with autocast(device, amp):
+        if layer == "losses":
+            call = _losses_call(model, images, labels)
+        else:
+            call = _layer_calls(model, images, labels)[layer]
+    args, inputs = [], []
+    for value in call.args:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            # No gradient goes to the images.
+            value = value.detach().requires_grad_(value.data_ptr() != images.data_ptr())
+            inputs += [value] if value.requires_grad else []
+        args.append(value)
+    for module in call.module.modules():
+        if hasattr(module, "inplace"):  # which leaves of the graph refuse
+            module.inplace = False
+    wanted = [*inputs, *call.module.parameters()]
+    with autocast(device, amp), set_fourier_conv(VARIANTS[variant].fourier_conv):
+        outs = [out for out in tree_leaves(call.module(*args, **call.kwargs)) if out.requires_grad]
+    grads = [torch.ones_like(out) for out in outs]
 
     def step() -> None:
         with set_fourier_conv(VARIANTS[variant].fourier_conv), autocast(device, amp):
-            out = function(*inputs)
-        torch.autograd.grad(out, wanted, grad)
+            outs = [out for out in tree_leaves(call.module(*args, **call.kwargs)) if out.requires_grad]
+        torch.autograd.grad(outs, wanted, grads)
 
     return step
+
+
+def _losses_call(model: nn.Module, images: Tensor, labels: Tensor) -> _Call:
+    """The losses of a step, of class scores and reconstructions."""
+    task = CapsuleTask(model, device=images.device, verbose=False)
+
+    class Losses(nn.Module):
+        def forward(self, scores: Tensor, drawn: Tensor | None = None) -> Tensor:
+            loss = task.criterion(scores, labels)
+            if drawn is not None:
+                loss = loss + task.reconstruction_weight * reconstruction_loss(drawn, images)
+            return loss
+
+    decoder = decoder_of(model)
+    with torch.no_grad():
+        if decoder is None:
+            return _Call(Losses(), (model(images),), {})
+        capsules, scores = model.forward_capsules(images)
+        return _Call(Losses(), (scores, decoder(capsules, labels)), {})

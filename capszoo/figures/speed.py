@@ -46,18 +46,23 @@ def plot_layers(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
 
     Arguments and errors as `plot_speedup`.
     """
-    times: dict[str, dict[tuple[str, str], float]] = {}
+    times: dict[str, dict[tuple[str, str], float | None]] = {}
     for row in rows:
         value = style.number(row, "median_ms")
-        if row.get("subject") == "layer" and value is not None:
+        if row.get("subject") == "layer":
             times.setdefault(row["model"], {})[row["layer"], row["variant"]] = value
     layers = list(dict.fromkeys(layer for found in times.values() for layer, _ in found))
     bars = {}
     for model, found in times.items():
-        for variant in ("plain", "fused"):
+        own = {layer for layer, _ in found}
+        for variant in ("plain", "fused") if "routing" in own else ("fused",):
             # The layers around it are the same for every routing, and measured once.
-            heights = [found.get((layer, variant if layer == "routing" else "fused")) for layer in layers]
-            if None not in heights:  # a bar without one of its layers would be too short, and look fast
+            heights = [
+                found.get((layer, variant if layer == "routing" else "fused")) if layer in own else 0.0
+                for layer in layers
+            ]
+            # A bar without one of its layers, of which the optimizer is measured last, would be too short.
+            if "optimizer" in own and None not in heights:
                 bars[f"{model}\n{_VARIANTS[variant][1]}"] = heights
     if not bars:
         raise ValueError("there is nothing to draw: no rows of the subject 'layer' with all layers of a model")

@@ -30,7 +30,27 @@ def test_plain_routing_has_the_numbers_of_ours(shape):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", steps.LAYERS)
-def test_layers_are_timed_on_what_the_model_gives_them(layer):
-    """In bfloat16, where the parts hand on different types."""
-    assert steps.layer_step("capsnet_tiny", layer, torch.bfloat16, "fused", 2, CPU)() is None
+LAYERS = {
+    "capsnet_tiny": ["conv1", "act1", "primary_caps", "routing", "decoder", "losses", "optimizer"],
+    "efficient_capsnet": [
+        "conv1", "conv2", "conv3", "conv4", "primary_caps", "routing", "decoder", "losses", "optimizer",
+    ],
+    "cnn_baseline_tiny": ["conv1", "act1", "conv2", "act2", "fc", "losses", "optimizer"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_what_the_model_calls(name):
+    assert steps.layer_names(name) == LAYERS[name]
+    convolutions = [layer for layer in LAYERS[name] if steps.has_convolution(name, layer)]
+    assert convolutions == (["conv1", "primary_caps"] if name == "capsnet_tiny" else [])
+
+
+@pytest.mark.parametrize("name, layer", [(name, layer) for name in LAYERS for layer in LAYERS[name]])
+def test_layers_are_timed_on_what_the_model_gives_them(name, layer, monkeypatch):
+    """In bfloat16, where the parts hand on different types: each gives its own parameters a gradient."""
+    grads = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: grads.extend(real(*args)))
+    steps.layer_step(name, layer, torch.bfloat16, "fused", 2, CPU)()
+    assert all(grad is not None and grad.isfinite().all() for grad in grads) and bool(grads) == (layer != "optimizer")

@@ -27,6 +27,8 @@ ROWS = [
     row("training step", "capsnet_ws", 8, "none", ratio_to_fused=0.8, peak_mib=9),
     *layer_rows(conv1=1.0, routing=2.0, optimizer=0.5),
 ]
+# A model whose layers have other names.
+OTHER = [row("layer", "other", layer=name, variant="fused", median_ms=3.0) for name in ("stem", "optimizer")]
 DRAW = {"speedup": figures.plot_speedup, "memory": figures.plot_memory, "layers": figures.plot_layers}
 
 
@@ -102,8 +104,15 @@ def test_layers_stack_to_the_step_with_either_routing(figure):
     assert [text.get_text() for text in axes.texts] == ["21.5 ms", "3.5 ms"]
 
 
-def test_model_that_lacks_a_layer_has_no_bar(figure):
-    (axes,) = figure("layers", [*ROWS, *layer_rows("capsnet_ws", conv1=1.0, routing=2.0)]).axes
+def test_layers_of_a_model_without_routing(figure):
+    (axes,) = figure("layers", [*ROWS, *OTHER]).axes
+    bars = {bar.get_label(): [patch.get_height() for patch in bar] for bar in axes.containers}
+    assert bars["stem"] == [0, 0, 3] and bars["conv1"] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("layers", [{"conv1": 1.0, "routing": 2.0}, {"conv1": "", "routing": 2.0, "optimizer": 1.0}])
+def test_model_of_which_a_layer_was_not_measured_has_no_bar(figure, layers):
+    (axes,) = figure("layers", [*ROWS, *layer_rows("capsnet_ws", **layers)]).axes
     assert len(axes.get_xticklabels()) == 2
 
 

@@ -117,9 +117,9 @@ def test_pruning_is_refused_in_one_line():
     assert not hasattr(small(), "prunable_parts")
 
 
-def test_benchmark_measures_dynamic_routing_alone():
+def test_benchmark_compares_dynamic_routing_alone():
     with pytest.raises(UsageError, match="^model 'efficient_capsnet' has no routing to measure: .*$"):
-        benchmark.main(["--models", NAME, "--subjects", "routing", "layer", "--device", "cpu", "--amp", "none"])
+        benchmark.main(["--models", NAME, "--subjects", "routing", "--device", "cpu", "--amp", "none"])
 
 
 def test_search_space():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from capszoo.benchmark import measuring
-from capszoo.benchmark.steps import LAYERS
+from capszoo.benchmark.steps import layer_names
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -65,8 +65,9 @@ def test_all_subjects_and_variants_have_their_row(measured):
     for subject in ("training step", "inference"):
         expected |= {(subject, "", size, variant) for size in "28" for variant in ("fused", "direct", "plain", "none")}
     expected |= {("training step", "", size, "reference") for size in "28"}
-    expected |= {("layer", layer, "8", "fused") for layer in LAYERS} | {("layer", "routing", "8", "plain")}
-    expected |= {("layer", "primary_caps", "8", "direct")}
+    layers = layer_names("capsnet_tiny")
+    expected |= {("layer", layer, "8", "fused") for layer in layers} | {("layer", "routing", "8", "plain")}
+    expected |= {("layer", layer, "8", "direct") for layer in ("conv1", "primary_caps")}
     assert found == expected and len(rows) == len(expected)
     assert list(rows[0]) == list(benchmark.COLUMNS)
     assert {r["model"] for r in rows} == {"capsnet_tiny"} and {r["precision"] for r in rows} == {"float32"}
