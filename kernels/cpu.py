@@ -38,8 +38,8 @@ import math
 import torch
 from torch import Tensor
 
-# Bytes of the work buffer for the poses times G (and, backward, H); the projections themselves take 1/P of it again. At
-# the sizes above, with 1 MB of L2 cache for each core, 3 and 4 MB were best, 2 and 6 MB 10 % slower, 0.5 MB 40 %.
+# Bytes of a thread's work buffer for the poses times G (and, backward, H); the projections themselves take 1/P of it
+# again. At the sizes above, with 2 MB of L2 cache for each core, 1 to 6 MB differ by 4 %.
 TILE_BYTES = 3 * 2**20
 
 # Samples in a tile: enough to make the matrix products wide, few enough that a tile holds several capsules.
@@ -254,13 +254,18 @@ def _backward_by_votes(
     dx.copy_(dposes.view(-1, len(x), x.shape[2]).transpose(0, 1))
 
 
+def _tile_bytes() -> int:
+    """Threads divide a tile among them; more than 16 tiles' worth would be more than caches hold that they share."""
+    return TILE_BYTES * min(torch.get_num_threads(), 16)
+
+
 def _types_first(x: Tensor, num_types: int) -> Tensor:
     """`[B, I, K]` as `[T, P * B, K]`."""
     return x.transpose(0, 1).reshape(num_types, -1, x.shape[2])
 
 
 def _tiles_of_votes(poses: Tensor, matrices: Tensor) -> list[slice]:
-    types = max(1, TILE_BYTES // (poses.shape[1] * matrices.shape[2] * poses.element_size()))
+    types = max(1, _tile_bytes() // (poses.shape[1] * matrices.shape[2] * poses.element_size()))
     return [slice(t, t + types) for t in range(0, len(poses), types)]
 
 
@@ -278,7 +283,7 @@ def _over_positions(products: Tensor) -> Tensor:
 def _tiles(poses: Tensor, num_classes: int, num_factors: int) -> tuple[list[tuple[slice, slice, slice]], list[Tensor]]:
     """Slices of the types, of their rows t * K and of positions, and memory for `_tile_buffers`."""
     T, K, P, B = poses.shape
-    capsules = max(1, TILE_BYTES // (num_factors * num_classes * K * B * poses.element_size()))
+    capsules = max(1, _tile_bytes() // (num_factors * num_classes * K * B * poses.element_size()))
     positions = min(P, capsules)
     types = min(T, max(1, capsules // P))
     tiles = [

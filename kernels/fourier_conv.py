@@ -10,17 +10,22 @@ complex product is three real ones (Gauss): with V = conj(W), X V from Vr (Xr + 
 real products for each pair of channels, 148 for N = 10. What the products need, and what makes outputs of them, are
 linear maps, so that all is five matrix products, and their transposes are the gradients:
 
-    x_products [P, B, S] = T [P, N^2] maps          w_products [P, S, D] = K [P, q^2] kernels
-    products   [P, B, D] = x_products w_products    y [m^2, B, D] = F [m^2, P] products
+    x_products [P, B, S] = T [P, N^2] maps            w_products [P, D, S] = K [P, q^2] kernels
+    products   [P, B, D] = x_products w_products^T    y [m^2, B, D] = F [m^2, P] products
 
-For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 55 million multiplications an image instead of
-191 million, and as exact in float32. The transform of the kernels takes as many as 18 images, so small batches stay
+T is a transform of the columns of a map and one of its rows, a fourth of the multiplications, made for some images at a
+time in cache. x_products and w_products are kept for the backward pass.
+
+For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 45 million multiplications an image instead of
+191 million, and as exact in float32. The transform of the kernels takes as many as 22 images, so small batches stay
 with the direct convolution: `is_faster` weighs that up, by counts alone, so that the same shapes give the same bits.
 """
 
 import functools
 import math
 import threading
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,106 +33,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-# How many times fewer the multiplications must be. On one core (avx512) a step of the convolution above, forward and
-# both gradients, is 2.8 times as fast at batch 128, where there are 3.0 times fewer, and no faster at 16, with 1.65:
-# oneDNN's are blocked for the cache, these go through memory.
-ADVANTAGE = 2.0
+from .fourier_plan import Plan, best_plan, is_faster, matrices
 
-# Images for which maps and products are in memory at a time.
+# Images for which products are in memory at a time.
 CHUNK = 128
 
-LARGEST_MAP = 16
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to convolve images of one size: see the module."""
-
-    kernel: int
-    stride: int
-    height: int
-    width: int
-    size: int
-    """N, of a map."""
-
-    @property
-    def taps(self) -> int:
-        """q, of a phase's kernel."""
-        return -(-self.kernel // self.stride)
-
-    @property
-    def tile(self) -> int:
-        """m, of a tile of outputs."""
-        return self.size - self.taps + 1
-
-    @property
-    def output(self) -> tuple[int, int]:
-        return tuple((n - self.kernel) // self.stride + 1 for n in (self.height, self.width))
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """Tiles down and across."""
-        return tuple(-(-n // self.tile) for n in self.output)
-
-    @property
-    def phase(self) -> tuple[int, int]:
-        """Height and width of a phase, from which all tiles can be cut."""
-        return tuple((n - 1) * self.tile + self.size for n in self.tiles)
-
-    @property
-    def products(self) -> int:
-        """P."""
-        real = 1 if self.size % 2 else 4
-        return real + 3 * (self.size**2 - real) // 2
-
-
-@functools.lru_cache(maxsize=64)
-def matrices(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """T `[P, N^2]`, K `[P, q^2]` and F `[m^2, P]` in float32."""
-    N, q, m = plan.size, plan.taps, plan.tile
-    places = torch.arange(N)
-    transform = torch.exp(-2j * math.pi / N * places[:, None] * places[None, :].double())
-    transform = torch.kron(transform, transform)
-    real, half = [], []
-    for u in range(N):
-        for v in range(N):
-            partner = -u % N * N + -v % N
-            if partner == u * N + v:
-                real.append(partner)
-            elif u * N + v < partner:
-                half.append(u * N + v)
-    re, im, alone = transform[half].real, transform[half].imag, transform[real].real
-    taps = torch.tensor([i * N + j for i in range(q) for j in range(q)])
-    v_re, v_im = re[:, taps], -im[:, taps]  # of conj(W)
-    outputs = torch.tensor([i * N + j for i in range(m) for j in range(m)])
-    b_re, b_im = re[:, outputs].t() * 2, -im[:, outputs].t() * 2  # of the inverse transform, for a pair of conjugates
-    to_x = torch.cat([re + im, re, im, alone])
-    to_w = torch.cat([v_re, v_im - v_re, v_re + v_im, alone[:, taps]])
-    to_y = torch.cat([b_re - b_im, -b_im, -b_re, alone[:, outputs].t()], 1) / N**2
-    return to_x.float(), to_w.float(), to_y.float().contiguous()
-
-
-def multiplications(plan: Plan, C: int, D: int) -> tuple[int, int, int]:
-    """Of an image by the direct convolution, of an image by this, and of the kernels' transform."""
-    S, tiles = plan.stride**2 * C, math.prod(plan.tiles)
-    direct = math.prod(plan.output) * plan.kernel**2 * C * D
-    image = tiles * plan.products * (S * D + plan.size**2 * S + plan.tile**2 * D)
-    return direct, image, plan.products * plan.taps**2 * S * D
-
-
-@functools.lru_cache(maxsize=256)
-def best_plan(height: int, width: int, kernel: int, stride: int, C: int, D: int) -> Plan:
-    """The size of maps with the fewest multiplications."""
-    taps = -(-kernel // stride)
-    sizes = range(taps + 1, max(LARGEST_MAP, taps + 1) + 1)
-    plans = [Plan(kernel, stride, height, width, size) for size in sizes]
-    return min(plans, key=lambda plan: multiplications(plan, C, D)[1])
-
-
-def is_faster(plan: Plan, B: int, C: int, D: int) -> bool:
-    """Whether this has few enough multiplications for B images."""
-    direct, image, kernels = multiplications(plan, C, D)
-    return B * direct > ADVANTAGE * (B * image + kernels)
+# Bytes that a thread transforms at a time, read and written: what its cache holds.
+BLOCK_BYTES = 6_000_000
 
 
 class _Scratch(threading.local):
@@ -135,6 +47,8 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
+        self.free: list[Tensor] = []
+        self.weights: _TransformedWeights | None = None
 
     def take(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
@@ -146,112 +60,239 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _maps(plan: Plan, x: Tensor) -> Tensor:
-    """`[N^2, B * tiles, S]` of `[B, C, H, W]`."""
+class _Loan:
+    """Memory from a forward pass to its backward pass, which goes back to the next when the graph is freed."""
+
+    def __init__(self, *shape: int):
+        self._free, size = _scratch.free, math.prod(shape)
+        fitting = [place for place, tensor in enumerate(self._free) if tensor.numel() >= size]
+        if fitting:
+            memory = self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
+        else:
+            self._free.clear()
+            memory = torch.empty(size)
+        self.tensor = memory[:size].view(shape)
+        self._memory = memory
+
+    def __del__(self) -> None:
+        if hasattr(self, "_memory"):  # there may have been none
+            self._free.append(self._memory)
+
+
+@dataclass
+class _TransformedWeights:
+    """What a thread's scratch memory for the kernels' transform holds."""
+
+    weight: weakref.ref[Tensor]
+    version: int
+    plan: Plan
+    copy: Tensor | None
+    """The kernels, where a forward pass without gradients made the transform."""
+
+    def belong_to(self, weight: Tensor, plan: Plan) -> bool:
+        if weight.is_inference():  # has no version
+            return self.plan == plan and self.weight() is weight
+        return self.plan == plan and self.weight() is weight and self.version == weight._version
+
+
+def _blocks(count: int, bytes_of_one: int) -> list[slice]:
+    """Slices of `count` things whose numbers, in and out, stay in the caches of all threads."""
+    size = max(1, BLOCK_BYTES * torch.get_num_threads() // bytes_of_one)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _copy_maps(plan: Plan, x: Tensor, maps: Tensor) -> None:
+    """Fill maps `[N, N, B, down, across, s, s, C]` from images `[B, H, W, C]`."""
     s, N, m = plan.stride, plan.size, plan.tile
-    (B, C), (down, across) = x.shape[:2], plan.tiles
     height, width = (n * s for n in plan.phase)
-    x = x.permute(0, 2, 3, 1)[:, :height, :width]
+    x = x[:, :height, :width]
     if x.shape[1] < height or x.shape[2] < width:
         x = functional.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-    x = x.reshape(B, plan.phase[0], s, plan.phase[1], s, C)
+    x = x.reshape(len(x), plan.phase[0], s, plan.phase[1], s, x.shape[3])
     tiles = x.unfold(1, N, m).unfold(3, N, m)  # [B, down, s, across, s, C, N, N]
-    maps = _scratch.take("maps", N * N, B * down * across, s * s * C)
-    maps.view(N, N, B, down, across, s, s, C).copy_(tiles.permute(6, 7, 0, 1, 3, 2, 4, 5))
-    return maps
+    maps.copy_(tiles.permute(6, 7, 0, 1, 3, 2, 4, 5))
 
 
-def _images(plan: Plan, maps: Tensor, shape: torch.Size) -> Tensor:
-    """The transpose of `_maps`: `[B, C, H, W]`, channels last, tiles that overlap added up."""
+def _add_maps(plan: Plan, maps: Tensor, x: Tensor) -> None:
+    """The transpose of `_copy_maps`: fill x, tiles that overlap added up."""
     s, N, m = plan.stride, plan.size, plan.tile
-    (B, C, H, W), (down, across) = shape, plan.tiles
-    maps = maps.view(N, N, B, down, across, s, s, C)
-    x = maps.new_zeros(B, plan.phase[0], s, plan.phase[1], s, C)
-    for i in range(down):
-        for j in range(across):
-            x[:, i * m : i * m + N, :, j * m : j * m + N] += maps[:, :, :, i, j].permute(2, 0, 3, 1, 4, 5)
-    x = x.view(B, plan.phase[0] * s, plan.phase[1] * s, C)
-    if x.shape[1] < H or x.shape[2] < W:
-        x = functional.pad(x, (0, 0, 0, max(0, W - x.shape[2]), 0, max(0, H - x.shape[1])))
-    return x[:, :H, :W].permute(0, 3, 1, 2)
+    B, H, W, C = x.shape
+    if plan.tiles == (1, 1) and plan.phase[0] * s == H and plan.phase[1] * s == W:
+        x.view(B, N, s, N, s, C).copy_(maps[:, :, :, 0, 0].permute(2, 0, 3, 1, 4, 5))
+        return
+    whole = maps.new_zeros(B, plan.phase[0], s, plan.phase[1], s, C)
+    for i in range(plan.tiles[0]):
+        for j in range(plan.tiles[1]):
+            whole[:, i * m : i * m + N, :, j * m : j * m + N] += maps[:, :, :, i, j].permute(2, 0, 3, 1, 4, 5)
+    whole = whole.view(B, plan.phase[0] * s, plan.phase[1] * s, C)[:, :H, :W]
+    x[:, whole.shape[1] :].zero_()
+    x[:, :, whole.shape[2] :].zero_()
+    x[:, : whole.shape[1], : whole.shape[2]] = whole
 
 
-def _w_products(plan: Plan, weight: Tensor) -> Tensor:
-    """`[P, S, D]` of kernels `[D, C, k, k]`."""
-    (D, C, k, _), s, q = weight.shape, plan.stride, plan.taps
-    if s * q > k:
-        weight = functional.pad(weight, (0, s * q - k, 0, s * q - k))
-    kernels = _scratch.take("kernels", q * q, s * s * C * D)
-    kernels.view(q, q, s, s, C, D).copy_(weight.reshape(D, C, q, s, q, s).permute(2, 4, 3, 5, 1, 0))
-    products = _scratch.take("w_products", plan.products, s * s * C * D)
-    return torch.mm(matrices(plan)[1], kernels, out=products).view(-1, s * s * C, D)
+def _map_blocks(plan: Plan, B: int, C: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Images, their tiles, and memory for their maps and for those whose columns are transformed."""
+    s, N, tiles = plan.stride, plan.size, math.prod(plan.tiles)
+    for images in _blocks(B, 8 * N * N * tiles * s * s * C):
+        count = images.stop - images.start
+        shape = N, N, count, *plan.tiles, s, s, C
+        yield (
+            images,
+            slice(images.start * tiles, images.stop * tiles),
+            _scratch.take("maps", *shape),
+            _scratch.take("columns", N, N * count * tiles * s * s * C),
+        )
 
 
-def _kernels(plan: Plan, dw_products: Tensor, shape: torch.Size) -> Tensor:
-    """The transpose of `_w_products`: `[D, C, k, k]`."""
-    (D, C, k, _), s, q = shape, plan.stride, plan.taps
-    kernels = _scratch.take("kernels", q * q, s * s * C * D)
-    torch.mm(matrices(plan)[1].t(), dw_products.view(plan.products, -1), out=kernels)
-    weight = kernels.view(q, q, s, s, C, D).permute(5, 4, 0, 2, 1, 3).reshape(D, C, q * s, q * s)
-    return weight[:, :, :k, :k]
+def _transform_images(plan: Plan, x: Tensor, products: Tensor) -> None:
+    """Fill products `[P, B * tiles, S]` from images `[B, H, W, C]`."""
+    found = matrices(plan)
+    for images, tiles, maps, columns in _map_blocks(plan, len(x), x.shape[3]):
+        _copy_maps(plan, x[images], maps)
+        torch.mm(found.columns, maps.view(plan.size, -1), out=columns)
+        for matrix, taken, given in found.rows():
+            torch.mm(matrix, columns[taken].view(matrix.shape[1], -1), out=products[given, tiles].flatten(1))
 
 
-def _x_products(plan: Plan, x: Tensor) -> Tensor:
-    """`[P, B * tiles, S]` of images `[B, C, H, W]`."""
-    maps = _maps(plan, x)
-    products = _scratch.take("x_products", plan.products, *maps.shape[1:])
-    torch.mm(matrices(plan)[0], maps.view(len(maps), -1), out=products.view(plan.products, -1))
+def _gradient_of_images(plan: Plan, dproducts: Tensor, dx: Tensor) -> None:
+    """The transpose of `_transform_images`: fill dx `[B, H, W, C]`."""
+    found = matrices(plan)
+    for images, tiles, maps, columns in _map_blocks(plan, len(dx), dx.shape[3]):
+        for matrix, taken, given in found.rows():
+            torch.mm(matrix.t(), dproducts[given, tiles].flatten(1), out=columns[taken].view(matrix.shape[1], -1))
+        torch.mm(found.columns.t(), columns, out=maps.view(plan.size, -1))
+        _add_maps(plan, maps, dx[images])
+
+
+def _phases(plan: Plan) -> Iterator[tuple[tuple[slice, slice], tuple[int, int, int, int]]]:
+    """The taps of each phase in a kernel of k x k; the phase, and how many taps it has down and across."""
+    for a in range(plan.stride):
+        for b in range(plan.stride):
+            down, across = (len(range(start, plan.kernel, plan.stride)) for start in (a, b))
+            yield (slice(a, None, plan.stride), slice(b, None, plan.stride)), (a, b, down, across)
+
+
+def _kernel_blocks(plan: Plan, D: int, C: int) -> Iterator[tuple[slice, Tensor]]:
+    """Filters, and memory for their kernels, `[q, q, d, s, s, C]`."""
+    s, q = plan.stride, plan.taps
+    for filters in _blocks(D, 4 * (q * q + plan.products) * s * s * C):
+        yield filters, _scratch.take("kernels", q, q, filters.stop - filters.start, s, s, C)
+
+
+def _transform_kernels(plan: Plan, weight: Tensor, products: Tensor) -> None:
+    """Fill products `[P, D, S]` from kernels `[D, C, k, k]`."""
+    q = plan.taps
+    for filters, kernels in _kernel_blocks(plan, *weight.shape[:2]):
+        for taps, (a, b, down, across) in _phases(plan):
+            phase = kernels[:, :, :, a, b]
+            phase[:down, :across] = weight[filters][:, :, taps[0], taps[1]].permute(2, 3, 0, 1)
+            phase[down:].zero_()
+            phase[:, across:].zero_()
+        torch.mm(matrices(plan).kernels, kernels.view(q * q, -1), out=products[:, filters].flatten(1))
+
+
+def _gradient_of_kernels(plan: Plan, dproducts: Tensor, dweight: Tensor) -> None:
+    """The transpose of `_transform_kernels`: fill dweight `[D, C, k, k]`."""
+    q = plan.taps
+    for filters, kernels in _kernel_blocks(plan, *dweight.shape[:2]):
+        torch.mm(matrices(plan).kernels.t(), dproducts[:, filters].flatten(1), out=kernels.view(q * q, -1))
+        for taps, (a, b, down, across) in _phases(plan):
+            dweight[filters][:, :, taps[0], taps[1]] = kernels[:down, :across, :, a, b].permute(2, 3, 0, 1)
+
+
+def _w_products(plan: Plan, weight: Tensor, made_by_forward: bool = False, has_gradients: bool = True) -> Tensor:
+    """`[P, D, S]` of kernels `[D, C, k, k]`, as the last call left them where that is sure to be the same.
+
+    A backward pass takes what its forward pass made. A forward pass without gradients takes what the one before made,
+    if no number of the kernels has changed: they can be written by ways that leave their version as it was.
+    """
+    D, C = weight.shape[:2]
+    products = _scratch.take("w_products", plan.products, D, plan.stride**2 * C)
+    last = _scratch.weights
+    if last is not None and last.belong_to(weight, plan):
+        if made_by_forward:
+            return products
+        if not has_gradients and last.copy is not None and torch.equal(last.copy, weight):
+            return products
+    _scratch.weights = None  # should this be interrupted
+    _transform_kernels(plan, weight, products)
+    version = -1 if weight.is_inference() else weight._version
+    copy = None if has_gradients else weight.clone()
+    _scratch.weights = _TransformedWeights(weakref.ref(weight), version, plan, copy)
     return products
 
 
-def _forward(plan: Plan, x: Tensor, weight: Tensor) -> Tensor:
-    """`[B, D, H', W']`, channels last."""
-    w_products, D = _w_products(plan, weight), weight.shape[0]
+def _forward(plan: Plan, x: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
+    """`[B, D, H', W']`, channels last; fills `kept` `[P, B * tiles, S]` for the backward pass."""
+    w_products, D = _w_products(plan, weight, has_gradients=kept is not None).transpose(1, 2), weight.shape[0]
     m, (down, across), (H, W) = plan.tile, plan.tiles, plan.output
+    x = x.permute(0, 2, 3, 1)
     y = x.new_empty(x.shape[0], H, W, D)
-    for part, into in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        x_products = _x_products(plan, part)
-        products = torch.bmm(x_products, w_products, out=_scratch.take("products", *x_products.shape[:2], D))
-        tiles = _scratch.take("tiles", m * m, *products.shape[1:])
-        torch.mm(matrices(plan)[2], products.view(plan.products, -1), out=tiles.view(m * m, -1))
+    for images in _chunks(len(x)):
+        part, into = x[images], y[images]
+        count = len(part) * down * across
+        if kept is None:
+            x_products = _scratch.take("x_products", plan.products, count, w_products.shape[1])
+        else:
+            x_products = kept[:, images.start * down * across :][:, :count]
+        _transform_images(plan, part, x_products)
+        products = torch.bmm(x_products, w_products, out=_scratch.take("products", plan.products, count, D))
+        tiles = _scratch.take("tiles", m * m, count, D)
+        torch.mm(matrices(plan).outputs, products.view(plan.products, -1), out=tiles.view(m * m, -1))
         tiles = tiles.view(m, m, len(part), down, across, D).permute(2, 3, 0, 4, 1, 5)
-        into.copy_(tiles.reshape(len(part), down * m, across * m, D)[:, :H, :W])
+        if (down, across) == (1, 1):
+            into.copy_(tiles[:, 0, :H, 0, :W])
+        else:
+            into.copy_(tiles.reshape(len(part), down * m, across * m, D)[:, :H, :W])
     return y.permute(0, 3, 1, 2)
 
 
-def _backward(plan: Plan, grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_w: bool) -> list[Tensor | None]:
-    """Gradients by x and weight, of which the first is in channels last."""
-    to_x, _, to_y = matrices(plan)
+def _chunks(B: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, B)) for start in range(0, B, CHUNK)]
+
+
+def _backward(
+    plan: Plan, grad: Tensor, x: Tensor, weight: Tensor, kept: Tensor, needs_x: bool, needs_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by x, in channels last, and by weight, in its own format."""
     m, (down, across), (H, W) = plan.tile, plan.tiles, plan.output
     D, S = weight.shape[0], plan.stride**2 * x.shape[1]
-    w_products = _w_products(plan, weight).transpose(1, 2) if needs_x else None
-    dw_products = _scratch.take("dw_products", plan.products, S, D) if needs_w else None
-    dx: list[Tensor] = []
-    for place, (part, images) in enumerate(zip(grad.split(CHUNK), x.split(CHUNK), strict=True)):
-        B = len(part)
-        part = functional.pad(part.permute(0, 2, 3, 1), (0, 0, 0, across * m - W, 0, down * m - H))
-        tiles = _scratch.take("tiles", m * m, B * down * across, D)
+    w_products = _w_products(plan, weight, made_by_forward=True) if needs_x else None
+    dw_products = _scratch.take("dw_products", plan.products, D, S) if needs_w else None
+    dx = torch.empty_like(x.permute(0, 2, 3, 1), memory_format=torch.contiguous_format) if needs_x else None
+    grad = grad.permute(0, 2, 3, 1)
+    for images in _chunks(len(x)):
+        part = grad[images]
+        B, count = len(part), len(part) * down * across
+        if down * m > H or across * m > W:
+            part = functional.pad(part, (0, 0, 0, across * m - W, 0, down * m - H))
+        tiles = _scratch.take("tiles", m * m, count, D)
         tiles.view(m, m, B, down, across, D).copy_(part.reshape(B, down, m, across, m, D).permute(2, 4, 0, 1, 3, 5))
-        dproducts = _scratch.take("products", plan.products, *tiles.shape[1:])
-        torch.mm(to_y.t(), tiles.view(m * m, -1), out=dproducts.view(plan.products, -1))
-        if needs_w:
-            x_products = _x_products(plan, images).transpose(1, 2)
-            torch.baddbmm(dw_products, x_products, dproducts, beta=min(place, 1), out=dw_products)
-        if needs_x:
-            dx_products = _scratch.take("x_products", plan.products, tiles.shape[1], S)
-            torch.bmm(dproducts, w_products, out=dx_products)
-            dmaps = _scratch.take("maps", plan.size**2, tiles.shape[1] * S)
-            dx.append(_images(plan, torch.mm(to_x.t(), dx_products.view(plan.products, -1), out=dmaps), images.shape))
-    return [torch.cat(dx) if needs_x else None, _kernels(plan, dw_products, weight.shape) if needs_w else None]
+        dproducts = _scratch.take("products", plan.products, count, D)
+        torch.mm(matrices(plan).outputs.t(), tiles.view(m * m, -1), out=dproducts.view(plan.products, -1))
+        if dw_products is not None:
+            x_products = kept[:, images.start * down * across :][:, :count]
+            into = {"beta": min(images.start, 1), "out": dw_products}
+            torch.baddbmm(dw_products, dproducts.transpose(1, 2), x_products, **into)
+        if dx is not None:
+            dx_products = _scratch.take("x_products", plan.products, count, S)
+            _gradient_of_images(plan, torch.bmm(dproducts, w_products, out=dx_products), dx[images])
+    dweight = None
+    if dw_products is not None:
+        dweight = torch.empty_like(weight)
+        _gradient_of_kernels(plan, dw_products, dweight)
+    return None if dx is None else dx.permute(0, 3, 1, 2), dweight
 
 
 class _FourierConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, plan: Plan, is_trained: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.plan = plan
+        if is_trained:
+            ctx.kept = _Loan(plan.products, len(x) * math.prod(plan.tiles), plan.stride**2 * x.shape[1])
         with torch.autocast("cpu", enabled=False):
-            return _forward(plan, x.float(), weight)
+            return _forward(plan, x.float(), weight, ctx.kept.tensor if is_trained else None)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -262,8 +303,18 @@ class _FourierConv(torch.autograd.Function):
                 sides = [ctx.plan.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
                 dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), weight, None, *sides, [*needs, False])
             else:
-                dx, dw = _backward(ctx.plan, grad, x.float(), weight, *needs)
-        return dx if dx is None else dx.to(x.dtype), dw, None
+                dx, dw = _backward(ctx.plan, grad, x.float(), weight, ctx.kept.tensor, *needs)
+        return dx if dx is None else dx.to(x.dtype), dw, None, None
+
+
+def _looked_at(*tensors: Tensor) -> bool:
+    """Whether something else than a plain call computes with these."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    )
 
 
 def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | None:
@@ -273,17 +324,15 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | None:
     where something else than a plain call looks on: torch.compile, torch.export, torch.jit, torch.fx, torch.func and
     forward mode.
     """
-    if type(x) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if type(x) is not Tensor or x.device.type != "cpu" or _looked_at(x, weight):
         return None
-    if x.device.type != "cpu" or weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
+    if weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if half and _has_matrix_units() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if half and _has_matrix_units():
         return None
     (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
     if k != width or k <= stride or H < k or W < k or B == 0:
-        return None
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (x, weight)):
         return None
     plan = best_plan(H, W, k, stride, C, D)
     return plan if is_faster(plan, B, C, D) else None
@@ -295,12 +344,14 @@ def _has_matrix_units() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-def fourier_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def fourier_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, scale: Tensor | float = 1.0) -> Tensor:
     """Convolve `[B, C, H, W]` with kernels `[D, C, k, k]` of float32, as `plan` says: `[B, D, H', W']`, channels last.
 
-    Products and sums are float32, under autocast too; the result has the type that a convolution there would have.
+    The sums are multiplied by `scale` before the bias is added. Products and sums are float32, under autocast too; the
+    result has the type that a convolution there would have.
     """
-    y = _FourierConv.apply(x, weight, plan)
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    y = _FourierConv.apply(x, weight, plan, is_trained) * scale
     if bias is not None:
         y = y + bias.view(-1, 1, 1)
     return y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)

@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError("--subjects large needs a GPU: leave it out, or choose --device cuda")
     for name in args.models:
         try:
-            if not {"training", "inference", "epoch"} & {*args.subjects}:
+            if not {"training", "inference", "layer", "epoch"} & {*args.subjects}:
                 routing_shape(name)
             capszoo.create_model(name, device="meta")
         except ValueError as error:

@@ -12,6 +12,7 @@ import torch
 
 from capszoo.data import DataSplits
 from capszoo.engine import Trainer
+from capszoo.engine.memory import keep_freed_memory
 from capszoo.engine.task import CapsuleTask
 from capszoo.errors import UsageError
 from capszoo.kernels import dynamic_routing
@@ -137,6 +138,8 @@ def measure(group: Group, rounds: int, device: torch.device) -> list[dict]:
     """Time the steps of all variants in turns; a variant that fails gets a row with a note."""
     facts = group.facts
     rows = {variant: {**facts, "variant": variant, "graph": 0, "rounds": 0, "note": ""} for variant in group.makers}
+    if device.type == "cpu":
+        keep_freed_memory()
     steps: dict[str, Callable] = {}
     times: dict[str, list[float]] = {}
     repeats: dict[str, int] = {}
@@ -148,6 +151,8 @@ def measure(group: Group, rounds: int, device: torch.device) -> list[dict]:
         steps[variant], times[variant] = step, []
 
     def take_turn(variant: str) -> None:
+        if device.type == "cpu":  # caches, and memory of the C library, are still those of the variant before
+            steps[variant]()
         times[variant].append(time_ms(steps[variant], repeats[variant], device))
 
     def attempt(action: Callable[[str], None], variant: str) -> None:
@@ -198,6 +203,8 @@ def digits(value: float) -> float:
 
 def measure_epoch(facts: dict, data: DataSplits, amp: torch.dtype | None, device: torch.device) -> list[dict]:
     """Train two epochs as recipes/train.py does; the second has nothing left to tune or compile."""
+    if device.type == "cpu":
+        keep_freed_memory()
     model, _, _ = make_model(facts["model"], "fused", 1, device)
     task = CapsuleTask(model, device=device, verbose=False)
     policy = create_policy("fixed", lr=1e-3, batch_size=facts["batch_size"], epochs=2, num_images=len(data.train))

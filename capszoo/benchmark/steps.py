@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from capszoo.contract import decoder_of
+from capszoo.engine.memory import keep_freed_memory
 from capszoo.engine.task import CapsuleTask
 from capszoo.layers import ScaledConv2d, set_fourier_conv
 from capszoo.losses import reconstruction_loss
@@ -65,6 +66,8 @@ def training_step(name: str, amp: torch.dtype | None, variant: str, batch_size: 
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
     def step() -> None:
+        if device.type == "cpu":
+            keep_freed_memory(chosen.keeps_memory)
         with set_fourier_conv(chosen.fourier_conv), autocast(device, amp):
             loss = task(images, labels)["loss"]
         scaler.scale(loss).backward()

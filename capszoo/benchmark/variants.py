@@ -74,6 +74,8 @@ class Variant:
     fourier_conv: bool = True
     channels_last: bool = True
     fused_optimizer: bool = True
+    keeps_memory: bool = True
+    """Whether freed memory stays with the process, as in the recipes."""
     low_precision: bool = True
     """Whether it runs in the precision that the benchmark is asked for, else in float32."""
 
@@ -85,7 +87,14 @@ VARIANTS = {
     "compiled": Variant(routing="compiled"),
     "none": Variant(routing="none"),
     # As public codes train the network: FasTrCaps's, and those of 2017.
-    "reference": Variant("plain", fourier_conv=False, channels_last=False, fused_optimizer=False, low_precision=False),
+    "reference": Variant(
+        "plain",
+        fourier_conv=False,
+        channels_last=False,
+        fused_optimizer=False,
+        keeps_memory=False,
+        low_precision=False,
+    ),
 }
 
 

@@ -28,6 +28,7 @@ from capszoo.registry import check_arguments, create_model, model_header, model_
 from .criteria import criterion_header
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
+from .memory import keep_freed_memory
 from .options import DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
 from .task import CapsuleTask
 from .trainer import Trainer
@@ -188,6 +189,8 @@ def trainer_of(
     Raises:
         ValueError: For a policy, optimizer or precision that cannot be made.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)

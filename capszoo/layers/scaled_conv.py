@@ -83,13 +83,12 @@ class ScaledConv2d(nn.Conv2d):
         self.weight.mul_(self.init_factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not the sum is multiplied but the weights, as float16 could not hold all sums.
-        weight = self.weight * self.scale
         if not torch.jit.is_scripting():
-            plan = chosen_plan(x, weight, self.stride[0]) if use_fourier_conv() else None
+            plan = chosen_plan(x, self.weight, self.stride[0]) if use_fourier_conv() else None
             if plan is not None:
-                return fourier_conv2d(x, weight, self.bias, plan)
-        return self._conv_forward(x, weight, self.bias)
+                return fourier_conv2d(x, self.weight, self.bias, plan, self.scale)
+        # Not the sum is multiplied but the weights, as float16 could not hold all sums.
+        return self._conv_forward(x, self.weight * self.scale, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:

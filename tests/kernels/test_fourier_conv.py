@@ -1,6 +1,7 @@
 """Convolution by Fourier transforms against PyTorch's in float64, and where it is taken."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -11,7 +12,8 @@ from torch.nn import functional
 
 import capszoo
 from capszoo.kernels import fourier_conv
-from capszoo.kernels.fourier_conv import Plan, best_plan, chosen_plan, fourier_conv2d
+from capszoo.kernels.fourier_conv import chosen_plan, fourier_conv2d
+from capszoo.kernels.fourier_plan import Plan, best_plan, is_faster, matrices, multiplications
 from capszoo.layers import ScaledConv2d
 
 
@@ -76,10 +78,12 @@ def test_more_images_than_a_chunk(monkeypatch):
 def test_counts_of_the_standard_convolution():
     plan = best_plan(20, 20, 9, 2, 256, 256)
     assert (plan.size, plan.tile, plan.tiles, plan.products) == (10, 6, (1, 1), 148)
-    direct, image, kernels = fourier_conv.multiplications(plan, 256, 256)
-    assert direct == 36 * 81 * 256 * 256 and image == 148 * (1024 * 256 + 100 * 1024 + 36 * 256)
+    direct, image, kernels = multiplications(plan, 256, 256)
+    # Columns of 10 by a matrix of 10 x 10; two rows that are real to 14 products, four pairs of rows to 30.
+    transform = 10 * 10 * 10 + 2 * 14 * 10 + 4 * 30 * 20
+    assert direct == 36 * 81 * 256 * 256 and image == 148 * (1024 * 256 + 36 * 256) + transform * 1024
     assert kernels == 148 * 25 * 1024 * 256
-    assert fourier_conv.is_faster(plan, 128, 256, 256) and not fourier_conv.is_faster(plan, 16, 256, 256)
+    assert is_faster(plan, 16, 256, 256) and not is_faster(plan, 8, 256, 256)
 
 
 def test_higher_derivatives_are_those_of_the_direct_convolution():
@@ -218,3 +222,103 @@ def test_network_trains_alike():
         gradients[enable] = [p.grad for p in again.parameters()]
     for fourier, direct in zip(gradients[True], gradients[False], strict=True):
         assert error(fourier, direct) <= 1e-4
+
+
+def test_transform_of_columns_and_rows_is_the_transform():
+    """Of any map, the products at all frequencies: conj(W) X of two random maps is their circular correlation."""
+    for size in (6, 7, 10, 13):
+        plan = Plan(5, 2, 20, 20, size)
+        found = matrices(plan)
+        maps = torch.randn(size * size, 3, generator=torch.Generator().manual_seed(size))
+        columns = found.columns @ maps.view(size, -1)
+        products = torch.empty(plan.products, 3)
+        for matrix, taken, given in found.rows():
+            products[given] = matrix @ columns[taken].view(matrix.shape[1], -1)
+        kernels = torch.randn(plan.taps**2, 3, generator=torch.Generator().manual_seed(1))
+        actual = found.outputs @ (products * (found.kernels @ kernels))
+        as_images, as_weights = maps.t().view(1, 3, size, size), kernels.t().view(3, 1, plan.taps, plan.taps)
+        expected = functional.conv2d(as_images.double(), as_weights.double(), groups=3).view(3, -1).t()
+        assert error(actual, expected) <= 1e-6
+
+
+class Passes:
+    """A convolution of fixed images, whose transforms of kernels are counted."""
+
+    def __init__(self, monkeypatch):
+        self.plan = best_plan(12, 12, 5, 2, 2, 3)
+        self.x, weight, _ = inputs(4, 2, 3, 12, 12, 5)
+        self.weight = weight.float().requires_grad_()
+        self.count = 0
+        real = fourier_conv._transform_kernels
+
+        def transform(*args):
+            self.count += 1
+            real(*args)
+
+        monkeypatch.setattr(fourier_conv, "_transform_kernels", transform)
+
+    def __call__(self):
+        return fourier_conv2d(self.x.float(), self.weight, None, self.plan)
+
+    def is_right(self, y):
+        return error(y, functional.conv2d(self.x, self.weight.detach().double(), stride=2)) <= 1e-6
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    monkeypatch.setattr(fourier_conv, "_scratch", fourier_conv._Scratch())
+    return Passes(monkeypatch)
+
+
+def test_evaluation_transforms_kernels_once_until_they_change(passes):
+    with torch.no_grad():
+        assert passes.is_right(passes()) and passes.is_right(passes()) and passes.count == 1
+        passes.weight.add_(1)
+        assert passes.is_right(passes()) and passes.count == 2
+        passes.weight.data.mul_(2)  # which no version counts
+        assert passes.is_right(passes()) and passes.is_right(passes()) and passes.count == 3
+    with torch.inference_mode():
+        assert passes.is_right(passes())
+    assert passes.is_right(passes().detach())
+
+
+def test_training_transforms_kernels_once_a_step(passes):
+    for step in range(1, 4):
+        y = passes()
+        y.square().sum().backward()
+        assert passes.is_right(y.detach()) and passes.count == step
+        passes.weight.data.sub_(passes.weight.grad, alpha=0.01)
+
+
+def test_backward_pass_of_kernels_that_another_convolution_has_overwritten(passes):
+    other = torch.randn(3, 2, 5, 5, requires_grad=True)
+    x = passes.x.float().requires_grad_()
+    y = fourier_conv2d(x, passes.weight, None, passes.plan)
+    z = fourier_conv2d(x, other, None, passes.plan)
+    found = torch.autograd.grad((y * z).sum(), (x, passes.weight, other))
+    a, b = (functional.conv2d(x, weight, stride=2) for weight in (passes.weight, other))
+    for actual, expected in zip(found, torch.autograd.grad((a * b).sum(), (x, passes.weight, other)), strict=True):
+        assert error(actual, expected) <= 1e-5
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again(passes):
+    y = passes().square().sum()
+    first = torch.autograd.grad(y, passes.weight, retain_graph=True)[0].clone()
+    passes().sum().backward()  # takes no memory that the first still needs
+    assert torch.equal(torch.autograd.grad(y, passes.weight)[0], first)
+
+
+def test_memory_of_a_pass_goes_to_the_next(passes):
+    free = fourier_conv._scratch.free
+    for _ in range(3):
+        y = passes()
+        assert not free
+        y.sum().backward()
+        del y
+        assert len(free) == 1
+    with torch.no_grad():
+        passes()
+    assert len(free) == 1
+    passes.x = passes.x.repeat(2, 1, 1, 1)
+    passes().sum().backward()
+    assert len(free) == 1 and free[0].numel() == 8 * math.prod((*passes.plan.tiles, passes.plan.products, 4 * 2))
