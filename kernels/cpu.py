@@ -26,8 +26,9 @@ cost J times the arithmetic, or 7 and 1.3 ms as one small product for each sampl
 that has to run along the classes.
 
 For few samples the products are narrow and votes win. `_forward_by_votes` and `_backward_by_votes` are the same steps
-with u_ij = x_i W_tj computed for a tile, used and dropped: dc_ij = u_ij . ds_j, Vbar_j += sum over i of dl_ij u_ij,
-du_ij = c_ij ds_j + dl_ij V^(r-1)_j, dx_i += sum over j of W_tj du_ij, dW_tj += sum over i of x_i du_ij^T.
+with u_ij = x_i W_tj computed for a tile, used and dropped, or kept where there is one tile: dc_ij = u_ij . ds_j,
+Vbar_j += sum over i of dl_ij u_ij, du_ij = c_ij ds_j + dl_ij V^(r-1)_j, dx_i += sum over j of W_tj du_ij,
+dW_tj += sum over i of x_i du_ij^T.
 
 In the products, samples are the last dimension of everything: poses [T, K, P, B], V and s [J, D, B], couplings
 [J, t, P, B].
@@ -210,11 +211,13 @@ def _backward(
 def _forward_by_votes(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate: bool) -> Tensor:
     """As `_forward`, for few samples."""
     poses, matrices = _types_first(x, weight.shape[0]), weight.flatten(2)
+    tiles = _tiles_of_votes(poses, matrices)
+    kept = _votes(poses, weight, x) if len(tiles) == 1 else None
     total = sums.new_zeros(sums.shape[1:])  # V^r
     for iteration in range(len(sums)):
         sums[iteration] = bias
-        for types in _tiles_of_votes(poses, matrices):
-            votes = torch.bmm(poses[types], matrices[types]).view(-1, len(x), *weight.shape[2:])  # [t * P, B, J, D]
+        for types in tiles:
+            votes = _votes(poses[types], weight[types], x) if kept is None else kept
             couplings = (votes * total).sum(3, keepdim=True).softmax(2)
             sums[iteration] += (couplings * votes).sum(0)
         v = squash(sums[iteration], approximate)
@@ -235,6 +238,15 @@ def _backward_by_votes(
     """As `_backward`, for few samples."""
     poses, matrices, dmatrices = _types_first(x, weight.shape[0]), weight.flatten(2), dweight.flatten(2)
     dposes = torch.zeros_like(poses)
+    tiles = _tiles_of_votes(poses, matrices)
+    kept = _votes(poses, weight, x) if len(tiles) == 1 else None
+    dkept = None if kept is None else torch.zeros_like(kept)
+
+    def add_products(types: slice, dvotes: Tensor) -> None:
+        dvotes = dvotes.view(len(poses[types]), poses.shape[1], -1)
+        dposes[types].baddbmm_(dvotes, matrices[types].transpose(1, 2))
+        dmatrices[types].baddbmm_(poses[types].transpose(1, 2), dvotes)
+
     v = squash(sums, approximate)
     totals = v.cumsum(0) - v  # V^0..V^(R-1)
     dtotal = torch.zeros_like(v[0])
@@ -242,16 +254,24 @@ def _backward_by_votes(
         total = totals[iteration]
         ds = squash_backward(grad if iteration == len(sums) - 1 else dtotal, sums[iteration], approximate)
         dbias += ds.sum(0)
-        for types in _tiles_of_votes(poses, matrices):
-            votes = torch.bmm(poses[types], matrices[types]).view(-1, len(x), *weight.shape[2:])
+        for types in tiles:
+            votes = _votes(poses[types], weight[types], x) if kept is None else kept
             couplings = (votes * total).sum(3, keepdim=True).softmax(2)
             dcouplings = (votes * ds).sum(3, keepdim=True)
             dlogits = couplings * (dcouplings - (couplings * dcouplings).sum(2, keepdim=True))
             dtotal += (dlogits * votes).sum(0)
-            dvotes = (couplings * ds).addcmul_(dlogits, total).view(len(poses[types]), poses.shape[1], -1)
-            dposes[types].baddbmm_(dvotes, matrices[types].transpose(1, 2))
-            dmatrices[types].baddbmm_(poses[types].transpose(1, 2), dvotes)
+            if dkept is None:
+                add_products(types, (couplings * ds).addcmul_(dlogits, total))
+            else:
+                dkept.addcmul_(couplings, ds).addcmul_(dlogits, total)
+    if dkept is not None:
+        add_products(tiles[0], dkept)
     dx.copy_(dposes.view(-1, len(x), x.shape[2]).transpose(0, 1))
+
+
+def _votes(poses: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """Votes `[t * P, B, J, D]` of poses `[t, P * B, K]` and matrices `[t, K, J, D]`."""
+    return torch.bmm(poses, weight.flatten(2)).view(-1, len(x), *weight.shape[2:])
 
 
 def _tile_bytes() -> int:

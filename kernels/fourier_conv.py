@@ -42,6 +42,11 @@ CHUNK = 128
 BLOCK_BYTES = 6_000_000
 
 
+def _empty(size: int) -> Tensor:
+    with torch.inference_mode(False):  # or it could not be written outside of inference mode
+        return torch.empty(size)
+
+
 class _Scratch(threading.local):
     """Memory for what a call throws away, kept for the next: fresh memory takes as long as products."""
 
@@ -53,7 +58,7 @@ class _Scratch(threading.local):
     def take(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = torch.empty(size)
+            self.kept[name] = _empty(size)
         return self.kept[name][:size].view(shape)
 
 
@@ -70,7 +75,7 @@ class _Loan:
             memory = self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
         else:
             self._free.clear()
-            memory = torch.empty(size)
+            memory = _empty(size)
         self.tensor = memory[:size].view(shape)
         self._memory = memory
 

@@ -232,8 +232,8 @@ def test_transform_of_columns_and_rows_is_the_transform():
         maps = torch.randn(size * size, 3, generator=torch.Generator().manual_seed(size))
         columns = found.columns @ maps.view(size, -1)
         products = torch.empty(plan.products, 3)
-        for matrix, taken, given in found.rows():
-            products[given] = matrix @ columns[taken].view(matrix.shape[1], -1)
+        for matrix, taken, filled in found.rows():
+            products[filled] = matrix @ columns[taken].view(matrix.shape[1], -1)
         kernels = torch.randn(plan.taps**2, 3, generator=torch.Generator().manual_seed(1))
         actual = found.outputs @ (products * (found.kernels @ kernels))
         as_images, as_weights = maps.t().view(1, 3, size, size), kernels.t().view(3, 1, plan.taps, plan.taps)
@@ -322,3 +322,11 @@ def test_memory_of_a_pass_goes_to_the_next(passes):
     passes.x = passes.x.repeat(2, 1, 1, 1)
     passes().sum().backward()
     assert len(free) == 1 and free[0].numel() == 8 * math.prod((*passes.plan.tiles, passes.plan.products, 4 * 2))
+
+
+def test_training_after_inference(passes):
+    with torch.inference_mode():
+        passes()
+    passes().sum().backward()
+    with torch.inference_mode():
+        assert passes.is_right(passes())
