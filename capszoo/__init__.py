@@ -11,12 +11,14 @@ from . import _moved
 from ._version import __version__
 from .costs import ModelInfo, model_info
 from .layers import set_fourier_conv, set_fused_routing
+from .prediction import Prediction, predict
 from .registry import create_model, is_model, list_models, list_pretrained, load_model, save_model
 
 _moved.install()
 
 __all__ = [
     "ModelInfo",
+    "Prediction",
     "__version__",
     "create_model",
     "is_model",
@@ -24,6 +26,7 @@ __all__ = [
     "list_pretrained",
     "load_model",
     "model_info",
+    "predict",
     "save_model",
     "set_fourier_conv",
     "set_fused_routing",

@@ -162,8 +162,8 @@ def save_weights(path: str | Path, model: nn.Module, metadata: dict[str, Any]) -
 def load_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, str]:
     """Load a model's weights from a safetensors file; a decoder that the model does not have is left out.
 
-    The `mean` and `std` of the images that they were trained on, if the header has them, go into the model's
-    `pretrained_cfg`.
+    The model's `pretrained_cfg` then describes them: size of the images and number of classes, and of the header what
+    it has of `mean`, `std`, `class_names` and `dataset`. What it said of other weights goes.
 
     Args:
         model: The model, not wrapped.
@@ -179,10 +179,33 @@ def load_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, 
     fitting = check_weights(model, file)
     normalisation = _read_normalisation(file.path, file.metadata, getattr(model, "in_chans", 1))
     model.load_state_dict(fitting)
-    if normalisation:
-        cfg: Any = {**(getattr(model, "pretrained_cfg", None) or {}), **normalisation}
-        model.pretrained_cfg = model.default_cfg = cfg
+    _describe(model, file, normalisation)
     return file.metadata
+
+
+# Of timm's configuration, what belongs to the weights that it names.
+_OF_WEIGHTS = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "origin_url", "paper_name",
+               "license", "description", "notes", "label_names", "label_descriptions")  # fmt: skip
+
+
+def _describe(model: Any, file: "WeightsFile", normalisation: dict[str, tuple[float, ...]]) -> None:
+    """Let the `pretrained_cfg` of a model describe the weights of a file."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    if not cfg or not hasattr(model, "img_size"):
+        if normalisation:
+            model.pretrained_cfg = model.default_cfg = {**(cfg or {}), **normalisation}
+        return
+    cfg = {key: value for key, value in dict(cfg).items() if key not in _OF_WEIGHTS}
+    cfg.update(num_classes=model.num_classes, input_size=(model.in_chans, *model.img_size), **normalisation)
+    try:
+        names = json.loads(file.metadata.get("class_names", "null"))
+    except (ValueError, RecursionError):
+        names = None
+    if isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names):
+        cfg["label_names"] = tuple(names)
+    if file.metadata.get("dataset"):
+        cfg["description"] = f"trained on {file.metadata['dataset']}"
+    model.pretrained_cfg = model.default_cfg = cfg
 
 
 def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:

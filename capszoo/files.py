@@ -39,7 +39,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: s
         raise WriteError(f"{str(path)!r} cannot be written (it is not a file): give another path")
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"  # which a folder such as '.' has too
     try:
+        with open(temporary, "wb"):  # with the permissions that the user's umask gives
+            permissions = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, permissions)  # safetensors makes a file that nobody else may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if previous is not None and path.exists():

@@ -41,7 +41,7 @@ def open_model(
 
     Args:
         name_or_file: Name of a model with shipped weights, with or without a tag, or a file such as
-            `runs/NAME/best.safetensors`.
+            `runs/NAME/best.safetensors`, or a run folder, of which the best weights are opened.
         model_name: Model of the weights, for a file whose header does not say it.
         decoder: Open it with or without the decoder; if None with it, where the weights may have one.
         **kwargs: More keywords of the model, in place of the header's.
@@ -61,6 +61,7 @@ def open_model(
         name = f"{source.partition('.')[0]}.{cfg['tag']}"
         file = weights_path(name)
         return OpenedModel(model, name, file, read_metadata(file), read_table()[name]["dataset"])
+    source = str(weights_in(source))
     if not Path(source).is_file():
         known = ", ".join(list_pretrained()) or "none yet"
         raise UsageError(f"{source!r} is no file and no shipped weights (there are: {known}): check the path")
@@ -73,6 +74,12 @@ def open_model(
     kwargs = {**header_arguments(source, model_name, header), **kwargs}
     model = create_model(model_name, checkpoint_path=source, **kwargs)
     return OpenedModel(model, f"{model_name} {source}", Path(source), header, header.get("dataset"))
+
+
+def weights_in(path: str | Path) -> Path:
+    """The best weights of a run folder, where `path` is one; else `path`."""
+    best = Path(path) / "best.safetensors"
+    return best if best.is_file() else Path(path)
 
 
 def _with_decoder(decoder: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]:

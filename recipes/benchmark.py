@@ -1,8 +1,8 @@
 """Measure routing, training steps and inference against plain PyTorch, in one run: time and peak memory.
 
-    python recipes/benchmark.py                       # writes recipes/results/benchmark-cpu.csv where there is no GPU
+    python recipes/benchmark.py                       # writes benchmark-cpu.csv where there is no GPU
     python recipes/benchmark.py --time-limit 500      # what matters most comes first, the rest is left out
-    python recipes/benchmark.py --plot-only recipes/results/benchmark-cpu.csv
+    python recipes/benchmark.py --plot-only benchmark-cpu.csv
 
 What is measured (--subjects; column `subject`):
 
@@ -42,7 +42,7 @@ from capszoo.benchmark.measuring import PRECISIONS, explain, measure, measure_ep
 from capszoo.benchmark.planning import SUBJECTS, Scope, plan
 from capszoo.benchmark.reporting import COLUMNS, describe_machine, draw, print_summary, print_table
 from capszoo.benchmark.variants import routing_shape
-from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.command_line import OptionParser, run
 from capszoo.data import load_data
 from capszoo.errors import DataError, UsageError, first_line
 from capszoo.files import read_rows, write_csv
@@ -62,7 +62,7 @@ def build_parser() -> OptionParser:
     add("--device", default="auto", help="auto, cpu, cuda ...")
     add("--amp", default="auto", choices=["auto", "none", "bf16", "fp16"], help="precision of whole models")
     add("--data-dir", default="data", help="folder that has MNIST, for the epoch")
-    add("--output", metavar="FILE.csv", help="file to write; default recipes/results/benchmark-DEVICE.csv")
+    add("--output", metavar="FILE.csv", help="file to write; default benchmark-DEVICE.csv in the working directory")
     add("--plots", metavar="FOLDER", help="folder for the figures; default that of the CSV")
     add("--plot-only", metavar="FILE.csv", help="measure nothing, draw the figures of this file again")
     return parser
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True
     machine = describe_machine(args.device)
     short = "".join(c if c.isalnum() else "-" for c in machine["device"].lower()) if on_gpu(args) else "cpu"
-    path = Path(args.output) if args.output else results_folder() / f"benchmark-{short}.csv"
+    path = Path(args.output) if args.output else Path(f"benchmark-{short}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = measure_all(args, path, machine)
     if not rows:

@@ -65,7 +65,12 @@ def open_data(options: PruneOptions, model: torch.nn.Module) -> DataSplits:
     """Load the data set, normalised as the model takes it."""
     training = options.training
     data = load_data_for(
-        model, training.dataset, training.data_dir, val_fraction=training.val_fraction, download=training.download
+        model,
+        training.dataset,
+        training.data_dir,
+        val_fraction=training.val_fraction,
+        download=training.download,
+        follow_links=training.follow_links,
     )
     data.normalize(*image_statistics(model))
     if data.val is None:

@@ -252,6 +252,8 @@ def train(
         + ("" if precision is None else f"mean average precision {precision:.4f} ")
         + f"({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
     )
+    if not options.quiet:
+        console.print(f"next: capszoo validate {folder}, or capszoo predict {folder} IMAGE...")
     return 0
 
 

@@ -1,12 +1,12 @@
 """Measure a checkpoint or shipped weights on a data set.
 
-    python recipes/validate.py runs/NAME/best.safetensors                    # model and data set from the file's header
+    python recipes/validate.py runs/NAME                                     # model and data set from the file's header
     python recipes/validate.py capsnet_ws.mnist --data-dir data              # shipped weights by name
     python recipes/validate.py runs/NAME/best.safetensors --dataset fashion_mnist --split val --robustness
-    python recipes/validate.py --all --data-dir data                         # all shipped weights, into the tables
+    python recipes/validate.py --all --data-dir data --results-dir results   # all shipped weights, into tables
     python recipes/validate.py --all --also runs/cnn/best.safetensors        # and a file that is not shipped
 
-`--all` writes a table for each data set, recipes/results/results-DATASET.csv. `param_count` and `macs` are those of the
+`--all` writes a table for each data set, results-DATASET.csv. `param_count` and `macs` are those of the
 class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
 changed images (capszoo/engine/robustness.py says how). Where images show several classes, top1 is the exact-match
 accuracy (the fraction of images of which just those are predicted), and the mean average precision is measured, too.
@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import capszoo
-from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.command_line import OptionParser, run
 from capszoo.contract import auxiliary_modules
 from capszoo.data import DataSplits, Loader, Split
 from capszoo.engine import CapsuleTask, Evaluation, evaluate
@@ -63,14 +63,19 @@ COLUMNS = (
 def build_parser() -> OptionParser:
     parser = OptionParser(description="Measure a checkpoint or shipped weights on a data set.")
     add = parser.add_argument
-    add("weights", nargs="?", help="a safetensors file, or the name of shipped weights such as capsnet_ws.mnist")
+    add(
+        "weights",
+        nargs="?",
+        help="a run folder, a safetensors file, or shipped weights such as capsnet_ws.mnist",
+    )
     add("--all", action="store_true", help="measure all shipped weights and write the tables of results")
     add("--also", nargs="+", default=[], metavar="FILE", help="with --all: weights that are not shipped")
-    add("--results-dir", default=str(results_folder()), help="with --all: folder of the tables")
+    add("--results-dir", default=".", help="with --all: folder of the tables (default: the working directory)")
     add("--model", help="model of the weights, where the file's header does not say it")
     add("--dataset", help="data set; default the one that the weights were trained on")
     add("--data-dir", default="data", help="folder that has the data set")
     add("--download", action="store_true", help="let torchvision download the data set into --data-dir")
+    add("--follow-links", action="store_true", help="read what links out of an image folder lead to")
     add("--split", default="test", choices=["train", "val", "test"], help="images to measure on")
     add("--val-fraction", type=float, default=0.1, help="part of the training images that is the validation split")
     add("--batch-size", type=int, default=256, help="images a step")
@@ -175,7 +180,8 @@ def measure(
 
 def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[DataSplits, Split]:
     """The data set in the model's image size, and the split to measure on."""
-    data = load_data_for(model, dataset, args.data_dir, val_fraction=args.val_fraction, download=args.download)
+    more = {"download": args.download, "follow_links": args.follow_links}
+    data = load_data_for(model, dataset, args.data_dir, val_fraction=args.val_fraction, **more)
     split = getattr(data, args.split)
     if split is None:
         raise UsageError("--split val needs --val-fraction above 0")

@@ -48,3 +48,9 @@ def test_data_of_a_models_size():
     model.reset_classifier(5)
     with pytest.raises(UsageError, match="'digits' has 10 classes, the model has 5: check --dataset"):
         load_data_for(model, "digits", "data")
+
+
+def test_run_folders(make_run):
+    file = make_run("capsnet_tiny", "digits", conv_dim=8)
+    opened = open_model(file.parent)
+    assert opened.file == file and opened.dataset == "digits"

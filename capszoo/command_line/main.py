@@ -2,6 +2,7 @@
 
     capszoo list "*_ws"            capszoo train --dataset mnist --download
     capszoo info capsnet_ws        capszoo validate capsnet_ws.mnist
+    capszoo predict runs/NAME cat.png
     capszoo doctor                 capszoo prune | explore | benchmark ...
 
 A recipe's command takes the options of the script in recipes/ with its name.
@@ -45,6 +46,7 @@ def build_parser() -> OptionParser:
     job.add_argument("--pretrained", action="store_true", help="the shipped weights instead of the models")
     job = jobs.add_parser("info", allow_abbrev=False, help="size of a model, work of a forward pass, and its weights")
     job.add_argument("model", help="name of a model, or of shipped weights such as capsnet_ws.mnist")
+    jobs.add_parser("predict", help="say what image files show, by a trained model", add_help=False)
     jobs.add_parser("doctor", allow_abbrev=False, help="what this machine has, which routing runs on it, and why")
     for name, text in RECIPES.items():
         jobs.add_parser(name, help=text, add_help=False)
@@ -133,8 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The outermost layer of all: what it runs must not be imported before it is asked for.
         recipe = importlib.import_module(f"capszoo.recipes.{argv[0]}")
         return recipe.main(argv[1:])
+    if argv and argv[0] == "predict":
+        from .predict import main as predict
+
+        return predict(argv[1:])
     if argv and not argv[0].startswith("-"):
-        known = ["list", "info", "doctor", *RECIPES]
+        known = ["list", "info", "predict", "doctor", *RECIPES]
         if argv[0] not in known:
             raise UsageError(unknown_name("command", argv[0], known, f"choose from {', '.join(known)}"))
     args = build_parser().parse_args(argv)

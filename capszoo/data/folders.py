@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +17,33 @@ from capszoo.errors import DataError, one_line
 from .decoding import Size, header, not_an_image, sizes_differ
 from .readers import FileReader
 
+_logger = logging.getLogger(__name__)
+
 _FOLDER_LAYOUT = "expected train/<class>/<image> and test/<class>/<image> (val or validation will do for test)"
 # Of a folder whose images may show several classes, in each of its parts.
 _TABLE = "labels.csv"
 _TABLE_FORMAT = "expected a line 'file,<class>,<class>,...' and for each image a line 'cat.png,0,1,...'"
-_LITTER = {"thumbs.db", "desktop.ini"}
+# Suffixes of the formats that are decoded.
+_SUFFIXES = {
+    ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pgm",
+    ".png", ".apng", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 # The files of each part of an image folder, and their labels.
 _Files = dict[str, tuple[list[Path], Tensor]]
 
 
+def is_image_name(path: Path) -> bool:
+    """Whether a file's suffix says that it is an image; one without a suffix may be."""
+    return path.suffix.lower() in _SUFFIXES or not path.suffix
+
+
 def image_folder(
-    root: Path, img_size: Size | None = None, in_chans: int | None = None
+    root: Path, img_size: Size | None = None, in_chans: int | None = None, follow_links: bool = False
 ) -> tuple[list[str], dict[str, tuple[FileReader, Tensor]]]:
     """Open a folder of `train/<class>/<image>` and `test/<class>/<image>`, or of `train` and `test` with a table each.
 
-    Hidden files and what file managers leave behind are passed over; all else must be an image.
+    Images of a class may lie in folders below the class's own. Hidden files are passed over, and so are files with
+    other suffixes than those of images, of which a warning counts how many; what is left must be an image.
 
     Where images may show several classes, or none, `train/labels.csv` and `test/labels.csv` say which: in UTF-8, a
     first line that names the classes (`file,cat,dog`) and a line for each image, its path below `train` or `test` and
@@ -40,6 +53,7 @@ def image_folder(
         root: The folder.
         img_size: The size to give the images; by default their own, which must then be the same for all.
         in_chans: The channels to give them, 1 or 3; by default 1 if all are grey.
+        follow_links: Read what links out of the folder lead to.
 
     Returns:
         The class names, and the images with their labels (int64 `[N]`, from tables float32 `[N, J]`) of "train", "test"
@@ -61,13 +75,21 @@ def image_folder(
     if held_out[0].name == "test" and len(held_out) > 1:
         folders["val"] = held_out[1]
 
+    walk = _Walk(root, follow_links)
     for folder in folders.values():
-        _check_inside(folder, root)
+        walk.check_inside(folder)
     tables = [folder / _TABLE for folder in folders.values()]
     if any(table.exists() for table in tables):
-        class_names, files = _read_tables(folders, root)
+        class_names, files = _read_tables(folders, walk)
     else:
-        class_names, files = _read_class_folders(folders, root)
+        class_names, files = _read_class_folders(folders, walk)
+    if walk.skipped:
+        _logger.warning(
+            "%d files of '%s' are passed over, as their names are not those of images, such as '%s'",
+            len(walk.skipped),
+            root,
+            walk.skipped[0].name,
+        )
 
     headers = []
     for path in (path for paths, _ in files.values() for path in paths):
@@ -84,9 +106,9 @@ def image_folder(
     return class_names, {part: (FileReader(paths, image_shape), labels) for part, (paths, labels) in files.items()}
 
 
-def _read_class_folders(folders: dict[str, Path], root: Path) -> tuple[list[str], _Files]:
+def _read_class_folders(folders: dict[str, Path], walk: _Walk) -> tuple[list[str], _Files]:
     """Return the class names, and the images of each part by its folders of one class each."""
-    found = {part: _class_files(folder, root) for part, folder in folders.items()}
+    found = {part: _class_files(folder, walk) for part, folder in folders.items()}
     class_names = sorted(found["train"], key=lambda label: (natural_key(label), label))  # timm's order
     files = {}
     for part, classes in found.items():
@@ -101,7 +123,7 @@ def _read_class_folders(folders: dict[str, Path], root: Path) -> tuple[list[str]
     return class_names, files
 
 
-def _read_tables(folders: dict[str, Path], root: Path) -> tuple[list[str], _Files]:
+def _read_tables(folders: dict[str, Path], walk: _Walk) -> tuple[list[str], _Files]:
     """Return the class names, and the images of each part by its table."""
     for folder in folders.values():
         if not (folder / _TABLE).exists():
@@ -110,7 +132,7 @@ def _read_tables(folders: dict[str, Path], root: Path) -> tuple[list[str], _File
     class_names: list[str] = []
     files = {}
     for part, folder in folders.items():
-        names, paths, labels = _read_table(folder, root)
+        names, paths, labels = _read_table(folder, walk)
         class_names = class_names or names  # those of train, which is the first
         if names != class_names:
             differing = next(i for i in range(len(names) + 1) if names[i : i + 1] != class_names[i : i + 1])
@@ -129,10 +151,10 @@ def _read_tables(folders: dict[str, Path], root: Path) -> tuple[list[str], _File
     return class_names, files
 
 
-def _read_table(folder: Path, root: Path) -> tuple[list[str], list[Path], Tensor]:
+def _read_table(folder: Path, walk: _Walk) -> tuple[list[str], list[Path], Tensor]:
     """Return the class names, files and labels of the table of one part."""
     table = folder / _TABLE
-    _check_inside(table, root)
+    walk.check_inside(table)
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
@@ -149,7 +171,7 @@ def _read_table(folder: Path, root: Path) -> tuple[list[str], list[Path], Tensor
         if not name or name in class_names[:index]:
             raise DataError(f"'{table}' names the class {name!r} {'twice' if name else 'in its first line'}: mend it")
 
-    present = {path.relative_to(folder): path for path in _files_below(folder, root) if path != table}
+    present = {path.relative_to(folder): path for path in walk.files(folder) if path != table}
     paths: dict[Path, Path] = {}
     labels = []
     for number, (name, *cells) in lines[1:]:
@@ -166,36 +188,25 @@ def _read_table(folder: Path, root: Path) -> tuple[list[str], list[Path], Tensor
         paths[path] = present[path]
         labels.append([float(cell) for cell in cells])
     for path in sorted(present.keys() - paths.keys()):
+        if walk.skips(present[path]):
+            continue
         raise DataError(f"'{table}' has no line for '{present[path]}': add one, or delete the file")
     return class_names, list(paths.values()), torch.tensor(labels)
 
 
-def _files_below(folder: Path, root: Path) -> Iterator[Path]:
-    """Go through the files of a folder and of those in it."""
-    folders = [folder]
-    while folders:
-        for entry in _entries(folders.pop()):
-            _check_inside(entry, root)
-            if not entry.is_dir():
-                yield entry
-            elif entry.is_symlink():  # it may lead in a circle
-                raise DataError(f"'{entry}' is a link to a folder: put the folder in its place")
-            else:
-                folders.append(entry)
-
-
-def _class_files(folder: Path, root: Path) -> dict[str, list[Path]]:
-    """Return the files of each class below `folder`."""
+def _class_files(folder: Path, walk: _Walk) -> dict[str, list[Path]]:
+    """Return the images of each class below `folder`."""
     classes = {}
-    for entry in _entries(folder):
-        _check_inside(entry, root)
+    for entry in walk.entries(folder):
         if not entry.is_dir():
+            if walk.skips(entry):
+                continue
             raise DataError(f"'{entry}' is not a folder of images of one class: delete or move it, {_FOLDER_LAYOUT}")
-        classes[entry.name] = _entries(entry)
+        above = frozenset({os.path.realpath(folder)})
+        classes[entry.name] = [path for path in walk.files(entry, above) if not walk.skips(path)]
         if not classes[entry.name]:
             raise DataError(f"class folder '{entry}' holds no images: add some or delete it")
         for path in classes[entry.name]:
-            _check_inside(path, root)
             if not path.is_file():
                 raise DataError(f"'{path}' is not an image file: delete or move it, {_FOLDER_LAYOUT}")
     if not classes:
@@ -203,11 +214,53 @@ def _class_files(folder: Path, root: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _check_inside(path: Path, root: Path) -> None:
-    """Refuse a link out of the data set's folder; a folder from elsewhere must not make other files be read."""
-    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-        raise DataError(f"'{path}' is a link out of '{root}': put a copy in its place")
+class _Walk:
+    """Goes through the files of a data set.
+
+    Args:
+        root: Its folder.
+        follow_links: Whether links may lead out of it. A folder from elsewhere must not make other files be read.
+    """
+
+    def __init__(self, root: Path, follow_links: bool):
+        self.root, self.follow_links = root, follow_links
+        self.skipped: list[Path] = []
+
+    def check_inside(self, path: Path) -> None:
+        """Refuse a link out of the data set's folder, unless those are followed."""
+        if self.follow_links or not path.is_symlink():
+            return
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+            raise DataError(f"'{path}' is a link out of '{self.root}': put a copy in its place, or give --follow-links")
+
+    def entries(self, folder: Path) -> list[Path]:
+        """What is in a folder, without hidden files, in order."""
+        found = sorted(path for path in folder.iterdir() if path.name[0] != ".")
+        for path in found:
+            self.check_inside(path)
+        return found
+
+    def files(self, folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+        """The files of a folder and of those below it; a link to a folder above it is not followed in a circle."""
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        for entry in self.entries(folder):
+            if entry.is_dir():
+                yield from self.files(entry, above | {real})
+            else:
+                yield entry
+
+    def skips(self, path: Path) -> bool:
+        """Whether a file is passed over; it is counted then."""
+        skipped = not is_image_name(path) or (not path.suffix and not _is_image(path))
+        if skipped:
+            self.skipped.append(path)
+        return skipped
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in _LITTER)
+def _is_image(path: Path) -> bool:
+    try:
+        return path.is_file() and bool(header(path))  # a pipe would be waited for
+    except Exception:
+        return False

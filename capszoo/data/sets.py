@@ -44,6 +44,7 @@ def load_data(
     val_fraction: float = 0.1,
     seed: int = 0,
     download: bool = False,
+    follow_links: bool = False,
     max_bytes: int = 4 << 30,
 ) -> DataSplits:
     """Load a data set.
@@ -63,6 +64,7 @@ def load_data(
             whole images allow (a log line names classes that get none); 0 for no validation split.
         seed: Decides which images those are.
         download: Download what is missing, where torchvision or timm can.
+        follow_links: Read what links out of an image folder lead to.
         max_bytes: A data set whose images together take more is not held in memory but read while it is used.
 
     Returns:
@@ -89,7 +91,7 @@ def load_data(
             raise DataError(f"img_size={img_size} is not a size: give one number or (height, width), each 1 or more")
         img_size = size
     try:
-        source = open_source(name, data_dir, download, img_size, in_chans)
+        source = open_source(name, data_dir, download, img_size, in_chans, follow_links)
         return _make_splits(name, source, val_fraction, seed, max_bytes)
     except OSError as error:
         raise DataError(

@@ -54,8 +54,20 @@ def list_datasets() -> list[str]:
     return ["digits", *_TORCHVISION]
 
 
+def uses_data_dir(name: str | os.PathLike) -> bool:
+    """Whether a data set is looked for in the `data_dir` of :func:`capszoo.data.load_data`."""
+    prefix, _, rest = os.fspath(name).partition("/")
+    by_name = os.fspath(name) in _TORCHVISION or prefix == "folder" or prefix.lower() in ("torch", "hfds") and rest
+    return bool(by_name) or not (os.fspath(name) == "digits" or os.path.isdir(name))
+
+
 def open_source(
-    name: str, data_dir: str | os.PathLike | None, download: bool, img_size: Size | None, in_chans: int | None
+    name: str,
+    data_dir: str | os.PathLike | None,
+    download: bool,
+    img_size: Size | None,
+    in_chans: int | None,
+    follow_links: bool = False,
 ) -> Source:
     """Open the data set of a name; arguments and errors as :func:`capszoo.data.load_data`."""
     prefix, _, rest = name.partition("/")
@@ -64,10 +76,11 @@ def open_source(
     if name in _TORCHVISION:
         return _torchvision(name, Path(data_dir or "data"), download, img_size, in_chans)
     if prefix == "folder" or name in ("torch/folder", "torch/image_folder"):
-        class_names, parts = image_folder(Path(data_dir or "", rest if prefix == "folder" else ""), img_size, in_chans)
+        folder = Path(data_dir or "", rest if prefix == "folder" else "")
+        class_names, parts = image_folder(folder, img_size, in_chans, follow_links)
         return Source(class_names, **parts)
     if os.path.isdir(name):
-        class_names, parts = image_folder(Path(name), img_size, in_chans)
+        class_names, parts = image_folder(Path(name), img_size, in_chans, follow_links)
         return Source(class_names, **parts)
     if prefix.lower() in ("torch", "hfds") and rest:
         return _timm(name, data_dir, download, img_size, in_chans)

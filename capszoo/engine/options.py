@@ -66,6 +66,9 @@ class TrainingOptions:
     )
     data_dir: str = option("data", "folder that has the data set", "what", may_change=True)
     download: bool = option(False, "let torchvision download the data set into --data-dir", "what", flag=True)
+    follow_links: bool = option(
+        False, "read what links out of an image folder lead to", "what", flag=True, may_change=True
+    )
     val_fraction: float = option(0.1, "part of the training images kept for validation", "what", read=float)
     output: str | None = option(
         None, "run folder; default runs/MODEL-DATASET-POLICY-TIME", "what", metavar="RUN_DIR", saved=False

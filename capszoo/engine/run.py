@@ -16,6 +16,7 @@ from capszoo._version import __version__
 from capszoo.checkpoint import load_weights
 from capszoo.contract import HasCriterion
 from capszoo.data import DataSplits, Loader, default_translate, load_data
+from capszoo.data.sources import uses_data_dir
 from capszoo.errors import UsageError
 from capszoo.fields import words
 from capszoo.files import write_json
@@ -35,7 +36,17 @@ from .trainer import Trainer
 
 
 def load_splits(options: TrainingOptions) -> DataSplits:
-    """Load the data set that the options name."""
+    """Load the data set that the options name.
+
+    Raises:
+        UsageError: If they also name a folder that it does not use.
+        DataError: If it cannot be loaded.
+    """
+    if options.data_dir != DEFAULTS.data_dir and options.dataset and not uses_data_dir(options.dataset):
+        raise UsageError(
+            f"--data-dir {options.data_dir!r} is not used by the data set {options.dataset!r}: leave it out, or give "
+            f"--dataset {options.data_dir} for the images in it"
+        )
     return load_data(
         options.dataset,
         options.data_dir,
@@ -43,6 +54,7 @@ def load_splits(options: TrainingOptions) -> DataSplits:
         in_chans=options.in_chans,
         val_fraction=options.val_fraction,
         download=options.download,
+        follow_links=options.follow_links,
     )
 
 

@@ -363,7 +363,7 @@ def build_model(
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         kwargs["pretrained_cfg_overlay"] = overlay
     out_indices = kwargs.pop("out_indices", (0, 1, 2))
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         cls,
         variant,
         pretrained,
@@ -371,3 +371,15 @@ def build_model(
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
         **kwargs,
     )
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg and hasattr(model, "img_size") and any(trained_otherwise(model)):
+        model.pretrained_cfg = model.default_cfg = _for_other_images(model, cfg)
+    return model
+
+
+def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model of other classes or images than its weights are of: their names, hash and accuracy
+    are none of it."""
+    of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
+    cfg = {key: value for key, value in cfg.items() if key not in of_weights}
+    return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}

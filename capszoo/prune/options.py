@@ -50,7 +50,7 @@ class PruneOptions:
 
 # The options of training that the command line has, in the order of its help.
 _OF_TRAINING = (
-    "config", "dataset", "data_dir", "download", "val_fraction", "decoder", "output", "resume",
+    "config", "dataset", "data_dir", "download", "follow_links", "val_fraction", "decoder", "output", "resume",
     "policy", "epochs", "batch_size", "lr", "opt", "weight_decay", "clip_grad", "reconstruction_weight", "translate",
     "seed",
     "device", "amp", "compile", "cuda_graphs", "channels_last", "eval_batch_size", "workers", "save_every",

@@ -93,17 +93,13 @@ def edit(old, new, part="train"):
     return change
 
 
-def link(root):
-    (root / "train" / "loop").symlink_to(root / "train")
-
-
 TABLE_FAULTS = {
     "no table of test": (lambda root: (root / "test/labels.csv").unlink(), "test/labels.csv' does not exist, but"),
     "no table of train": (lambda root: (root / "train/labels.csv").unlink(), "train/labels.csv' does not exist, but"),
     "missing image": (lambda root: (root / "train/3.png").unlink(), "line 5: there is no image '3.png' in"),
     "image without a line": (lambda root: (root / "test/3.png").rename(root / "test/x.png"), "no image '3.png'"),
     "extra image": (lambda root: (root / "train/x.png").touch(), "has no line for '", "train/x.png"),
-    "extra file below": (lambda root: (root / "train/more/x.txt").touch(), "has no line for '", "more/x.txt"),
+    "extra image below": (lambda root: (root / "train/more/x.jpg").touch(), "has no line for '", "more/x.jpg"),
     "image twice": (edit("3.png", "./2.png"), "line 5: './2.png' is there twice"),
     "outside": (edit("3.png", "../test/3.png"), "line 5: there is no image '../test/3.png'"),
     "absolute": (edit("3.png", "/3.png"), "line 5: there is no image '/3.png'"),
@@ -122,7 +118,6 @@ TABLE_FAULTS = {
     "not text": (lambda root: (root / "train/labels.csv").write_bytes(b"\xff\xfe\0"), "is not a table (UnicodeDecode"),
     "open quote": (edit("3.png", '"3.png'), "is not a table (Error: unexpected end of data)"),
     "not an image": (lambda root: (root / "train/3.png").write_text("hello"), "3.png' is not an image"),
-    "links in a circle": (link, "train/loop' is a link to a folder"),
 }
 
 
@@ -177,9 +172,6 @@ def test_broken_layouts(raises, write_folder, tmp_path):
     write_folder(tmp_path, ("test",), ("dgo",))
     with raises(tmp_path / "test/dgo", "class", "train", "does not have"):
         load_data(tmp_path)
-    (tmp_path / "train/cat/more").mkdir()
-    with raises(tmp_path / "train/cat/more", "not an image file"):
-        load_data(tmp_path)
     Image.new("L", (4, 4)).save(tmp_path / "train/0.png")
     with raises(tmp_path / "train/0.png", "not a folder"):
         load_data(tmp_path)
@@ -197,6 +189,65 @@ def test_unreadable_folder(raises, write_folder, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     write_folder(tmp_path)
-    monkeypatch.setattr("capszoo.data.folders._entries", refuse)
+    monkeypatch.setattr("capszoo.data.folders._Walk.entries", lambda self, path: refuse(path))
     with raises("Permission denied", tmp_path / "train"):
         load_data(tmp_path)
+
+
+def test_stray_files_are_passed_over_and_counted_once(write_folder, tmp_path, caplog):
+    root = write_folder(tmp_path, count=2)
+    for stray in (
+        "train/notes.txt",
+        "train/cat/notes.txt",
+        "train/dog/Thumbs.db",
+        "test/cat/README",
+        "test/cat/.hidden",
+    ):
+        (root / stray).write_text("about these images")
+    (root / "train/dog/0.png").rename(root / "train/dog/by-its-content")
+    data = load_data(root, val_fraction=0)
+    assert (len(data.train), len(data.test), data.class_names) == (4, 4, ["cat", "dog"])
+    (message,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert message.startswith("4 files of ") and "such as 'notes.txt'" in message
+
+
+def test_a_damaged_image_is_an_error_whatever_lies_beside_it(raises, write_folder, tmp_path):
+    root = write_folder(tmp_path)
+    (root / "train/cat/7.jpg").write_text("no image")
+    with raises("train/cat/7.jpg' is not an image"):
+        load_data(root)
+
+
+def test_images_of_a_class_in_folders_below(write_folder, tmp_path):
+    root = write_folder(tmp_path, count=2)
+    (root / "train/cat/2025/may").mkdir(parents=True)
+    Image.new("RGB", (10, 8)).save(root / "train/cat/2025/may/0.png")
+    data = load_data(root, val_fraction=0)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_links(raises, write_folder, tmp_path):
+    root, elsewhere = (
+        write_folder(tmp_path / "set", count=2),
+        write_folder(tmp_path / "other", ("train",), ("bird",), 3),
+    )
+    for part in ("train", "test"):
+        (root / part / "bird").symlink_to(elsewhere / "train/bird")
+    with raises("train/bird' is a link out of", "--follow-links"):
+        load_data(root)
+    data = load_data(root, val_fraction=0, follow_links=True)
+    assert data.class_names == ["bird", "cat", "dog"] and data.train.labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    for part in ("train", "test"):
+        (root / part / "bird").unlink()
+    (root / "train/cat/again").symlink_to(root / "train/cat")  # in a circle
+    assert len(load_data(root, val_fraction=0).train) == 4
+    (root / "train/all").symlink_to(root / "train")
+    with raises("train/all' holds no images"):
+        load_data(root)
+
+
+def test_links_to_folders_of_images_with_a_table(write_tables, tmp_path):
+    root = write_tables(tmp_path)
+    (root / "train/loop").symlink_to(root / "train")
+    (root / "train/notes.txt").touch()
+    assert len(load_data(root, val_fraction=0).train) == 9

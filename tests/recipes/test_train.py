@@ -394,7 +394,7 @@ BAD = {
         ["--model", "capsnet_ws", "--checkpoint", "capsnet8.safetensors"],
         "weights of",
     ),
-    "file that is no image": (["--dataset", "pets"], "notes.txt"),
+    "file that is no image": (["--dataset", "pets"], "notes.png"),
     "unknown key": (["--config", "unknown.yaml"], "did you mean 'epochs'"),
     "wrong value": (["--config", "wrong.yaml"], "epochs"),
     "no yaml": (["--config", "broken.yaml"], "broken.yaml"),
@@ -426,7 +426,7 @@ BAD = {
 def bad_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     make_folder(root / "pets")
-    (root / "pets/train/cat/notes.txt").write_text("no image")
+    (root / "pets/train/cat/notes.png").write_text("no image")
     capszoo.checkpoint.save_weights(root / "capsnet8.safetensors", capszoo.create_model("capsnet_tiny", conv_dim=8), {})
     (root / "truncated.safetensors").write_bytes((root / "capsnet8.safetensors").read_bytes()[:5000])
     (root / "foreign.safetensors").write_bytes(b"\x80\x04\x95 a pickle, say")

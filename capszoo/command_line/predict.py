@@ -1,0 +1,139 @@
+"""`capszoo predict`: what a model says of image files."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from capszoo.contract import decoder_of
+from capszoo.errors import DataError, UsageError, WriteError, first_line
+from capszoo.files import write_atomically
+from capszoo.opening import open_model
+from capszoo.precision import choose_device
+from capszoo.prediction import Prediction, images_below, predict_pixels, reconstruct, to_pixels
+
+from .parser import OptionParser
+
+__all__ = ["main"]
+
+BATCH_SIZE = 256
+COLUMNS = ("image", "class", "score", "second", "second_score")
+# Images and reconstructions side by side; more would make a picture that nobody can look at.
+MOST_DRAWN = 256
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(prog="capszoo predict", description="Say what image files show, by a trained model.")
+    add = parser.add_argument
+    add("weights", help="name of shipped weights such as capsnet_tiny.mnist, a safetensors file, or a run folder")
+    add("images", nargs="+", metavar="IMAGE", help="image files and folders; - reads their names from standard input")
+    add("--json", action="store_true", help="print JSON, with the scores of all classes")
+    add("--csv", action="store_true", help="print CSV")
+    add("--reconstruct", metavar="FILE.png", help="also draw each image beside what the decoder makes of it")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    return parser
+
+
+def named_images(names: Iterable[str]) -> Iterator[tuple[str, DataError | None]]:
+    """The files that the command line names, and what is wrong with a name."""
+    for name in names:
+        if name == "-":
+            yield from named_images(line.rstrip("\n") for line in sys.stdin if line.strip())
+        elif Path(name).is_dir():
+            paths = list(images_below(Path(name)))
+            if not paths:
+                yield name, DataError(f"folder {name!r} holds no images: check the path")
+            yield from ((str(path), None) for path in paths)
+        else:
+            yield name, None
+
+
+def predict_all(model: torch.nn.Module, names: Iterable[str], drawn: list[Tensor] | None) -> Iterator[Any]:
+    """(name, prediction or error) of each image, in order."""
+    waiting: list[tuple[str, Tensor | DataError]] = []
+
+    def flush() -> Iterator[tuple[str, Prediction | DataError]]:
+        pixels = [found for _, found in waiting if isinstance(found, Tensor)]
+        predictions = iter(predict_pixels(model, torch.stack(pixels)) if pixels else [])
+        if pixels and drawn is not None and len(drawn) < MOST_DRAWN:
+            pairs = torch.stack([torch.stack(pixels), reconstruct(model, torch.stack(pixels))], dim=1)
+            drawn.extend(pairs[: MOST_DRAWN - len(drawn)])
+        for name, found in waiting:
+            yield name, next(predictions) if isinstance(found, Tensor) else found
+        waiting.clear()
+
+    for name, problem in named_images(names):
+        try:
+            if problem is not None:
+                raise problem
+            waiting.append((name, to_pixels(name, model)))
+        except DataError as error:
+            waiting.append((name, error))
+        if len(waiting) == BATCH_SIZE:
+            yield from flush()
+    yield from flush()
+
+
+def draw(pairs: list[Tensor], path: Path) -> None:
+    """Write pairs `[2, C, H, W]` of images and reconstructions as a picture, eight pairs in a row."""
+    from torchvision.utils import make_grid, save_image
+
+    grid = make_grid(torch.cat(pairs), nrow=16, padding=2, pad_value=0.5)
+    write_atomically(path, lambda temporary: save_image(grid, temporary, format=path.suffix[1:] or "png"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, _ = build_parser().parse(argv)
+    if args.json and args.csv:
+        raise UsageError("--json does not go with --csv: choose one")
+    device = choose_device(args.device)
+    model: Any = open_model(args.weights).model.to(device).eval()
+    if not model.num_classes:
+        raise UsageError(f"{args.weights!r} has no classes to predict: use other weights")
+    if args.reconstruct and decoder_of(model) is None:
+        raise UsageError(f"{args.weights!r} has no decoder for --reconstruct: leave it out, or use other weights")
+    if args.reconstruct and Path(args.reconstruct).suffix.lower() != ".png":
+        raise UsageError(f"--reconstruct {args.reconstruct!r} is not the name of a PNG file: let it end in .png")
+    drawn: list[Tensor] | None = [] if args.reconstruct else None
+    failed = False
+    found = []
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if args.csv:
+        writer.writerow(COLUMNS)
+    for name, prediction in predict_all(model, args.images, drawn):
+        if isinstance(prediction, DataError):
+            print(f"error: {first_line(prediction)}", file=sys.stderr)
+            failed = True
+            continue
+        row = (name, prediction.class_name, prediction.score, prediction.second_name, prediction.second_score)
+        if args.csv:
+            writer.writerow(row)
+        else:
+            found.append((row, prediction))
+    if args.json:
+        values = [{**dict(zip(COLUMNS, row, strict=True)), "scores": prediction.scores} for row, prediction in found]
+        print(json.dumps(values, indent=2))
+    elif found:
+        table = Table(box=None, pad_edge=False)
+        for column in ("image", "class", "score", "second best", "score"):
+            table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
+        for (name, label, score, second, second_score), _ in found:
+            more = ("", "") if second is None else (escape(second), f"{second_score:.3f}")
+            table.add_row(escape(name), escape(label), f"{score:.3f}", *more)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=1000)
+        console.print(table)
+    if args.reconstruct:
+        if not drawn:
+            raise WriteError(f"{args.reconstruct!r} is not written: no image could be read")
+        draw(drawn, Path(args.reconstruct))
+    return 2 if failed else 0
