@@ -65,6 +65,19 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def scratch_bytes() -> int:
+    """Bytes that this thread keeps for its next convolution; a forward pass that waits for its backward pass has its
+    loan beside them."""
+    return 4 * sum(tensor.numel() for tensor in [*_scratch.kept.values(), *_scratch.free])
+
+
+def release_scratch() -> None:
+    """Give back what this thread keeps for its next convolution."""
+    _scratch.kept.clear()
+    _scratch.free.clear()
+    _scratch.weights = None
+
+
 class _Loan:
     """Memory from a forward pass to its backward pass, which goes back to the next when the graph is freed."""
 

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 IMPORTED = (
     "capszoo.command_line",
@@ -192,13 +193,27 @@ def main():
     random.seed()  # or all forks would draw the same numbers
     sys.modules["numpy"].random.seed()
     script, *arguments = request["args"]
-    if script == "-c":
-        code, *arguments = arguments
-        sys.argv, sys.path[0] = ["-c", *arguments], ""
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
-    else:
-        sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-        runpy.run_path(script, run_name="__main__")
+    status = 0
+    try:
+        if script == "-c":
+            code, *arguments = arguments
+            sys.argv, sys.path[0] = ["-c", *arguments], ""
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        if not isinstance(ended.code, (int, type(None))):
+            raise
+        status = ended.code or 0
+    # What Python does at its end, but for taking all modules apart, which takes 0.4 s.
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from capszoo import checkpoint
 from capszoo.checkpoint import load_weights, save_weights
 from capszoo.engine.run_state import load_state, save_state
 from capszoo.errors import CheckpointError
+from capszoo.files import write_json
 
 
 @pytest.fixture
@@ -218,3 +219,16 @@ def test_what_is_not_a_file_is_never_replaced(model):
     with pytest.raises(checkpoint.WriteError, match="cannot be written .it is not a file.: give another path"):
         save_weights(os.devnull, model, {})
     assert not os.path.isfile(os.devnull)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_permissions_of_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        checkpoint.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "a.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask

@@ -229,7 +229,7 @@ def test_tables_of_accuracies_are_those_of_their_files(page):
 @pytest.mark.parametrize(
     ("table", "file", "pages", "count"),
     [
-        ("| time over ours", "benchmark-cpu.csv", ("README.md", "docs/routing.md"), 5),
+        ("| time over ours", "benchmark-cpu.csv", ("README.md", "docs/routing.md"), 6),
         ("| H100: time over ours", "benchmark-h100.csv", ("docs/routing.md",), 4),
     ],
 )
@@ -240,7 +240,7 @@ def test_table_of_speeds_is_that_of_its_file(table, file, pages, count):
             if row["batch_size"] == "128" and row["ratio_to_fused"]:
                 key = row["subject"], row["variant"], row["model"]
                 ratios[key] = float(row["ratio_to_fused"]), float(row["peak_ratio_to_fused"])
-    variants = {"plainly": "plain", "compile": "compiled", "without": "none"}
+    variants = {"plainly": "plain", "compile": "compiled", "without": "none", "public": "reference"}
     for page in pages:
         rows = list(tables(ROOT / page, table))
         assert len(rows) == count
@@ -253,6 +253,21 @@ def test_table_of_speeds_is_that_of_its_file(table, file, pages, count):
                     continue
                 shown = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cell).groups())
                 assert list(shown) == pytest.approx(ratios[subject, variant, model], rel=0.03), (page, what)
+
+
+def test_table_of_convolutions_is_that_of_its_file():
+    with open(ROOT / "recipes/results/convolutions-cpu.csv", newline="") as file:
+        measured = {(row["variant"], row["batch_size"]): row for row in csv.DictReader(file) if not row["layer"]}
+    variants = {"PyTorch's own": "direct", "plainly": "plain", "public": "reference", "without": "none"}
+    rows = list(tables(ROOT / "docs/routing.md", "| one core: time over ours"))
+    assert len(rows) == 4
+    for what, *cells in rows:
+        variant = next(variant for word, variant in variants.items() if word in what)
+        for size, cell in zip(("128", "16", "1"), cells, strict=True):
+            shown = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+)\)", cell).groups())
+            row = measured[variant, size]
+            expected = [float(row["ratio_to_fused"]), float(row["peak_ratio_to_fused"])]
+            assert list(shown) == pytest.approx(expected, rel=0.05), (what, size)
 
 
 # Other files

@@ -13,6 +13,7 @@ from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, 
 from torch import Tensor, nn
 
 import capszoo
+from capszoo.benchmark.steps import layer_names
 from capszoo.checkpoint import load_tensors, read_metadata
 from capszoo.engine import evaluate
 from capszoo.errors import UsageError
@@ -190,6 +191,7 @@ def test_benchmarked(tmp_path):
     with open(tmp_path / "times.csv", newline="") as file:
         rows = [(row["subject"], row["variant"], float(row["median_ms"]) > 0) for row in csv.DictReader(file)]
     wanted = [(subject, variant) for subject in ("training step", "inference") for variant in ("fused", "direct")]
+    wanted += [("layer", "fused")] * len(layer_names(NAME))
     assert sorted(rows) == sorted((*pair, True) for pair in wanted)
     with pytest.raises(UsageError, match="^model 'outside_caps' has no routing to measure: .*$"):
         benchmark.main([*argv, "--subjects", "routing"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models import save_for_hf
 from timm.utils.model import unwrap_model
 from torch import nn
@@ -477,3 +478,30 @@ def test_single_capsules_belong_to_their_image_size(tmp_path):
         tmp_path / "null.safetensors", model, {"model": "capsnet", "model_args": {**options, "img_size": None}}
     )
     assert capszoo.load_model(tmp_path / "null.safetensors", img_size=(28, 28)).img_size == (28, 28)
+
+
+def test_a_loaded_model_describes_its_own_weights(tmp_path):
+    """And not those that are shipped: timm's transforms are right with it."""
+    model = capszoo.create_model("capsnet_tiny", num_classes=3, in_chans=3, img_size=(20, 24), conv_dim=8)
+    assert "label_names" not in model.pretrained_cfg and "notes" not in model.pretrained_cfg
+    assert model.pretrained_cfg["input_size"] == (3, 20, 24) and model.pretrained_cfg["num_classes"] == 3
+    names = ["cat", "dog", "bird"]
+    facts = {"class_names": names, "dataset": "pets", "mean": [0.5] * 3, "std": [0.25] * 3}
+    capszoo.save_model(tmp_path / "m.safetensors", model, **facts)
+    loaded = capszoo.load_model(tmp_path / "m.safetensors")
+    cfg = loaded.pretrained_cfg
+    assert cfg["label_names"] == tuple(names) and cfg["description"] == "trained on pets" and cfg["num_classes"] == 3
+    assert not {"notes", "license", "file", "tag", "url"} & cfg.keys()
+    config = timm.data.resolve_model_data_config(loaded)
+    assert (config["input_size"], config["mean"], config["std"]) == ((3, 20, 24), (0.5,) * 3, (0.25,) * 3)
+    pixels = timm.data.create_transform(**config, is_training=False)(Image.new("RGB", (60, 50), (255, 0, 0)))
+    assert pixels.shape == (3, 20, 24) and pixels[0].eq(2).all() and pixels[1].eq(-2).all()
+    capszoo.save_model(tmp_path / "odd.safetensors", model, class_names=["cat"])  # says nothing of three classes
+    assert "label_names" not in capszoo.load_model(tmp_path / "odd.safetensors").pretrained_cfg
+
+
+def test_shipped_weights_are_described_by_their_table():
+    model = capszoo.create_model("capsnet_tiny.mnist", pretrained=True)
+    assert len(model.pretrained_cfg["label_names"]) == 10 and model.pretrained_cfg["notes"]
+    other = capszoo.create_model("capsnet_tiny", num_classes=3)
+    assert not {"label_names", "notes", "description"} & other.pretrained_cfg.keys()

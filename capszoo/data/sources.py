@@ -31,6 +31,9 @@ _MNIST_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 _CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+# Its binary version, which holds no pickles: a byte for the label and 3,072 for the pixels of each image.
+_CIFAR_BINARY = "cifar-10-batches-bin"
+_CIFAR_BINARY_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt")
 # name: class in torchvision.datasets, folder and files below the data folder
 _TORCHVISION = {
     "mnist": ("MNIST", "MNIST/raw", _MNIST_FILES),
@@ -117,6 +120,8 @@ def _digits(img_size: Size | None, in_chans: int | None) -> Source:
 
 def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, in_chans: int | None) -> Source:
     class_name, folder, files = _TORCHVISION[name]
+    if class_name == "CIFAR10" and (root / _CIFAR_BINARY).is_dir():
+        folder, files = _CIFAR_BINARY, _CIFAR_BINARY_FILES
     dataset_class = getattr(torchvision.datasets, class_name)
     missing = [root / folder / file for file in files if not (root / folder / file).is_file()]
     if missing and download:
@@ -135,7 +140,12 @@ def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, i
     parts = []
     for train in (True, False):
         try:
-            if class_name == "CIFAR10":
+            if folder == _CIFAR_BINARY:
+                class_names = (root / folder / files[-1]).read_text("utf-8").split()
+                images, labels = _read_cifar_binary(
+                    [root / folder / file for file in (files[:5] if train else files[5:6])]
+                )
+            elif class_name == "CIFAR10":
                 dataset = dataset_class(root, train=train)  # checks the files' md5 before it unpickles them
                 images, labels = dataset.data, dataset.targets
                 class_names = list(dataset.classes)
@@ -159,6 +169,19 @@ def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, i
     if one != other:
         raise sizes_differ(f"data set {name!r} in '{root}'", one, other)
     return Source(class_names, *parts)
+
+
+def _read_cifar_binary(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[N, 32, 32, 3]` and labels."""
+    record = 1 + 3 * 32 * 32
+    parts = []
+    for path in paths:
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+        if len(content) == 0 or len(content) % record:
+            raise ValueError(f"{path.name} has {len(content):,} bytes, no multiple of {record:,}")
+        parts.append(content.reshape(-1, record))
+    records = np.concatenate(parts)
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(np.int64)
 
 
 def _timm(

@@ -97,6 +97,35 @@ def test_cifar10_format(raises, tmp_path, monkeypatch):
         load_data("cifar10", tmp_path)
 
 
+def write_cifar_binary(root):
+    """Ten images a file; all their bytes are random but the labels."""
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        records = rng.integers(0, 256, (10, 3073), dtype=np.uint8)
+        records[:, 0] = np.arange(10)
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("".join(f"name{i}\n" for i in range(10)) + "\n")
+    return folder, records
+
+
+def test_cifar10_without_pickles(raises, tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch)
+    folder, last = write_cifar_binary(tmp_path)  # is taken before the other version
+    data = load_data("cifar10", tmp_path, val_fraction=0)
+    assert data.class_names == [f"name{i}" for i in range(10)]
+    assert (len(data.train), len(data.test), data.img_size, data.in_chans) == (50, 10, (32, 32), 3)
+    assert data.test.labels.tolist() == list(range(10))
+    assert np.array_equal(data.test.images.numpy().reshape(10, -1), last[:, 1:])
+    (folder / "data_batch_3.bin").write_bytes(b"short")
+    with raises("'cifar10'", "damaged", "data_batch_3.bin has 5 bytes", "delete"):
+        load_data("cifar10", tmp_path)
+    (folder / "data_batch_3.bin").unlink()
+    with raises("'cifar10' not found", "data_batch_3.bin"):
+        load_data("cifar10", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_missing_data(raises, name, exists, tmp_path):

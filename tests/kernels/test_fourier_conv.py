@@ -330,3 +330,29 @@ def test_training_after_inference(passes):
     passes().sum().backward()
     with torch.inference_mode():
         assert passes.is_right(passes())
+
+
+def test_scratch_memory_is_counted_and_given_back(passes):
+    assert fourier_conv.scratch_bytes() == 0
+    passes().sum().backward()
+    kept = [*fourier_conv._scratch.kept.values(), *fourier_conv._scratch.free]
+    assert fourier_conv.scratch_bytes() == sum(tensor.nbytes for tensor in kept) > 0
+    fourier_conv.release_scratch()
+    assert fourier_conv.scratch_bytes() == 0
+    y = passes()
+    fourier_conv.release_scratch()  # between a forward pass and its backward pass
+    y.square().sum().backward()
+    expected = torch.autograd.grad(
+        functional.conv2d(passes.x.float(), passes.weight, stride=2).square().sum(), passes.weight
+    )
+    assert (
+        error(
+            passes.weight.grad,
+            expected[0].double()
+            + torch.autograd.grad(functional.conv2d(passes.x.float(), passes.weight, stride=2).sum(), passes.weight)[0],
+        )
+        <= 1e-5
+    )
+    z = functional.conv2d(passes.x.float(), passes.weight, stride=2)
+    (expected,) = torch.autograd.grad(z.square().sum() + z.sum(), passes.weight)
+    assert error(passes.weight.grad, expected) <= 1e-5

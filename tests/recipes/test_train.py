@@ -394,6 +394,7 @@ BAD = {
         ["--model", "capsnet_ws", "--checkpoint", "capsnet8.safetensors"],
         "weights of",
     ),
+    "folder that is not used": (["--data-dir", "pets"], "--data-dir 'pets' is not used by the data set 'digits'"),
     "file that is no image": (["--dataset", "pets"], "notes.png"),
     "unknown key": (["--config", "unknown.yaml"], "did you mean 'epochs'"),
     "wrong value": (["--config", "wrong.yaml"], "epochs"),
