@@ -171,7 +171,7 @@ def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, i
     return Source(class_names, *parts)
 
 
-def _read_cifar_binary(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+def _read_cifar_binary(paths: list[Path]) -> tuple[Any, Any]:
     """Images uint8 `[N, 32, 32, 3]` and labels."""
     record = 1 + 3 * 32 * 32
     parts = []
