@@ -31,4 +31,5 @@ def test_freed_memory_is_not_new_again(variable, kept, monkeypatch):
     assert (said, said_plain) == (str(kept), "False")
     if int(plain) < 1000:
         pytest.skip("pages are large here")
-    assert (int(again) < int(plain) / 10) == kept and int(last) > int(plain) / 2
+    # What is given back is new once more; the heap may keep some of it, as glibc does by itself.
+    assert (int(again) < int(plain) / 100) == kept and int(last) > int(plain) / 20
