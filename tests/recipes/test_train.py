@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -226,8 +225,7 @@ def test_options_out_of_range_are_refused_before_there_is_a_folder(options, tmp_
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a full device")
 def test_output_that_cannot_be_written(tmp_path):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, str(ROOT / "recipes/train.py"), *SMALL, "--output", str(tmp_path / "run")]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = processes.run(ROOT / "recipes/train.py", *SMALL, "--output", tmp_path / "run", stdout=full)
     assert done.returncode == 2
     assert done.stderr == "error: the output cannot be written (No space left on device): write it elsewhere\n"
 
