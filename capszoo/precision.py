@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .errors import TrainingError, UsageError, first_line
+from .kernels.fourier_conv import has_matrix_units
 
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,8 +54,7 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         # With vector instructions alone (avx512_bf16) it is slower than float32, see recipes/results/precision-cpu.csv.
-        has_matrix_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if has_matrix_units else None
+        return torch.bfloat16 if device.type == "cpu" and has_matrix_units() else None
     if amp not in _AMP_TYPES:
         raise TrainingError(f"unknown precision amp={amp!r}. Known: auto, {', '.join(_AMP_TYPES)}")
     if amp == "fp16" and device.type == "cpu":

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .contract import decoder_of
 from .data.decoding import decode, not_an_image
+from .data.folders import is_image_name
 from .errors import DataError
-from .pretrained import image_statistics
 
 __all__ = ["Prediction", "class_names_of", "predict", "reconstruct", "to_pixels"]
 
@@ -96,18 +96,18 @@ def to_pixels(image: Any, model: Any) -> Tensor:
     )
 
 
-def _statistics(model: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=like.device).view(-1, 1, 1) for values in image_statistics(model))
-    return mean, std
+def _normalized(model: Any, pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as the model takes them, on its device and in its type."""
+    from .engine.task import Normalization
+
+    parameter = next(model.parameters())
+    return Normalization(model, parameter.device)(pixels.to(parameter.device)).to(parameter.dtype)
 
 
 @torch.inference_mode()
 def predict_pixels(model: nn.Module, pixels: Tensor) -> list[Prediction]:
     """Predict the classes of pixels `[B, C, H, W]` in [0, 1]; the model is used as it is, normalised as it wants."""
-    parameter = next(model.parameters())
-    pixels = pixels.to(parameter.device)
-    mean, std = _statistics(model, pixels)
-    scores = model(((pixels - mean) / std).to(parameter.dtype)).float().cpu()
+    scores = model(_normalized(model, pixels)).float().cpu()
     names, found = class_names_of(model), []
     for row in scores:
         best, *others = row.topk(min(2, len(row))).indices.tolist()
@@ -135,9 +135,7 @@ def reconstruct(model: Any, pixels: Tensor) -> Tensor:
     """
     if decoder_of(model) is None:
         raise DataError("this model has no decoder to reconstruct images with: use weights that have one")
-    pixels = pixels.to(next(model.parameters()).device)
-    mean, std = _statistics(model, pixels)
-    capsules, scores = model.forward_capsules((pixels - mean) / std)
+    capsules, scores = model.forward_capsules(_normalized(model, pixels))
     drawn = decoder_of(model)(capsules, scores.argmax(dim=1))  # type: ignore[misc]
     return drawn.float().clamp(0, 1).cpu()
 
@@ -184,8 +182,6 @@ def predict(model: nn.Module, images: Any, batch_size: int = 256) -> Prediction 
 
 def images_below(folder: Path) -> Iterator[Path]:
     """The files below a folder whose suffix is that of an image, in order; hidden ones are left out."""
-    from .data.folders import is_image_name
-
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and path.is_file() and is_image_name(path):

@@ -108,9 +108,12 @@ class _TransformedWeights:
     """The kernels, where a forward pass without gradients made the transform."""
 
     def belong_to(self, weight: Tensor, plan: Plan) -> bool:
-        if weight.is_inference():  # has no version
-            return self.plan == plan and self.weight() is weight
-        return self.plan == plan and self.weight() is weight and self.version == weight._version
+        return self.plan == plan and self.weight() is weight and self.version == _version(weight)
+
+
+def _version(weight: Tensor) -> int:
+    """How often a tensor was written; those of inference mode do not count it."""
+    return -1 if weight.is_inference() else weight._version
 
 
 def _blocks(count: int, bytes_of_one: int) -> list[slice]:
@@ -234,9 +237,8 @@ def _w_products(plan: Plan, weight: Tensor, made_by_forward: bool = False, has_g
             return products
     _scratch.weights = None  # should this be interrupted
     _transform_kernels(plan, weight, products)
-    version = -1 if weight.is_inference() else weight._version
     copy = None if has_gradients else weight.clone()
-    _scratch.weights = _TransformedWeights(weakref.ref(weight), version, plan, copy)
+    _scratch.weights = _TransformedWeights(weakref.ref(weight), _version(weight), plan, copy)
     return products
 
 
@@ -347,7 +349,7 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | None:
     if weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if half and _has_matrix_units():
+    if half and has_matrix_units():
         return None
     (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
     if k != width or k <= stride or H < k or W < k or B == 0:
@@ -357,7 +359,7 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | None:
 
 
 @functools.cache
-def _has_matrix_units() -> bool:
+def has_matrix_units() -> bool:
     """Whether this processor multiplies bfloat16 matrices (AMX)."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 

@@ -13,19 +13,23 @@ What is measured (--subjects; column `subject`):
     large          routing of 4608 capsules to 100 classes, where the plain form takes some 65 GiB (GPU only)
     epoch          an epoch of MNIST with capszoo.engine.Trainer, the second of two
 
-The variants differ in the routing alone:
+The variants differ in the routing alone, but for the last two:
 
     fused          capszoo.kernels.dynamic_routing, as models use it
     plain          routing as public PyTorch codes write it: the broadcast product of all poses and matrices, votes and
                    logits stored, autograd through everything
     compiled       the same through torch.compile
     none           no routing: class capsules are a slice of the primary capsules. The floor that the convolutions set.
+    direct         as fused, with PyTorch's own convolutions (on a CPU)
+    reference      a training step as public codes have it: as plain, PyTorch's own convolutions in its usual layout, an
+                   Adam that is not fused, float32
 
 Variants take turns, round by round, so that a drift of the machine's speed meets all of them; ratios are medians over
 rounds of the ratio within a round. On a GPU the step of every variant is captured into a CUDA graph and replayed
 (column `graph`), which leaves the time that launches from Python take to none of them. `peak_mib` is what one eager
 step allocates at most on top of its inputs, parameters and optimizer state: by torch's CUDA allocator, or on a CPU by
-the memory events of torch.profiler, which see torch's tensors but not the scratch memory of its libraries.
+the memory events of torch.profiler, which see torch's tensors but not the scratch memory of its libraries; what our
+convolutions keep from step to step is added.
 
 A variant that fails (no memory, no compiler) costs a line and a `note` in its row. The CSV is written after each group.
 """

@@ -133,7 +133,7 @@ def layer_names(name: str) -> list[str]:
 
 def has_convolution(name: str, layer: str) -> bool:
     """Whether a layer convolves by :func:`capszoo.set_fourier_conv`'s choice."""
-    module = getattr(create_model(name, device="meta"), layer, None)
+    module = dict(create_model(name, device="meta").named_children()).get(layer)
     return module is not None and any(isinstance(part, ScaledConv2d) for part in module.modules())
 
 
