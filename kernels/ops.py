@@ -9,14 +9,10 @@ First derivatives in reverse mode are operators too. All others are those of the
 autograd, whatever the transforms of torch.func ask for, and forward mode. They store the votes, as the reference does.
 """
 
-import functools
-import warnings
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import cpu
@@ -30,89 +26,24 @@ from .derivatives import (
     squash_backward_transformed,
     squash_reference,
 )
-
-try:
-    # Imported here and not at first use: importing a submodule puts it into the package under its name, where the
-    # functions of the same names must come after it.
-    from . import dynamic_routing as triton_routing
-    from . import squash as triton_squash
-except (ImportError, AttributeError, TypeError) as error:  # no Triton, or one without what the kernels use
-    triton_routing = triton_squash = None
-    TRITON_PROBLEM = f"Triton cannot be used here ({error})"
-else:
-    TRITON_PROBLEM = None
-
-# Triton has no code for GPUs before it.
-LEAST_CAPABILITY = (7, 0)
-
-
-@functools.cache
-def _warn(problem: str) -> None:
-    warnings.warn(f"{problem}: squash and routing run as PyTorch operators, more slowly", stacklevel=2)
-
-
-@functools.cache
-def triton_problem(device: torch.device) -> str | None:
-    """Why Triton cannot run on this GPU, if it cannot."""
-    if TRITON_PROBLEM:
-        return TRITON_PROBLEM
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY and not torch.version.hip:
-        found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
-        return f"The GPU has compute capability {found}, Triton needs {least}"
-    try:  # the least kernel shows whether it can compile and launch: without a C compiler, say, it cannot
-        triton_squash.squash_forward(torch.zeros(1, 1, device=device), False)
-    except Exception as error:
-        return f"Triton cannot be used here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return None
-
-
-def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton computes in this dtype there; warns once if only the machine prevents it."""
-    if dtype != torch.float32:
-        return False
-    problem = triton_problem(device)
-    if problem:
-        _warn(problem)
-    return problem is None
-
-
-def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether one of them carries a derivative of forward mode."""
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def _kernel(function: Callable) -> Callable:
-    """Make a kernel refuse tangents, which it would drop in silence."""
-
-    @functools.wraps(function)
-    def checked(*args):
-        if _has_tangent(*(arg for arg in args if isinstance(arg, Tensor))):
-            raise NotImplementedError(
-                "a capszoo operator was called with forward-mode tangents, which it cannot pass on: call it as "
-                "capszoo.kernels.squash or dynamic_routing, or script and export with capszoo.set_fused_routing(False)"
-            )
-        return function(*args)
-
-    return checked
-
+from .dispatch import has_tangent, kernel, runs_triton, triton_routing, triton_squash
 
 # An operator may not return memory of its inputs. None does below: `to` passes on a tensor that has the dtype already,
 # but only computed ones are returned.
 
 
-@_kernel
+@kernel
 def _squash(x: Tensor, approximate: bool) -> Tensor:
     return cpu.squash(x.to(compute_dtype(x, x)), approximate).to(x.dtype).contiguous()
 
 
-@_kernel
+@kernel
 def _squash_backward(grad: Tensor, x: Tensor, approximate: bool) -> Tensor:
     dtype = compute_dtype(x, x)
     return cpu.squash_backward(grad.to(dtype), x.to(dtype), approximate).to(x.dtype).contiguous()
 
 
-@_kernel
+@kernel
 def _routing(
     x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool, tf32: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +57,7 @@ def _routing(
     return v.to(x.dtype), sums
 
 
-@_kernel
+@kernel
 def _routing_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,33 +78,33 @@ dynamic_routing_backward_op = torch.library.custom_op(
 
 
 @squash_op.register_kernel("cuda")
-@_kernel
+@kernel
 def _squash_cuda(x, approximate):
-    if not _runs_triton(x.device, compute_dtype(x, x)):
+    if not runs_triton(x.device, compute_dtype(x, x)):
         return _squash(x, approximate)
     return triton_squash.squash_forward(x, approximate)
 
 
 @squash_backward_op.register_kernel("cuda")
-@_kernel
+@kernel
 def _squash_backward_cuda(grad, x, approximate):
-    if not _runs_triton(x.device, compute_dtype(x, x)):
+    if not runs_triton(x.device, compute_dtype(x, x)):
         return _squash_backward(grad, x, approximate)
     return triton_squash.squash_backward(grad, x, approximate)
 
 
 @dynamic_routing_op.register_kernel("cuda")
-@_kernel
+@kernel
 def _routing_cuda(x, weight, bias, num_iters, approximate_squash, tf32=False):
-    if not cpu.has_votes(x, weight) or not _runs_triton(x.device, compute_dtype(x, weight)):
+    if not cpu.has_votes(x, weight) or not runs_triton(x.device, compute_dtype(x, weight)):
         return _routing(x, weight, bias, num_iters, approximate_squash)
     return triton_routing.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)
 
 
 @dynamic_routing_backward_op.register_kernel("cuda")
-@_kernel
+@kernel
 def _routing_backward_cuda(grad, x, weight, bias, sums, approximate_squash, tf32):
-    if not cpu.has_votes(x, weight) or not _runs_triton(x.device, sums.dtype):
+    if not cpu.has_votes(x, weight) or not runs_triton(x.device, sums.dtype):
         return _routing_backward(grad, x, weight, bias, sums, approximate_squash, tf32)
     dx, dweight, dbias = triton_routing.dynamic_routing_backward(grad, x, weight, sums, approximate_squash, tf32)
     return dx, dweight, dbias.to(bias.dtype)
@@ -287,7 +218,7 @@ def squash(x: Tensor, approximate: bool = False) -> Tensor:
     if x.dim() < 1:
         raise ValueError("squash works along the last dimension, but x is a scalar: give it shape [..., D]")
     if not torch.jit.is_scripting():
-        if _has_tangent(x):
+        if has_tangent(x):
             return squash_reference(x, approximate)
     return torch.ops.capszoo.squash(x, approximate)
 
@@ -355,7 +286,7 @@ def dynamic_routing(
     # Autocast asks for speed at 8 or 11 bits. It is over when the backward pass runs, so it is told to the operator.
     tf32 = False
     if not torch.jit.is_scripting():
-        if _has_tangent(x, weight, bias):
+        if has_tangent(x, weight, bias):
             return routing_reference(x, weight, bias, num_iters, approximate_squash)
         tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
     return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)[0]

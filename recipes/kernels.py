@@ -78,7 +78,7 @@ def tasks() -> Iterator[tuple[str, str, str, int, int]]:
 def launch_rows() -> Iterator[dict]:
     """Launches and bytes of both forms: tensors on the meta device, and kernels that do nothing."""
     from capszoo.kernels import all_classes, counts
-    from capszoo.kernels.ops import triton_routing as routing
+    from capszoo.kernels.dispatch import triton_routing as routing
 
     launched: list[int] = []
 

@@ -151,9 +151,9 @@ def ship(weights_dir, recipe, make_run, monkeypatch):
 @pytest.fixture(autouse=True)
 def untuned_kernels(request, monkeypatch):
     """GPU tests take the first tile sizes: tuning takes long, and tests side by side would measure each other."""
-    from capszoo.kernels import ops
+    from capszoo.kernels import dispatch
 
-    if request.node.get_closest_marker("gpu") and ops.triton_routing is not None:
+    if request.node.get_closest_marker("gpu") and dispatch.triton_routing is not None:
         from capszoo.kernels import tuning
 
         monkeypatch.setattr(tuning, "MAX_TILES", 1)

@@ -172,7 +172,7 @@ def operators_of_the_gpu():
 def cuda_on_cpu(request, monkeypatch):
     """Run a test on the CPU, and let it think that it is on a GPU."""
     from capszoo.benchmark import steps
-    from capszoo.kernels import ops
+    from capszoo.kernels import dispatch, ops
 
     pretend_graphs(monkeypatch)
     peaks = (2**10 * 32**n for n in itertools.count())  # what is measured first takes the least
@@ -200,10 +200,10 @@ def cuda_on_cpu(request, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
     # The operators take the path of a GPU as far as to the launchers of the kernels.
-    monkeypatch.setattr(ops.triton_squash, "squash_forward", ops._squash)
-    monkeypatch.setattr(ops.triton_squash, "squash_backward", ops._squash_backward)
-    monkeypatch.setattr(ops.triton_routing, "dynamic_routing", ops._routing)
-    monkeypatch.setattr(ops.triton_routing, "dynamic_routing_backward", routing_backward)
+    monkeypatch.setattr(dispatch.triton_squash, "squash_forward", ops._squash)
+    monkeypatch.setattr(dispatch.triton_squash, "squash_backward", ops._squash_backward)
+    monkeypatch.setattr(dispatch.triton_routing, "dynamic_routing", ops._routing)
+    monkeypatch.setattr(dispatch.triton_routing, "dynamic_routing_backward", routing_backward)
 
     if hasattr(request.module, "make_inputs"):
         monkeypatch.setattr(request.module, "make_inputs", smaller_inputs(request.module.make_inputs))

@@ -20,7 +20,7 @@ import torch
 from capszoo import __version__
 from capszoo.command_line import OptionParser, UsageError, run, unknown_name
 from capszoo.costs import model_info
-from capszoo.kernels import ops
+from capszoo.kernels import dispatch
 from capszoo.layers import use_fused_routing
 from capszoo.precision import resolve_amp
 from capszoo.pretrained import read_table
@@ -69,7 +69,7 @@ def routing_backend(device: torch.device | str) -> tuple[str, str]:
         return "plain reference", "CAPSZOO_FUSED_ROUTING=0 or set_fused_routing(False) asks for it"
     if device.type != "cuda":
         return "PyTorch tiles", f"Triton has no kernels for {device.type}"
-    problem = ops.triton_problem(device)
+    problem = dispatch.triton_problem(device)
     return ("PyTorch tiles", problem) if problem else ("Triton kernels", "Triton compiles and runs here")
 
 
@@ -97,8 +97,8 @@ def doctor() -> int:
         dtype = resolve_amp("auto", device)
         lines.append((f"routing on {device}", f"{backend}: {why}"))
         lines.append((f"precision on {device}", "float32" if dtype is None else str(dtype).removeprefix("torch.")))
-    if not gpus and ops.TRITON_PROBLEM:
-        lines.append(("Triton", ops.TRITON_PROBLEM))
+    if not gpus and dispatch.TRITON_PROBLEM:
+        lines.append(("Triton", dispatch.TRITON_PROBLEM))
     wrong = []
     for name in read_table():
         try:

@@ -110,7 +110,7 @@ sys.exit(main(["doctor"]))
 
 
 def test_backend_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(cli.ops, "triton_problem", lambda device: None)
+    monkeypatch.setattr(cli.dispatch, "triton_problem", lambda device: None)
     assert cli.routing_backend("cuda:0")[0] == "Triton kernels"
-    monkeypatch.setattr(cli.ops, "triton_problem", lambda device: "The GPU is too old")
+    monkeypatch.setattr(cli.dispatch, "triton_problem", lambda device: "The GPU is too old")
     assert cli.routing_backend("cuda:0") == ("PyTorch tiles", "The GPU is too old")

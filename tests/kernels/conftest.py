@@ -46,11 +46,11 @@ def through_the_interpreter(request, interpreted_files):
 @pytest.fixture(scope="session")
 def interpreted_loops():
     """Skip where the interpreter cannot run a loop of a kernel."""
-    from capszoo.kernels import ops
+    from capszoo.kernels import dispatch
 
     try:
         ones = (torch.ones([1] * dim) for dim in (3, 4, 2))
-        ops.triton_routing.dynamic_routing(*ones, 1, False)
+        dispatch.triton_routing.dynamic_routing(*ones, 1, False)
     except Exception as error:
         if "only 0-dimensional arrays" not in str(error):
             raise

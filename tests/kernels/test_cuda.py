@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import capszoo
 from capszoo.benchmark.variants import plain_dynamic_routing
-from capszoo.kernels import dynamic_routing, ops, reference, squash
+from capszoo.kernels import dispatch, dynamic_routing, reference, squash
 
 try:
     from capszoo.kernels import all_classes, per_class, tuning
@@ -53,7 +53,7 @@ def check(inputs, bounds, **options):
 
 
 def test_triton_is_used():
-    assert ops.triton_problem(torch.device("cuda", torch.cuda.current_device())) is None
+    assert dispatch.triton_problem(torch.device("cuda", torch.cuda.current_device())) is None
 
 
 # Every pair of K and D is a compilation of all kernels, so they are few, and each dtype is a test of its own.
@@ -194,8 +194,8 @@ def test_compiled_model(name):
 def test_the_reference_where_triton_cannot_run(monkeypatch):
     inputs = make_inputs(4, 8, 2, 8, 10, 16)
     expected = with_gradients(reference.dynamic_routing, *inputs)
-    monkeypatch.setattr(ops, "triton_problem", lambda device: "A test says so")
-    ops._warn.cache_clear()
+    monkeypatch.setattr(dispatch, "triton_problem", lambda device: "A test says so")
+    dispatch._warn.cache_clear()
     with pytest.warns(UserWarning, match="A test says so"):
         results = with_gradients(dynamic_routing, *inputs)
     assert all(error(a, e.double()) <= 1e-4 for a, e in zip(results, expected, strict=True))

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from capszoo.benchmark.variants import plain_dynamic_routing
-from capszoo.kernels import cpu, ops, reference
+from capszoo.kernels import cpu, dispatch, ops, reference
 
 # B, T, P, K, J, D of the standard network, with a matrix for each capsule and with one for each type.
 SIZES = [(128, 1152, 1, 8, 10, 16), (128, 32, 36, 8, 10, 16)]
@@ -68,7 +68,7 @@ def test_triton_allocates_a_twentieth_of_the_plain_form(sizes, form):
     from capszoo.kernels import counts
 
     with counts.nothing_launched():
-        ours = recomputing_form(ops.triton_routing, sizes, "meta")
+        ours = recomputing_form(dispatch.triton_routing, sizes, "meta")
     plain = stored_form(plain_dynamic_routing, sizes)
     print(f"Triton {ours / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB, {plain / ours:.0f} times")
     assert ours * 20 <= plain

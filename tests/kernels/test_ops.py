@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from capszoo.kernels import dynamic_routing, ops, reference, squash
+from capszoo.kernels import dispatch, dynamic_routing, ops, reference, squash
 
 
 def make_inputs(B=3, T=3, P=2, K=4, J=5, D=7, dtype=torch.float32):
@@ -137,7 +137,7 @@ def test_sizes_of_zero(sizes, num_iters, approximate):
 
 
 def test_sizes_of_zero_never_reach_triton(monkeypatch):
-    monkeypatch.setattr(ops, "_runs_triton", lambda device, dtype: pytest.fail("asks for Triton"))
+    monkeypatch.setattr(ops, "runs_triton", lambda device, dtype: pytest.fail("asks for Triton"))
     for zero in range(6):
         x, weight, bias = (t.detach() for t in make_inputs(*(0 if i == zero else 2 for i in range(6))))
         v, sums = ops._routing_cuda(x, weight, bias, 2, False)
@@ -267,13 +267,13 @@ def test_without_triton():
 import sys, warnings
 sys.modules["triton"] = None
 import torch
-from capszoo.kernels import dynamic_routing, ops, squash
-assert ops.triton_routing is None and "Triton cannot be used here" in ops.triton_problem(torch.device("cuda"))
+from capszoo.kernels import dispatch, dynamic_routing, squash
+assert dispatch.triton_routing is None and "Triton cannot be used here" in dispatch.triton_problem(torch.device("cuda"))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    assert not ops._runs_triton(torch.device("cuda"), torch.float32)
-    assert not ops._runs_triton(torch.device("cuda"), torch.float32)
-    assert not ops._runs_triton(torch.device("cuda"), torch.float64)
+    assert not dispatch.runs_triton(torch.device("cuda"), torch.float32)
+    assert not dispatch.runs_triton(torch.device("cuda"), torch.float32)
+    assert not dispatch.runs_triton(torch.device("cuda"), torch.float64)
 assert len(caught) == 1 and "run as PyTorch operators" in str(caught[0].message), caught
 assert dynamic_routing(torch.rand(2, 3, 4), torch.rand(3, 4, 5, 6), torch.rand(5, 6)).shape == (2, 5, 6)
 assert callable(squash) and squash(torch.rand(2, 3)).shape == (2, 3)
@@ -284,8 +284,8 @@ assert callable(squash) and squash(torch.rand(2, 3)).shape == (2, 3)
 
 def test_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    monkeypatch.setattr(ops, "TRITON_PROBLEM", None)
-    problem = ops.triton_problem.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "TRITON_PROBLEM", None)
+    problem = dispatch.triton_problem.__wrapped__(torch.device("cuda"))
     assert problem == "The GPU has compute capability 6.1, Triton needs 7.0"
 
 
@@ -294,8 +294,8 @@ def test_a_machine_where_triton_cannot_compile(monkeypatch):
         raise RuntimeError("Failed to find C compiler\nmore lines")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(ops, "TRITON_PROBLEM", None)
-    monkeypatch.setattr(ops, "triton_squash", SimpleNamespace(squash_forward=fail))
+    monkeypatch.setattr(dispatch, "TRITON_PROBLEM", None)
+    monkeypatch.setattr(dispatch, "triton_squash", SimpleNamespace(squash_forward=fail))
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
-    problem = ops.triton_problem.__wrapped__(torch.device("cuda"))
+    problem = dispatch.triton_problem.__wrapped__(torch.device("cuda"))
     assert problem == "Triton cannot be used here (Failed to find C compiler)"

@@ -110,9 +110,9 @@ SIZES = [(1, 1, 1, 1, 1, 1, 1), (1, 3, 2, 5, 3, 6, 3), (17, 2, 5, 3, 2, 3, 2), (
 
 @interpreted
 def test_routing(watch, form):
-    from capszoo.kernels import all_classes, ops, per_class
+    from capszoo.kernels import all_classes, dispatch, per_class
 
-    routing = ops.triton_routing
+    routing = dispatch.triton_routing
     for (B, T, P, K, J, D, R), dtype in [*((sizes, torch.float32) for sizes in SIZES), (SIZES[1], torch.bfloat16)]:
         generator = torch.Generator().manual_seed(0)
         shapes = (B, T * P, K), (T, K, J, D), (J, D), (B, J, D)
@@ -128,11 +128,11 @@ def test_routing(watch, form):
 @pytest.mark.parametrize("shape", [(1, 1), (300, 5), (2, 1030)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_squash(watch, shape, dtype):
-    from capszoo.kernels import ops
+    from capszoo.kernels import dispatch
 
     x, grad = torch.ones(2, *shape, dtype=dtype)
-    ops.triton_squash.squash_forward(x, False)
-    ops.triton_squash.squash_backward(grad, x, True)
+    dispatch.triton_squash.squash_forward(x, False)
+    dispatch.triton_squash.squash_backward(grad, x, True)
     count = x.numel()
     assert watch.touched == {"squash_kernel": (count, count), "squash_backward_kernel": (2 * count, count)}
 

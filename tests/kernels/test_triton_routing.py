@@ -138,7 +138,7 @@ def test_mixed_dtypes():
 def test_what_is_registered_for_cuda(monkeypatch):
     from capszoo.kernels import ops, reference
 
-    monkeypatch.setattr(ops, "_runs_triton", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(ops, "runs_triton", lambda device, dtype: dtype == torch.float32)
     for dtype in (torch.float32, torch.float64):
         x, weight, bias, grad = [t.to(dtype) for t in make_inputs(2, 3, 2, 4, 3, 5)]
         v, sums = ops._routing_cuda(x, weight, bias, 3, False, True)

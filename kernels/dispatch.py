@@ -1,0 +1,74 @@
+"""What operators ask before they compute: whether Triton can run there, and whether a tangent would be lost."""
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+try:
+    # Imported here and not at first use: importing a submodule puts it into the package under its name, where the
+    # functions of the same names must come after it.
+    from . import dynamic_routing as triton_routing
+    from . import squash as triton_squash
+except (ImportError, AttributeError, TypeError) as error:  # no Triton, or one without what the kernels use
+    triton_routing = triton_squash = None
+    TRITON_PROBLEM = f"Triton cannot be used here ({error})"
+else:
+    TRITON_PROBLEM = None
+
+# Triton has no code for GPUs before it.
+LEAST_CAPABILITY = (7, 0)
+
+
+@functools.cache
+def _warn(problem: str) -> None:
+    warnings.warn(f"{problem}: capsule operators run as PyTorch operators, more slowly", stacklevel=2)
+
+
+@functools.cache
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on this GPU, if it cannot."""
+    if TRITON_PROBLEM:
+        return TRITON_PROBLEM
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY and not torch.version.hip:
+        found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+        return f"The GPU has compute capability {found}, Triton needs {least}"
+    try:  # the least kernel shows whether it can compile and launch: without a C compiler, say, it cannot
+        triton_squash.squash_forward(torch.zeros(1, 1, device=device), False)
+    except Exception as error:
+        return f"Triton cannot be used here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton computes in this dtype there; warns once if only the machine prevents it."""
+    if dtype != torch.float32:
+        return False
+    problem = triton_problem(device)
+    if problem:
+        _warn(problem)
+    return problem is None
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of them carries a derivative of forward mode."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def kernel(function: Callable) -> Callable:
+    """Make a kernel refuse tangents, which it would drop in silence."""
+
+    @functools.wraps(function)
+    def checked(*args):
+        if has_tangent(*(arg for arg in args if isinstance(arg, Tensor))):
+            raise NotImplementedError(
+                "a capszoo operator was called with forward-mode tangents, which it cannot pass on: call it as "
+                "its function in capszoo.kernels, or script and export with capszoo.set_fused_routing(False)"
+            )
+        return function(*args)
+
+    return checked
