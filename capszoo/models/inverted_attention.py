@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps, conv_caps_size
+from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -238,7 +239,7 @@ class InvertedAttentionCapsNet(nn.Module):
     @torch.jit.ignore
     def default_criterion(self) -> nn.Module:
         """Cross-entropy, as in the paper."""
-        return nn.CrossEntropyLoss()
+        return CrossEntropyLoss()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -336,8 +337,7 @@ class InvertedAttentionCapsNet(nn.Module):
         Raises:
             RuntimeError: If the model has no class capsules (`num_classes=0`).
         """
-        if self.num_classes == 0:
-            raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+        _builder.check_classes(self)
         poses = self._route(self.forward_features(x))
         side = self.primary_caps.pose_size
         return poses.unflatten(2, (side, side)), self.fc(poses).squeeze(2)

@@ -6,6 +6,7 @@ import torch
 
 import capszoo
 from capszoo.engine.task import CapsuleTask
+from capszoo.losses import CrossEntropyLoss
 from capszoo.models import InvertedAttentionCapsNet
 from capszoo.testing import check_model
 
@@ -117,7 +118,7 @@ def test_errors(message):
 def test_task_trains():
     model = small(num_classes=3, num_passes=3, num_types=6, pose_size=3)
     task, x, target = CapsuleTask(model, verbose=False), images(12), torch.arange(12) % 3
-    assert isinstance(task.criterion, torch.nn.CrossEntropyLoss)
+    assert isinstance(task.criterion, CrossEntropyLoss)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     losses = []
     for _ in range(20):
