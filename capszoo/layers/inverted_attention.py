@@ -7,7 +7,7 @@ import torch
 from timm.layers import _assert
 from torch import Tensor, nn
 
-from capszoo.kernels.inverted_attention import reference, uniform_routing
+from capszoo.kernels.inverted_attention import reference
 
 from .config import FollowsFusedRouting
 from .functional import inverted_attention_routing
@@ -85,12 +85,12 @@ class _InvertedAttention(FollowsFusedRouting, nn.Module):
         """One pass; `weight` is ``[k, k, I, P, P, J]``."""
         # Under autocast x may come in half precision; agreements need more than its 8 bits.
         x = x.to(weight.dtype)
-        if parents is None:
-            sums = uniform_routing(x, weight, self.stride)
-        elif torch.jit.is_scripting() and not self.fused:
-            sums = reference.inverted_attention_routing(x, weight, parents.to(weight.dtype), self.stride)
+        if parents is not None:
+            parents = parents.to(weight.dtype)
+        if torch.jit.is_scripting() and not self.fused and parents is not None:
+            sums = reference.inverted_attention_routing(x, weight, parents, self.stride)
         else:
-            sums = inverted_attention_routing(x, weight, parents.to(weight.dtype), self.stride)
+            sums = inverted_attention_routing(x, weight, parents, self.stride)
         poses = self.norm(sums.permute(0, 4, 5, 1, 2, 3).flatten(4))
         return poses.unflatten(4, [weight.shape[3], weight.shape[4]]).permute(0, 3, 4, 5, 1, 2)
 
