@@ -98,10 +98,10 @@ def launches_of_inverted_attention() -> list[Launch]:
         x = torch.empty(128, size, size, types, side, side, device="meta")
         weight = x.new_empty(k, k, types, side, side, num_parents)
         parents = x.new_empty(128, places, places, num_parents, side, side)
-        _, _, chosen = inverted_attention.launch(x, weight, parents, stride=2)
-        config = triton.Config({}, num_warps=chosen["num_warps"])
-        constants = {name: chosen[name] for name in ("KERNEL", "S", "BLOCK_N", "BLOCK_S", "BLOCK_J")}
         for name in ("sum_kernel", "poses_kernel", "weight_kernel"):
+            _, _, chosen = inverted_attention.launch(x, weight, parents, stride=2, backward=name != "sum_kernel")
+            config = triton.Config({}, num_warps=chosen["num_warps"])
+            constants = {name: chosen[name] for name in ("KERNEL", "S", "BLOCK_N", "BLOCK_S", "BLOCK_J")}
             found.append(Launch(getattr(inverted_attention, name), config, constants))
     return found
 

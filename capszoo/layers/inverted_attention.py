@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import _assert
 from torch import Tensor, nn
 
@@ -62,7 +63,8 @@ class PoseNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         # In channels_last memory both permutations are free.
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_types, self.dim))
-        return super().forward(x).flatten(-2).permute(0, 3, 1, 2)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.flatten(-2).permute(0, 3, 1, 2)
 
 
 class _InvertedAttention(FollowsFusedRouting, nn.Module):

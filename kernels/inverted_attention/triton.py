@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .cpu import add_children
 
-# Numbers in a tile of a program of 4 warps: 16 for each thread, of which the backward pass holds five tiles.
+# Numbers in a tile of a program of 4 warps forward, of 8 backward, where five such tiles are held.
 TILE_SIZE = 2048
 
 # Numbers that the poses of all types at one position may have, padded: beyond, registers are short.
@@ -239,7 +239,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, parents: Tensor, stride: i
     with torch.cuda.device_of(x):
         for first in range(0, len(x), step):
             batch = slice(first, first + step)
-            grid, parts, sizes = launch(x[batch], weight, parents[batch], stride)
+            grid, parts, sizes = launch(x[batch], weight, parents[batch], stride, backward=True)
             dparts = dx.new_empty(parts["parts"], *parents[batch].shape)
             dchildren = dx.new_empty(sizes["C"], sizes["N"], *x.shape[4:])
             poses_kernel[grid](
@@ -248,7 +248,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, parents: Tensor, stride: i
             )  # fmt: skip
             dparents[batch] = _add(dparts)
             add_children(dx[batch], dchildren, weight.shape[0], stride)
-        _, _, sizes = launch(x, weight, parents, stride)
+        _, _, sizes = launch(x, weight, parents, stride, backward=True)
         num_parts = min(triton.cdiv(sizes["N"], 4 * sizes["BLOCK_N"]), triton.cdiv(NUM_PROGRAMS, sizes["C"]))
         positions = triton.cdiv(sizes["N"], num_parts)
         dweight = dx.new_empty(triton.cdiv(sizes["N"], positions), *weight.shape)
@@ -261,7 +261,9 @@ def _add(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def launch(x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> tuple[tuple[int, int], dict, dict]:
+def launch(
+    x: Tensor, weight: Tensor, parents: Tensor, stride: int, backward: bool = False
+) -> tuple[tuple[int, int], dict, dict]:
     """The grid over positions and parts of the children, how many parts and children of each, and what kernels take."""
     k, num_children, side, num_parents = weight.shape[0], weight.shape[:3].numel(), *weight.shape[4:]
     BLOCK_S, BLOCK_J = triton.next_power_of_2(side), triton.next_power_of_2(num_parents)
@@ -275,6 +277,6 @@ def launch(x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> tuple[tup
         "N": N, "H": x.shape[1], "W": x.shape[2], "T": x.shape[3], "C": num_children, "J": num_parents,
         "height": parents.shape[1], "width": parents.shape[2], "stride": stride, "KERNEL": k, "S": side,
         "BLOCK_N": BLOCK_N, "BLOCK_S": BLOCK_S, "BLOCK_J": BLOCK_J,
-        "num_warps": min(16, max(4, BLOCK_N * at_one // 1024)),
+        "num_warps": min(8, max(4, BLOCK_N * at_one // (256 if backward else 1024))),
     }  # fmt: skip
     return (tiles, parts), {"parts": parts, "children": children}, sizes
