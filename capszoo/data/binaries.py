@@ -118,7 +118,7 @@ def open_binary_set(name: str, root: Path, download: bool, img_size: Size | None
     one, other = (reader.image_shape[1:] for reader, _ in parts)
     if one != other:
         raise sizes_differ(f"data set {name!r} in '{root}'", one, other)
-    return Source(names, *parts)
+    return Source(names, parts[0], parts[1])
 
 
 _MNIST_FILES = (

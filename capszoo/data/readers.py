@@ -6,7 +6,7 @@ read as a whole or while it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,12 +40,17 @@ class Reader(Protocol):
 
 @dataclass
 class Source:
-    """A data set before it is split: readers, and the labels of their images (int64 `[N]` or float32 `[N, J]`)."""
+    """A data set before it is split: readers, and the labels of their images (int64 `[N]` or float32 `[N, J]`).
+
+    Where the data set is composed of these images, `compose` makes the images of each split, from the split, "train",
+    "val" or "test", the number of classes and a seed.
+    """
 
     class_names: list[str]
     train: tuple[Reader, Tensor]
     test: tuple[Reader, Tensor]
     val: tuple[Reader, Tensor] | None = None
+    compose: Callable[[Any, str, int, int], Any] | None = None
 
 
 def check_channels(in_chans: int | None, own: int) -> None:

@@ -98,7 +98,7 @@ def load_data(
 def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_bytes: int) -> DataSplits:
     image_shape = source.train[0].image_shape
     count = sum(len(part[1]) for part in (source.train, source.val, source.test) if part)
-    in_memory = count * int(np.prod(image_shape)) <= max_bytes
+    in_memory = count * int(np.prod(image_shape)) <= max_bytes or source.compose is not None
 
     def split(part: tuple[Reader, Tensor], *selections: Tensor) -> list[Split]:
         reader, labels = part
@@ -126,9 +126,13 @@ def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_
             remedy = "add images of them to the val folder"
         _warn_of_missing_classes(name, source.class_names, train.labels, val.labels, remedy)
     (test,) = split(source.test, torch.arange(len(source.test[1])))
-    return DataSplits(
-        name, train, val, test, source.class_names, len(source.class_names), image_shape[0], image_shape[1:]
-    )
+    num_classes = len(source.class_names)
+    if source.compose is not None:
+        train = source.compose(train, "train", num_classes, seed)
+        test = source.compose(test, "test", num_classes, seed)
+        val = None if val is None else source.compose(val, "val", num_classes, seed)
+        image_shape = train.image_shape
+    return DataSplits(name, train, val, test, source.class_names, num_classes, image_shape[0], image_shape[1:])
 
 
 def _warn_of_missing_classes(name: str, class_names: list[str], train: Tensor, val: Tensor, remedy: str) -> None:

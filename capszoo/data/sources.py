@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from torch import Tensor
 from capszoo.errors import DataError, one_line
 
 from .binaries import open_binary_set
+from .composed import move_digits, pair_digits
 from .decoding import Size, sizes_differ, to_uint8
 from .folders import image_folder
+from .loader import Split
 from .readers import ArrayReader, Source, TimmReader, check_channels
 from .splits import stratified
 
@@ -110,7 +113,7 @@ def _folder(request: Request) -> Source:
         path = Path(request.data_dir or "", rest if prefix == "folder" else "")
     check_channels(request.in_chans, 3)
     class_names, parts = image_folder(path, request.img_size, request.in_chans, request.follow_links)
-    return Source(class_names, **parts)
+    return Source(class_names, parts["train"], parts["test"], parts.get("val"))
 
 
 def _digits(request: Request) -> Source:
@@ -127,13 +130,23 @@ def _digits(request: Request) -> Source:
     labels = torch.from_numpy(digits.target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     test[stratified(labels, 360, 0)] = True
-    parts = [(ArrayReader(images[rows], request.img_size, request.in_chans), labels[rows]) for rows in (~test, test)]
-    return Source([str(label) for label in digits.target_names], *parts)
+    train, held_out = (
+        (ArrayReader(images[rows], request.img_size, request.in_chans), labels[rows]) for rows in (~test, test)
+    )
+    return Source([str(label) for label in digits.target_names], train, held_out)
 
 
 def _binary(request: Request) -> Source:
     name, data_dir, download, img_size, in_chans, _ = request
     return open_binary_set(name, Path(data_dir or "data"), download, img_size, in_chans)
+
+
+def _composed(compose: Callable[..., Split], request: Request) -> Source:
+    """Digits of MNIST in their own size, to be composed once they are split."""
+    source = _binary(request._replace(name="mnist", img_size=None, in_chans=None))
+    check_channels(request.in_chans, 1)
+    source.compose = partial(compose, img_size=request.img_size, in_chans=request.in_chans)
+    return source
 
 
 def _timm(request: Request) -> Source:
@@ -197,4 +210,6 @@ _KNOWN = {
     "cifar100": _Kind(_binary, translate=4),
     "svhn": _Kind(_binary),
     "small_norb": _Kind(_binary),
+    "multi_mnist": _Kind(partial(_composed, pair_digits)),
+    "mnist_affine": _Kind(partial(_composed, move_digits), translate=6),
 }
