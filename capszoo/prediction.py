@@ -1,7 +1,8 @@
 """From images of any kind to classes: what a trained model says of a file, a picture, an array or a tensor."""
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,17 @@ def images_below(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and path.is_file() and is_image_name(path):
             yield path
+
+
+def named_images(names: Iterable[str]) -> Iterator[tuple[str, DataError | None]]:
+    """The files that the command line names, and what is wrong with a name."""
+    for name in names:
+        if name == "-":
+            yield from named_images(line.rstrip("\n") for line in sys.stdin if line.strip())
+        elif Path(name).is_dir():
+            paths = list(images_below(Path(name)))
+            if not paths:
+                yield name, DataError(f"folder {name!r} holds no images: check the path")
+            yield from ((str(path), None) for path in paths)
+        else:
+            yield name, None

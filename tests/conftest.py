@@ -66,6 +66,16 @@ def load_module(path, name):
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reports_are_left_out():
+    """Drawing a report takes longer than the training of most tests; see tests/report for those that draw one."""
+    import capszoo.report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capszoo.report, "write_run_report", lambda folder, *_: folder / "report.html")
+        yield
+
+
 @pytest.fixture(scope="session")
 def recipe():
     """A recipe as a module."""
