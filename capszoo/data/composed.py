@@ -124,10 +124,10 @@ def move_digits(
             draws = [torch.randint(int(room) + 1, (len(images),), generator=generator) for room in rooms]
             places = torch.stack(draws, dim=1)
         moved = _place(images, places, (CANVAS, CANVAS))
-    if img_size not in (None, (CANVAS, CANVAS)):
+    if part == "test" and img_size not in (None, (CANVAS, CANVAS)):
         _logger.warning(
-            f"digits on a canvas of {CANVAS}x{CANVAS} are resized to {img_size[0]}x{img_size[1]}, and are then not of "
-            "the size of MNIST's: models for them are trained without --img-size"
+            f"digits on a canvas of {CANVAS}x{CANVAS} are resized to {img_size[0]}x{img_size[1]}, so they are not as "
+            f"large as MNIST's: train a model of {CANVAS}x{CANVAS} on them, or measure one of MNIST by --robustness"
         )
     return Split(split.labels, _fit(moved, img_size, in_chans))
 
