@@ -164,8 +164,11 @@ def test_ways_out(couplings, tmp_path):
     expected = model(images())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert torch.equal(torch.jit.script(model)(images()), expected)
-        assert torch.equal(torch.export.export(model, (images(),)).module()(images()), expected)
+        # For few votes the routing is another form than the operator that a graph holds.
+        torch.testing.assert_close(torch.jit.script(model)(images()), expected)
+        torch.testing.assert_close(torch.export.export(model, (images(),)).module()(images()), expected)
+        with capszoo.set_fused_routing(False):
+            assert torch.equal(torch.jit.script(model)(images()), expected)
         assert torch.equal(torch.fx.symbolic_trace(model)(images()), expected)
         out = create_feature_extractor(model, {"class_caps": "capsules"})(images())["capsules"]
         assert torch.equal(out, model.forward_capsules(images())[0])
