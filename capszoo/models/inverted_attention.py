@@ -113,6 +113,7 @@ class InvertedAttentionCapsNet(nn.Module):
             given, img_size=[height, width], stem_dims=list(stem_dims), stem_depths=list(stem_depths)
         )
 
+        self.stem = create_stem(backbone, in_chans, stem_dims, stem_depths, **dd)
         halvings = 1 if backbone == "conv" else len(stem_dims) - 1
         self.grid_size = (-(-height // 2**halvings), -(-width // 2**halvings))
         top = self.grid_size
@@ -127,7 +128,6 @@ class InvertedAttentionCapsNet(nn.Module):
                 f"img_size={height}x{width} is too small: the convolutions need {least} pixels each way, resize the "
                 f"images"
             )
-        self.stem = create_stem(backbone, in_chans, stem_dims, stem_depths, **dd)
         self.primary_caps = MatrixPrimaryCaps(stem_dims[-1], num_types, pose_size, **dd)
         self.num_features = num_types * pose_size**2
         self.head_hidden_size = self.num_features * self.grid_size[0] * self.grid_size[1]
