@@ -16,9 +16,12 @@ from capszoo.layers import functional
 WEIGHT, PRIOR = draw(4, 3, 2, 3, seed=1), draw(4, 2, seed=2)
 
 
+are_few_votes = ops._are_few_votes
+
+
 @pytest.fixture(autouse=True)
 def operator_for_any_size(monkeypatch):
-    monkeypatch.setattr(ops, "FEW_VOTES", -1)
+    monkeypatch.setattr(ops, "_are_few_votes", lambda x, weight: False)
 
 
 def make_inputs(B=3, N=6, K=4, J=5, D=7, dtype=torch.float32):
@@ -165,6 +168,8 @@ def test_few_votes_are_stored(monkeypatch):
     """The plain form, of the same numbers to rounding, up to so many votes; a graph always has the operator."""
     inputs = make_inputs()
     expected = with_gradients(self_attention_routing, inputs)
+    monkeypatch.setattr(ops, "_are_few_votes", are_few_votes)
+    monkeypatch.setattr(ops, "FEW_BESIDE_MATRICES", 0)
     monkeypatch.setattr(ops, "FEW_VOTES", 3 * 6 * 5 * 7)
     calls = []
     monkeypatch.setattr(
@@ -175,6 +180,9 @@ def test_few_votes_are_stored(monkeypatch):
     monkeypatch.setattr(ops, "FEW_VOTES", 3 * 6 * 5 * 7 - 1)
     self_attention_routing(*inputs)
     assert calls == [1]
+    monkeypatch.setattr(ops, "FEW_BESIDE_MATRICES", 3 / 4)  # three samples of capsules of four numbers
+    self_attention_routing(*inputs)
+    assert calls == [1, 1]
 
 
 def operator(x, weight, prior):
