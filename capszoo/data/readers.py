@@ -90,6 +90,8 @@ class FileReader:
         for index, transform in zip(indices, transforms or itertools.repeat(None), strict=False):
             try:
                 images.append(decode(self.paths[index], self.image_shape[0], self.image_shape[1:], transform))
+            except DataError:  # of a transform
+                raise
             except Exception as error:  # PIL's decoders raise anything at damaged files
                 raise not_an_image(self.paths[index], error) from error
         return torch.stack(images)
@@ -125,6 +127,8 @@ class TimmReader:
         for index, transform in zip(indices, transforms or itertools.repeat(None), strict=False):
             try:
                 images.append(decode(self.items[index][0], channels, size if self.resize else None, transform))
+            except DataError:
+                raise
             except Exception as error:
                 raise self._damaged(index, error) from error
             found = images[-1].shape[1], images[-1].shape[2]

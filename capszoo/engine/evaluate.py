@@ -14,6 +14,7 @@ from capszoo.losses import margin_loss, reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.pretrained import image_statistics
 
+from .criteria import without_weights
 from .distributed import ALONE, Ranks
 from .metrics import average_precision, right_answers, shows
 from .task import CapsuleTask, Normalization
@@ -27,7 +28,8 @@ class Evaluation:
         top1: Fraction of images whose longest class capsule is the right one. Where labels are weights of the classes,
             the exact-match accuracy: the fraction of images of which just the classes present are predicted, see
             :mod:`capszoo.engine.metrics`.
-        loss: Mean over images of the criterion that was trained with, the margin loss if none is known.
+        loss: Mean over images of the criterion that was trained with, but without its weights of the classes; of the
+            margin loss if none is known.
         reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
             capsule; None without decoder.
         confusion: Counts ``[J, J]``, true class by predicted class; None where labels are weights of the classes.
@@ -44,6 +46,21 @@ class Evaluation:
     class_confusion: Tensor | None = None
     average_precision: Tensor | None = None
     mean_average_precision: float | None = None
+
+    @property
+    def recall(self) -> Tensor | None:
+        """Fraction of each class's images that are found ``[J]``, NaN where there are none.
+
+        None where labels are weights of the classes.
+        """
+        if self.confusion is None:
+            return None
+        return self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """Mean recall of the classes that have images; None where labels are weights of the classes."""
+        return None if self.recall is None else float(self.recall.nanmean())
 
     @property
     def margin_loss(self) -> float:
@@ -78,6 +95,7 @@ def evaluate(
     """
     is_task = isinstance(task, CapsuleTask)
     model, criterion = (task.get_eval_model(ema=task.has_ema()), task.criterion) if is_task else (task, margin_loss)
+    criterion = without_weights(criterion)
     if isinstance(loader, Loader):
         check_statistics(model, loader.split)
     device = next(model.parameters()).device

@@ -12,8 +12,9 @@ from torchvision.transforms import functional as tv
 
 from capszoo.data import Augmentation, Loader, Split
 from capszoo.data.batch_transforms import BatchTransforms, inverse_maps
+from capszoo.data.image_transforms import ImageTransform
 from capszoo.data.readers import ArrayReader
-from capszoo.errors import UsageError
+from capszoo.errors import DataError, UsageError
 
 ALL_ON_DEVICE = {
     "hflip": 0.5, "vflip": 0.5, "scale": [0.3, 1.0], "rotate": 20.0, "shear": 5.0, "rescale": [0.8, 1.2],
@@ -286,6 +287,19 @@ def test_images_go_through_timms_transforms():
 def test_automatic_augmentation_of_grey_images(aa):
     found = joined(make_split(12, 1, 24, 24), options={"aa": aa, "color_jitter": [0.3]})
     assert found.shape == (12, 1, 24, 24)
+
+
+@pytest.mark.parametrize("aa", ["rand-m1-n15", "rand-m10-n15-inc1", "augmix-m1-w5", "augmix-m10-w5"])
+def test_images_are_posterized_to_one_bit_at_least(aa):
+    assert joined(make_split(60, 3, 24, 24), options={"aa": aa}).isfinite().all()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_transform_that_fails_is_not_the_images_fault(monkeypatch, streamed):
+    broken = property(lambda self: [lambda image: 1 / 0], lambda self, value: None)
+    monkeypatch.setattr(ImageTransform, "_steps", broken, raising=False)
+    with pytest.raises(DataError, match=r"^an image of 10x12 cannot be augmented \(ZeroDivisionError: [^\n]*--aa"):
+        batches(make_split(streamed=streamed), options=COLOURS)
 
 
 # What is refused
