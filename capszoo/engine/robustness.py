@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capszoo.data.loader import seeded_generator
+from capszoo.data import seeded_generator
+from capszoo.data.batch_transforms import inverse_maps
 from capszoo.precision import autocast
 
 from .metrics import right_answers
@@ -50,10 +51,8 @@ def transform(images: Tensor, angle: float = 0.0, scale: float = 1.0, shifts: Te
     if scale <= 0:
         raise ValueError(f"scale={scale} is not possible: it must be above 0")
     height, width = images.shape[-2:]
-    radians = torch.tensor(angle, dtype=torch.float64).deg2rad()
-    cos, sin = (float(radians.cos()) / scale, float(radians.sin()) / scale)
-    # From a place in the result to the one in the image, both in half widths and half heights from the centre.
-    linear = torch.tensor([[cos, -sin * height / width], [sin * width / height, cos]], dtype=torch.float64)
+    radians, size, shear = torch.tensor([[-angle], [scale], [0.0]], dtype=torch.float64)
+    linear = inverse_maps(radians.deg2rad(), size, shear, (height, width))
     linear = linear.to(images.device).expand(len(images), 2, 2)
     moved = images.new_zeros(len(images), 2, dtype=torch.float64)
     if shifts is not None:

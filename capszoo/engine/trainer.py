@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capszoo.data import Augmentation, Loader, Split
-from capszoo.data.loader import seeded_generator
+from capszoo.data import Augmentation, Loader, Split, seeded_generator
 from capszoo.errors import CheckpointError, DataError, Stopped, TrainingError
 
 from .batch_norm import check_batch_norm
