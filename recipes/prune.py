@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.training.policy == "lr_finder":
         raise UsageError("--policy lr_finder trains nothing: use it in recipes/train.py")
     policy = make_policy(options.training, len(data.train))  # says what is impossible before there is a folder
-    options.training.augmentation.check_images(data.train.image_shape, data.multi_label)
+    train = data.train
+    options.training.augmentation.check_images(
+        train.image_shape, train.multi_label, train.images is None, train.parts is not None
+    )
     options.training.augmentation.check_batches(policy.batch_size(epoch) for epoch in range(policy.epochs))
     training = fill_in(options.training, len(data.train))
     options = replace(options, training=training)

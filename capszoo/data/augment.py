@@ -218,17 +218,34 @@ class Augmentation:
         if self.aa is not None:
             _check_policy(self.aa)
 
-    def check_images(self, image_shape: tuple[int, int, int], multi_label: bool = False) -> None:
+    def check_images(
+        self,
+        image_shape: tuple[int, int, int],
+        multi_label: bool = False,
+        on_disk: bool = False,
+        has_parts: bool = False,
+    ) -> None:
         """Check that images can be changed so.
 
         Args:
             image_shape: Their channels, height and width.
             multi_label: Whether they may show several classes.
+            on_disk: Whether they are read while they are used.
+            has_parts: Whether they are composed of others, which must change as they do.
 
         Raises:
             UsageError: If they cannot.
         """
         channels, height, width = image_shape
+        through_pil = ["aa", "color_jitter", "grayscale_prob", "gaussian_blur_prob"]
+        through_pil += ["scale", "ratio"] if on_disk else []
+        impossible = [("images of 2 channels", through_pil if channels == 2 else [])]
+        mixing = ["mixup", "cutmix", "cutmix_minmax"]
+        impossible += [("images that are composed of others", [*through_pil, *mixing] if has_parts else [])]
+        for what, names in impossible:
+            for name in names:
+                if getattr(self, name):
+                    raise UsageError(f"{self._given(name)} does not go with {what}: leave it out")
         if channels == 1 and self.grayscale_prob:
             raise UsageError(f"{self._given('grayscale_prob')} changes no grey image: leave it out, or --in-chans 3")
         if channels == 1 and any((self.color_jitter or [])[3:]):

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .affine import inverse_maps
 from .augment import Augmentation
 from .seeding import seeded_generator
 
-__all__ = ["BatchTransforms", "Places", "inverse_maps"]
+__all__ = ["BatchTransforms", "Places", "inside_boxes"]
 
 # Places in the epoch: those of a batch or more, one after the other, or any.
 Places = slice | Tensor
@@ -28,27 +29,6 @@ _ALTERNATE = -1  # of all epochs together
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _ATTEMPTS = 10
-
-
-def inverse_maps(radians: Tensor, scale: Tensor, shear: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where in an image each point of its rotated, rescaled and sheared form comes from.
-
-    The image is sheared, rescaled and rotated about its centre, in this order, as torchvision's `affine` does.
-
-    Args:
-        radians: Angles ``[B]``, clockwise, float64.
-        scale: Size of the content over its size before ``[B]``.
-        shear: Tangents of the shear along the rows ``[B]``.
-        size: Height and width of the images.
-
-    Returns:
-        Linear maps ``[B, 2, 2]`` of positions in half widths and half heights from the centre, as `affine_grid` has
-        them.
-    """
-    height, width = size
-    cos, sin = radians.cos() / scale, radians.sin() / scale
-    rows = (cos - shear * sin, (sin + shear * cos) * height / width), (-sin * width / height, cos)
-    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
 class BatchTransforms:
@@ -156,8 +136,9 @@ class BatchTransforms:
             torch.deg2rad((2 * angle - 1) * augmentation.rotate),
             least + (most - least) * scale,
             torch.tan(torch.deg2rad((2 * shear - 1) * augmentation.shear)),
-            self.size,
         )
+        shape = self.size[1] / self.size[0]
+        maps = maps * torch.tensor([[1, 1 / shape], [shape, 1]])  # of places in half widths and half heights
         centre = torch.zeros(self.count, 2, dtype=torch.float64)
         if crops:
             top, left, height, width = self._draw_crops().double().unbind(1)

@@ -68,6 +68,8 @@ class Loader:
         num_workers: Worker processes that read a split that is not in memory, or whose images go through PIL; 0 reads
             in this process.
         channels_last: Make images in channels-last memory format.
+        with_parts: Of a split whose images have parts, give these too, as the third of a batch: float32
+            `[B, P, C, H, W]` in [0, 1], moved as the image is, not normalised.
 
     Raises:
         DataError: An argument out of range, at once; an image that cannot be decoded, when its turn comes.
@@ -91,6 +93,7 @@ class Loader:
         drop_last: bool = False,
         num_workers: int = 0,
         channels_last: bool = False,
+        with_parts: bool = False,
     ):
         for key, value, least in (
             ("batch_size", batch_size, 1),
@@ -112,7 +115,8 @@ class Loader:
             )
         if augmentation is not None:
             augmentation.check()
-            augmentation.check_images(split.image_shape, split.multi_label)
+            on_disk, has_parts = split.images is None, with_parts and split.parts is not None
+            augmentation.check_images(split.image_shape, split.multi_label, on_disk, has_parts)
             if augmentation.mixes and num_classes is None:
                 raise DataError("images are to be mixed, and num_classes=None does not say how: give their classes")
         self.split = split
@@ -129,6 +133,7 @@ class Loader:
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.channels_last = channels_last
+        self.with_parts = with_parts and split.parts is not None
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (split.mean, split.std)
         )
@@ -145,7 +150,7 @@ class Loader:
         full, rest = divmod(len(self.split), self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, offsets = self._draw()
         labels = self.split.labels.cpu()[order].to(self.device)
         transforms, mixing = self._augmentations(order)
@@ -163,13 +168,14 @@ class Loader:
         first, skip = divmod(self.start_step, steps)
         chunks = [slice(begin, min(begin + size, stop)) for begin in range(first * size, stop, size)]
 
-        for chunk, images in zip(chunks, self._gather(chunks, order, offsets, transforms), strict=True):
+        for chunk, gathered in zip(chunks, self._gather(chunks, order, offsets, transforms), strict=True):
+            images, *parts = gathered
             targets = labels[chunk]
             if mixing is not None:
                 partners = images[(mixing.partners[chunk] - chunk.start).to(self.device)]
                 images = self._in_format(mixing.images(images, partners, chunk))
                 targets = mixing.targets(labels, chunk)
-            batches = zip(images.split(self.batch_size), targets.split(self.batch_size), strict=True)
+            batches = zip(*(some.split(self.batch_size) for some in (images, targets, *parts)), strict=True)
             for _ in range(skip):
                 next(batches)
             skip = 0
@@ -191,7 +197,7 @@ class Loader:
         labels: Tensor,
         transforms: BatchTransforms | None,
         mixing: Mixing | None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Yield this process's part of each batch; only its own images are read, and what they are mixed with."""
         part, parts = self.share
         slices = []
@@ -204,11 +210,14 @@ class Loader:
             wanted = [torch.cat([torch.arange(own.start, own.stop), mixing.partners[own]]) for own in filled]
         gathered = self._gather(wanted, order, offsets, transforms)
         channels, height, width = self.split.image_shape
-        nothing = torch.empty(0, channels, height, width, device=self.device)
+        nothing = [torch.empty(0, channels, height, width, device=self.device)]
+        if self.with_parts:
+            assert self.split.parts is not None
+            nothing.append(torch.empty(0, *self.split.parts.shape[1:], device=self.device))
         for own in slices:
-            images = next(gathered) if own.stop > own.start else nothing
+            images, *rest = next(gathered) if own.stop > own.start else nothing
             if mixing is None:
-                yield images, labels[own]
+                yield images, labels[own], *rest
             else:
                 count = own.stop - own.start
                 images = mixing.images(images[:count], images[len(images) - count :], own)
@@ -246,14 +255,20 @@ class Loader:
 
     def _gather(
         self, chunks: Sequence[Places], order: Tensor, offsets: Tensor, transforms: BatchTransforms | None
-    ) -> Iterator[Tensor]:
-        """Yield the images at some places of the epoch at a time, float32 `[chunk, C, H, W]`."""
+    ) -> Iterator[list[Tensor]]:
+        """Yield the images at some places of the epoch, float32 `[chunk, C, H, W]`, and their parts, where wanted."""
         offsets = offsets.to(self.device)
         if not self._streams:
-            padded = self.split.to(self.device).padded(self.translate)
-            starts = order.to(self.device) * padded[0].numel() + offsets
+            split = self.split.to(self.device)
+            sources = [split.padded(self.translate, of_parts) for of_parts in (False, True)[: 1 + self.with_parts]]
+            starts = [order.to(self.device) * some[0].numel() + offsets for some in sources]
             for chunk in chunks:
-                yield self._finish(self._windows(padded, starts[chunk]), chunk, transforms)
+                images, *parts = (
+                    self._move(self._windows(some, begins[chunk]), chunk, transforms)
+                    for some, begins in zip(sources, starts, strict=True)
+                )
+                shape = () if split.parts is None else split.parts.shape[1:3]
+                yield [self._finish(images, chunk, transforms), *(some.unflatten(1, shape) for some in parts)]
             return
         reader, rows = self.split.reader, order
         if reader is None or self.split.indices is None:
@@ -265,16 +280,17 @@ class Loader:
         if self.augmentation is not None and (self.augmentation.needs_pil or self.augmentation.crops):
             transform = ImageTransform(self.augmentation, self.split.image_shape, self.seed, self.epoch)
         places = torch.arange(len(order))
-        parts = [(rows[chunk].tolist(), places[chunk].tolist()) for chunk in chunks]
-        images = read_images(reader, parts, transform, self.num_workers, pin_memory=self.device.type == "cuda")
-        for chunk, pixels in zip(chunks, images, strict=True):
+        wanted = [(rows[chunk].tolist(), places[chunk].tolist()) for chunk in chunks]
+        read = read_images(reader, wanted, transform, self.num_workers, pin_memory=self.device.type == "cuda")
+        for chunk, pixels in zip(chunks, read, strict=True):
             padded = F.pad(pixels.to(self.device, non_blocking=True), [self.translate] * 4).contiguous()
-            starts = torch.arange(len(padded), device=self.device) * padded[0].numel() + offsets[chunk]
-            yield self._finish(self._windows(padded, starts), chunk, transforms)
+            begins = torch.arange(len(padded), device=self.device) * padded[0].numel() + offsets[chunk]
+            images = self._move(self._windows(padded, begins), chunk, transforms)
+            yield [self._finish(images, chunk, transforms)]
 
     def _windows(self, padded: Tensor, starts: Tensor) -> Tensor:
         """Return the images that begin at elements `starts` (int64 `[B]`) of `padded`, uint8 `[B, C, H, W]`."""
-        channels, height, width = self.split.image_shape
+        channels, height, width = padded.shape[1], *self.split.image_shape[1:]
         _, channel_stride, row_stride, _ = padded.stride()
         reach = (channels - 1) * channel_stride + (height - 1) * row_stride + width - 1
         windows = padded.as_strided(
@@ -282,13 +298,15 @@ class Loader:
         )
         return windows[starts]
 
-    def _finish(self, pixels: Tensor, places: Places, transforms: BatchTransforms | None) -> Tensor:
-        """Convert, augment and normalise the images at these places of the epoch."""
-        if transforms is not None:
-            pixels = transforms.flip(pixels, places)
-        images = torch.div(self._in_format(pixels), 255)
-        if transforms is not None:
-            images = self._in_format(transforms.resample(images, places))
+    def _move(self, pixels: Tensor, places: Places, transforms: BatchTransforms | None) -> Tensor:
+        """Flip images (or parts) at these places of the epoch, convert them to [0, 1], and move them."""
+        if transforms is None:
+            return torch.div(self._in_format(pixels), 255)
+        images = torch.div(self._in_format(transforms.flip(pixels, places)), 255)
+        return self._in_format(transforms.resample(images, places))
+
+    def _finish(self, images: Tensor, places: Places, transforms: BatchTransforms | None) -> Tensor:
+        """Normalise the images at these places of the epoch, and erase what is to be erased of them."""
         if self._normalized:
             images = images.sub_(self._mean).div_(self._std)
         return images if transforms is None else self._in_format(transforms.erase(images, places))

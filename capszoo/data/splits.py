@@ -32,6 +32,8 @@ class Split:
         indices: int64 `[N]`, the place of each image in `reader`.
         mean: Subtracted from images in [0, 1], one number a channel or one for all.
         std: What is left is divided by this, one number a channel or one for all.
+        parts: uint8 `[N, P, C, H, W]` beside `images` that are composed of P others: these, in the order of the P
+            classes that their labels show.
     """
 
     labels: Tensor
@@ -40,8 +42,9 @@ class Split:
     indices: Tensor | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    parts: Tensor | None = None
     _on_device: dict[torch.device, Split] = field(default_factory=dict, init=False)
-    _padded: tuple[int, Tensor] | None = field(default=None, init=False)
+    _padded: dict[bool, tuple[int, Tensor]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,22 +72,23 @@ class Split:
         if device == self.labels.device:
             return self
         if device not in self._on_device:
-            images = None if self.images is None else self.images.to(device)
-            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices)
+            images, parts = (None if some is None else some.to(device) for some in (self.images, self.parts))
+            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices, parts=parts)
         self._on_device[device].mean, self._on_device[device].std = self.mean, self.std
         return self._on_device[device]
 
-    def padded(self, margin: int) -> Tensor:
+    def padded(self, margin: int, of_parts: bool = False) -> Tensor:
         """Return the images with `margin` zeros on each side, uint8 `[N, C, H + 2 margin, W + 2 margin]`.
 
-        The result for the last `margin` above 0 is kept.
+        The result for the last `margin` above 0 is kept. That of parts has those of an image as its channels, P C.
         """
         assert self.images is not None
+        images = self.parts.flatten(1, 2) if of_parts and self.parts is not None else self.images
         if margin == 0:
-            return self.images.contiguous()
-        if self._padded is None or self._padded[0] != margin:
-            self._padded = margin, F.pad(self.images, [margin] * 4)
-        return self._padded[1]
+            return images.contiguous()
+        if of_parts not in self._padded or self._padded[of_parts][0] != margin:
+            self._padded[of_parts] = margin, F.pad(images, [margin] * 4)
+        return self._padded[of_parts][1]
 
 
 @dataclass
@@ -98,7 +102,7 @@ class DataSplits:
         test: Test images, for reporting only.
         class_names: Name of each class, in the order of the labels.
         num_classes: How many there are.
-        in_chans: Channels of an image, 1 or 3.
+        in_chans: Channels of an image: 1 grey, 2 stereo, 3 colour.
         img_size: Height and width of an image.
     """
 

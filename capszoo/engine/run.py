@@ -153,7 +153,15 @@ def make_trainer(
     resolve_amp(options.amp, device)  # says what is impossible before anything is made
     translate = default_translate(options.dataset) if options.translate is None else options.translate
     # Says whether images are large enough for these shifts, and whether they can be changed so.
-    Loader(data.train, 1, device, translate=translate, augmentation=options.augmentation, num_classes=data.num_classes)
+    Loader(
+        data.train,
+        1,
+        device,
+        translate=translate,
+        augmentation=options.augmentation,
+        num_classes=data.num_classes,
+        with_parts=True,
+    )
     torch.manual_seed(options.seed)
     model = make_model(options, data)
     if data.multi_label and getattr(model, "returns_logits", False):
@@ -297,15 +305,15 @@ def header_of(
 def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, once, and write result.json.
 
-    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there is a
-    `test_mean_average_precision`, see :class:`capszoo.engine.Evaluation`.
+    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there are a
+    `test_mean_average_precision` and a `test_exact_top_k`, see :class:`capszoo.engine.Evaluation`.
 
     Raises:
         Stopped: If the trainer is asked to stop; nothing is written.
     """
     options = fill_in(options, len(data.train))
     load_weights(trainer.task.kept_model, trainer.folder / "best.safetensors")
-    loader = Loader(data.test, options.eval_batch_size, trainer.device, num_workers=options.workers)
+    loader = trainer.make_loader(data.test, options.eval_batch_size, with_parts=True)
     test = evaluate(trainer.task, until_stopped(loader, trainer.should_stop), trainer.amp)
     best = trainer.best
     result = {
@@ -320,6 +328,7 @@ def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -
         "eval_top1": best["eval_top1"],
         "test_top1": test.top1,
         **({"test_mean_average_precision": test.mean_average_precision} if data.multi_label else {}),
+        **({"test_exact_top_k": test.exact_top_k} if data.multi_label else {}),
         "test_margin_loss": test.loss,
         "test_reconstruction_error": test.reconstruction_error,
         "total_seconds": trainer.position.total_seconds,

@@ -3,6 +3,7 @@
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .decoder import Decoder
+from .depthwise import DepthwiseConv2d
 from .functional import capsule_lengths, dynamic_routing, squash
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
@@ -11,6 +12,7 @@ from .self_attention import SelfAttentionRouting, exponential_squash, self_atten
 __all__ = [
     "ClassCaps",
     "Decoder",
+    "DepthwiseConv2d",
     "DynamicRouting",
     "PrimaryCaps",
     "ScaledConv2d",

@@ -11,7 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from capszoo.data import Augmentation, Loader, Split
-from capszoo.data.batch_transforms import BatchTransforms, inverse_maps
+from capszoo.data.affine import inverse_maps, sample_affine
+from capszoo.data.batch_transforms import BatchTransforms
 from capszoo.data.image_transforms import ImageTransform
 from capszoo.data.readers import ArrayReader
 from capszoo.errors import DataError, UsageError
@@ -94,10 +95,7 @@ def test_alternate_flips_take_turns_from_a_random_side():
 def test_maps_are_torchvisions_affine(angle, scale, shear, height, width):
     image = torch.rand(1, 2, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     angle_, scale_, shear_ = (torch.tensor([value], dtype=torch.float64) for value in (angle, scale, shear))
-    linear = inverse_maps(angle_.deg2rad(), scale_, shear_.deg2rad().tan(), (height, width))
-    maps = torch.cat([linear, torch.zeros(1, 2, 1)], dim=2)
-    grid = torch.nn.functional.affine_grid(maps, list(image.shape), align_corners=False)
-    found = torch.nn.functional.grid_sample(image, grid, align_corners=False)
+    found = sample_affine(image, inverse_maps(angle_.deg2rad(), scale_, shear_.deg2rad().tan()))
     expected = tv.affine(image, angle, [0, 0], scale, [shear, 0.0], InterpolationMode.BILINEAR)
     # torchvision samples in float32, which moves a point at the very edge.
     assert (found - expected).abs().mean() < 1e-3 and (found - expected).abs().median() < 1e-5
@@ -194,6 +192,20 @@ def test_several_erased_boxes_are_smaller():
         for count in (1, 4)
     )
     assert 0.1 < four < one < 0.25
+
+
+def test_parts_move_as_the_image_that_they_make_up():
+    split = make_split(40, 1, 11, 9)
+    first = torch.where(torch.rand(split.images.shape) < 0.5, split.images, 0)
+    split.parts = torch.stack([first, split.images - first], dim=1)
+    split.mean, split.std = (0.0,), (1.0,)
+    options = {key: value for key, value in ALL_ON_DEVICE.items() if "re" not in key[:2] or key == "rescale"}
+    options["train_interpolation"] = "bilinear"
+    for images, _, parts in batches(split, options=options, translate=2, shuffle=True, with_parts=True):
+        torch.testing.assert_close(parts.sum(dim=1), images)
+    for share in ((0, 2), (1, 2)):
+        for images, _, parts in batches(split, options=options, share=share, with_parts=True):
+            torch.testing.assert_close(parts.sum(dim=1), images)
 
 
 # What every change has in common
@@ -349,6 +361,20 @@ def test_what_images_do_not_go_with():
     for options in ({"cutmix": 1.0}, {"cutmix_minmax": [0.2, 0.8]}):
         with pytest.raises(UsageError, match="--cutmix.* may cut out one of several classes"):
             batches(split, options=options)
+
+
+def test_images_of_two_channels_or_of_parts_cannot_go_through_pil():
+    for options in (COLOURS, {"aa": "v0"}):
+        with pytest.raises(UsageError, match="^--aa .* does not go with images of 2 channels: leave it out$"):
+            batches(make_split(channels=2), options=options)
+    batches(make_split(channels=2), options=ALL_ON_DEVICE)
+    with pytest.raises(UsageError, match="^--scale 0.3 1.0 does not go with images of 2 channels"):
+        batches(make_split(channels=2, streamed=True), options=ALL_ON_DEVICE)
+    split = make_split()
+    split.parts = split.images[:, None]
+    for options in ({"mixup": 0.2}, {"aa": "v0"}):
+        with pytest.raises(UsageError, match="does not go with images that are composed of others"):
+            batches(split, options=options, with_parts=True)
 
 
 def test_odd_batches_cannot_be_mixed():
