@@ -125,12 +125,21 @@ def test_what_never_reaches_triton(monkeypatch):
 
 @pytest.mark.parametrize("attention, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_opcheck(attention, dtype):
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled below
     inputs = make_inputs(dtype=dtype)
-    torch.library.opcheck(torch.ops.capszoo.self_attention_routing, (*inputs, attention))
+    torch.library.opcheck(torch.ops.capszoo.self_attention_routing, (*inputs, attention), test_utils=utils)
     s, total = torch.ops.capszoo.self_attention_routing(*inputs, attention)
-    grad = s.detach().clone().requires_grad_()
-    arguments = (grad, *inputs, total.detach(), attention, False)
-    torch.library.opcheck(torch.ops.capszoo.self_attention_routing_backward, arguments)
+    arguments = (s.detach().requires_grad_(), *inputs, total.detach(), attention, False)
+    torch.library.opcheck(torch.ops.capszoo.self_attention_routing_backward, arguments, test_utils=utils)
+
+
+def test_compiled_gradients():
+    inputs = make_inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: self_attention_routing(*t).sin(), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    expected = torch.autograd.grad(self_attention_routing(*inputs).sin().sum(), inputs)
+    torch.testing.assert_close(found, expected)
 
 
 def test_compiled_and_exported_graphs_call_the_operator_once():
