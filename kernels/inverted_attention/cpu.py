@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..patches import capsule_patches
 
-# Bytes of the votes in a tile; as many again hold their products. At CIFAR-10's first layer on one core with 2 MB of
-# L2 cache, 256 KB to 2 MB differ by 15 %.
+# Bytes of the votes in a tile; as many again hold their products. At CIFAR-10's first layer a forward pass took 8.2 to
+# 8.5 ms of one core's time an image with 512 KB and 9.2 with 1 MB, where each core has 2 MB of L2 cache. Votes that
+# lie so that agreements and sums are products too, by matrices P times as large, took 9.4 ms at best.
 TILE_BYTES = 2**19
 
 # Parent positions in a tile: enough to make the products worth a call, few enough that a tile holds many children.
