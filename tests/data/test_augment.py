@@ -256,6 +256,18 @@ def test_global_random_states_are_left_alone():
     assert random.getstate() == before[2]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("options", [{**ALL_ON_DEVICE, "mixup": 0.2, "cutmix": 1.0, "mixup_mode": "elem"}, COLOURS])
+def test_a_gpu_sees_the_images_that_the_cpu_sees(options):
+    kwargs = dict(augmentation=Augmentation(**options), num_classes=5, shuffle=True, translate=2)
+    pairs = zip(*(Loader(make_split(), 16, device, **kwargs) for device in ("cpu", "cuda")), strict=True)
+    for (images, labels), (others, other_labels) in pairs:
+        assert others.is_cuda and other_labels.is_cuda
+        torch.testing.assert_close(images, others.cpu(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(labels, other_labels.cpu())
+
+
 def test_images_stay_channels_last():
     options = {**ALL_ON_DEVICE, "mixup": 0.2, "cutmix": 1.0, "mixup_mode": "elem"}
     for images, _ in batches(make_split(), options=options, channels_last=True):
