@@ -21,7 +21,7 @@ from ._version import __version__
 from .arguments import check_value
 from .checkpoint import WeightsFile, check_weights, load_weights, read_file, save_weights
 from .contract import keeps_contract
-from .errors import CheckpointError, WriteError, first_line
+from .errors import CheckpointError, UsageError, WriteError, first_line
 
 __all__ = [
     "check_arguments",
@@ -34,6 +34,7 @@ __all__ = [
     "model_header",
     "model_keywords",
     "save_model",
+    "uniform_arguments",
 ]
 
 
@@ -79,6 +80,24 @@ def family_of(name: str) -> type[nn.Module] | None:
     """
     arch = name.split(".")[0]
     return _family(model_entrypoint(arch)) if timm_is_model(arch) else None
+
+
+def uniform_arguments(name: str) -> dict[str, Any]:
+    """Keywords that give a family of models uniform couplings in place of its routing, to measure what it brings.
+
+    A family has them as its class attribute `uniform_arguments`.
+
+    Args:
+        name: Name of a model.
+
+    Raises:
+        UsageError: If it has no routing to do without.
+    """
+    family = family_of(name)
+    found = getattr(family, "uniform_arguments", None)
+    if found is None:
+        raise UsageError(f"{name!r} has no form with uniform couplings: choose a model with capsule layers")
+    return dict(found)
 
 
 @functools.cache

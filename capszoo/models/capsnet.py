@@ -34,6 +34,7 @@ _STARTS = ("default", "plain", "paper")
 class CapsNet(nn.Module):
     """Capsule network of Sabour, Frosst and Hinton 2017, with the reductions of FasTrCaps (section III)."""
 
+    uniform_arguments = {"num_routing": 1}
     _heads = ("class_caps", "decoder")
     _pooled = None
 
