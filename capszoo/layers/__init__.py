@@ -1,5 +1,6 @@
 """The parts that capsule networks are made of."""
 
+from .backbone import Backbone, StridedStem
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .decoder import Decoder
@@ -9,12 +10,14 @@ from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
 
 __all__ = [
+    "Backbone",
     "ClassCaps",
     "Decoder",
     "DynamicRouting",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
+    "StridedStem",
     "capsule_lengths",
     "create_routing",
     "dynamic_routing",

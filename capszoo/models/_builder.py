@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import capsule_lengths
+from capszoo.models import _stem
 from capszoo.pretrained import check_source
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "check_drop_rate",
     "check_pool",
     "check_sizes",
-    "conv_grid",
     "digits_cfg",
     "forward_capsules",
     "forward_intermediates",
@@ -119,26 +119,12 @@ def given_arguments(values: Mapping[str, Any], **replaced: Any) -> dict[str, Any
     return {key: replaced.get(key, value) for key, value in values.items() if key not in _NOT_KEPT}
 
 
-def conv_grid(height: int, width: int, kernel_size: int) -> tuple[int, int]:
-    """Size of the map after two unpadded convolutions, the second with stride 2.
-
-    Raises:
-        ValueError: If the images are too small for them.
-    """
-    least = kernel_size + kernel_size - 1
-    if min(height, width) < least:
-        raise ValueError(
-            f"img_size={height}x{width} is too small: two {kernel_size}x{kernel_size} convolutions need {least} "
-            f"pixels each way, resize the images or set kernel_size"
-        )
-    grid_height, grid_width = ((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
-    return grid_height, grid_width
-
-
 @torch.jit.ignore
 def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
-    """Enable or disable gradient checkpointing of the layers after the first."""
+    """Enable or disable gradient checkpointing of the layers after the first, and of the stages of a backbone."""
     self.grad_checkpointing = enable
+    if getattr(self, "backbone", None) is not None:
+        self.backbone.set_grad_checkpointing(enable)
 
 
 def forward_intermediates(
@@ -359,9 +345,10 @@ def build_model(
     Raises:
         ValueError: As :func:`capszoo.pretrained.check_source`.
     """
+    overlay = {**_stem.cfg_overlay(kwargs), **(kwargs.get("pretrained_cfg_overlay") or {})}
     if pretrained:
-        overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["pretrained_cfg_overlay"] = overlay
+        overlay = check_source(variant, kwargs.get("pretrained_cfg"), overlay)
+    kwargs["pretrained_cfg_overlay"] = overlay
     out_indices = kwargs.pop("out_indices", (0, 1, 2))
     model = build_model_with_cfg(
         cls,
@@ -372,7 +359,8 @@ def build_model(
         **kwargs,
     )
     cfg = getattr(model, "pretrained_cfg", None)
-    if cfg and hasattr(model, "img_size") and any(trained_otherwise(model)):
+    has_backbone = getattr(model, "backbone", None) is not None
+    if cfg and hasattr(model, "img_size") and (has_backbone or any(trained_otherwise(model))):
         model.pretrained_cfg = model.default_cfg = _for_other_images(model, cfg)
     return model
 

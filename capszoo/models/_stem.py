@@ -1,0 +1,144 @@
+"""The layers before the capsules, as families share them: a backbone or none, and the sizes of the convolutions."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from capszoo.layers.backbone import Backbone, plan_backbone
+
+__all__ = ["ConvPlan", "cfg_overlay", "group_matcher", "kept_arguments", "make_backbone", "plan_convs"]
+
+# Arguments that are not kept where there is no backbone: earlier versions do not know them.
+_ABSENT = {"primary_stride", "backbone", "backbone_level", "backbone_kwargs"}
+# Pixels of a map for each of the about 6x6 that a 3x3 kernel leaves of it.
+_MAP = 7
+
+
+class ConvPlan(NamedTuple):
+    """Sizes of the first convolution and of that of the primary capsules.
+
+    Attributes:
+        in_chans: Channels of the backbone's map; None for those of the images.
+        first_kernel: Side of the first convolution's kernel.
+        map_size: (H, W) of the map after it.
+        kernel_size: Side of the primary capsules' kernel.
+        stride: Its stride.
+        grid: (H, W) of the primary capsules.
+    """
+
+    in_chans: int | None
+    first_kernel: int
+    map_size: tuple[int, int]
+    kernel_size: int
+    stride: int
+    grid: tuple[int, int]
+
+
+def make_backbone(given: Mapping[str, Any], img_size: tuple[int, int], **dd: Any) -> Backbone | None:
+    """Make the backbone that a constructor's arguments name, None if they name none.
+
+    Args:
+        given: The arguments, among them `in_chans` and those that begin with `backbone`.
+        img_size: (H, W) of the images.
+        **dd: Device and dtype of the parameters.
+
+    Raises:
+        ValueError: As :class:`capszoo.layers.Backbone`, and if there are arguments of a backbone without one.
+    """
+    own = {key: given[f"backbone_{key}"] for key in ("level", "pretrained", "kwargs")}
+    if given["backbone"] is None:
+        for key, value in own.items():
+            if value not in (None, False):
+                raise ValueError(f"backbone_{key}={value!r} needs a backbone: give one, such as backbone='resnet18'")
+        return None
+    return Backbone(given["backbone"], in_chans=given["in_chans"], img_size=img_size, **own, **dd)
+
+
+def plan_convs(
+    backbone: Backbone | None, img_size: tuple[int, int], kernel_size: int | None, stride: int | None
+) -> ConvPlan:
+    """Size the two convolutions: 9x9 and 9x9 of stride 2 on images; 1x1 on a backbone's map, and then what leaves a map
+    of about 6x6.
+
+    Args:
+        backbone: The backbone.
+        img_size: (H, W) of the images.
+        kernel_size: Side of the kernels; None for the default.
+        stride: Stride of the second; None for the default.
+
+    Raises:
+        ValueError: If the images or the map are too small for them, or a size is not 1 or more.
+    """
+    for name, value in (("kernel_size", kernel_size), ("primary_stride", stride)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not possible: it must be 1 or more")
+    if backbone is None:
+        kernel, stride = kernel_size or 9, stride or 2
+        first, (height, width) = kernel, (size - kernel + 1 for size in img_size)
+        least = 2 * kernel - 1
+        problem = (
+            f"is too small: two {kernel}x{kernel} convolutions need {least} pixels each way, resize the images or set "
+            f"kernel_size"
+        )
+    else:
+        first, (height, width) = 1, backbone.map_size
+        stride = stride or max(1, round(min(height, width) / _MAP))
+        kernel = kernel_size or max(3, stride)  # no pixel between two kernels is left out
+        problem = (
+            f"is too small: level {backbone.level} of {backbone.name!r} leaves a map of {height}x{width} for the "
+            f"primary capsules' kernel of {kernel}x{kernel}, resize the images or set backbone_level"
+        )
+    if min(height, width) < kernel:
+        raise ValueError(f"img_size={img_size[0]}x{img_size[1]} {problem}")
+    grid = ((height - kernel) // stride + 1, (width - kernel) // stride + 1)
+    in_chans = None if backbone is None else backbone.num_features
+    return ConvPlan(in_chans, first, (height, width), kernel, stride, grid)
+
+
+def kept_arguments(arguments: Mapping[str, Any], backbone: Backbone | None, convs: ConvPlan) -> dict[str, Any]:
+    """Arguments as a model's `arguments()` keep them: with the sizes that were chosen, and never whence weights came.
+
+    Args:
+        arguments: All of them, by keyword.
+        backbone: The backbone.
+        convs: The sizes of the convolutions.
+    """
+    kept = {**arguments, "kernel_size": convs.kernel_size}
+    del kept["backbone_pretrained"]
+    if backbone is not None:
+        level = backbone.level if kept["backbone_level"] is None else kept["backbone_level"]
+        return {**kept, "backbone_level": level, "primary_stride": convs.stride}
+    return {key: value for key, value in kept.items() if not (value is None and key in _ABSENT)}
+
+
+def cfg_overlay(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of timm's configuration that a model's backbone changes; none without one.
+
+    Args:
+        kwargs: Keywords of the model.
+
+    Raises:
+        ValueError: As :func:`capszoo.layers.backbone.plan_backbone`.
+    """
+    if kwargs.get("backbone") is None:
+        return {}
+    size, in_chans = kwargs.get("img_size") or 28, kwargs.get("in_chans") or 1
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    plan = plan_backbone(
+        kwargs["backbone"], kwargs.get("backbone_level"), in_chans, size, kwargs.get("backbone_kwargs")
+    )
+    names = tuple(f"backbone.net.{key}" for key in plan.first_conv)
+    overlay: dict[str, Any] = {"first_conv": names[0] if len(names) == 1 else names}
+    if kwargs.get("backbone_pretrained") and plan.mean is not None and plan.std is not None:
+        for key, values in (("mean", plan.mean), ("std", plan.std)):
+            overlay[key] = values if len(values) == in_chans else (sum(values) / len(values),)
+    return overlay
+
+
+def group_matcher(model: nn.Module, coarse: bool = False) -> dict[str, Any]:
+    """Group parameters for optimisation: the backbone's layers as timm groups them, `conv1`, `primary_caps`; what no
+    pattern names (class capsules, decoder) is timm's last group."""
+    if model.backbone is None:
+        return dict(stem=r"^conv1", blocks=r"^primary_caps")
+    return model.backbone.group_matcher("backbone.", [r"^conv1", r"^primary_caps"], coarse)
