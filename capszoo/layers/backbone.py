@@ -121,7 +121,8 @@ def plan_backbone(
         options = json.dumps(dict(kwargs or {}), sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ValueError(f"backbone_kwargs cannot be kept in a file ({first_line(error)}): give plain values") from None
-    return _plan(name, level, in_chans, tuple(img_size), options)
+    with torch.random.fork_rng(devices=[]):  # networks may draw numbers, and a plan that is known draws none
+        return _plan(name, level, in_chans, tuple(img_size), options)
 
 
 @functools.lru_cache(maxsize=64)
@@ -359,7 +360,8 @@ class Backbone(nn.Module):
         keys = [key for key, _ in self.net.named_parameters()]
         if self.name == STEM:
             return {key: int(key.split(".")[1]) for key in keys}
-        whole: Any = _network(*self._made_of)
+        with torch.random.fork_rng(devices=[]):
+            whole: Any = _network(*self._made_of)
         if not hasattr(whole, "group_matcher"):
             return dict.fromkeys(keys, 0)
         known = group_parameters(whole, whole.group_matcher(coarse=coarse), reverse=True)

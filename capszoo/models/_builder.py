@@ -347,6 +347,11 @@ def build_model(
     """
     overlay = {**_stem.cfg_overlay(kwargs), **(kwargs.get("pretrained_cfg_overlay") or {})}
     if pretrained:
+        if kwargs.get("backbone") and not any(kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")):
+            raise ValueError(
+                f"the weights of {variant!r} are of the network without backbone: leave out pretrained, or give "
+                f"backbone_pretrained=True for those of the backbone"
+            )
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), overlay)
     kwargs["pretrained_cfg_overlay"] = overlay
     out_indices = kwargs.pop("out_indices", (0, 1, 2))

@@ -7,7 +7,7 @@ from torch import nn
 
 from capszoo.layers.backbone import Backbone, plan_backbone
 
-__all__ = ["ConvPlan", "cfg_overlay", "group_matcher", "kept_arguments", "make_backbone", "plan_convs"]
+__all__ = ["ConvPlan", "cfg_overlay", "group_matcher", "image_weights", "kept_arguments", "make_backbone", "plan_convs"]
 
 # Arguments that are not kept where there is no backbone: earlier versions do not know them.
 _ABSENT = {"primary_stride", "backbone", "backbone_level", "backbone_kwargs"}
@@ -134,6 +134,12 @@ def cfg_overlay(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for key, values in (("mean", plan.mean), ("std", plan.std)):
             overlay[key] = values if len(values) == in_chans else (sum(values) / len(values),)
     return overlay
+
+
+def image_weights(model: nn.Module) -> list[str]:
+    """Names of the weights whose shapes depend on the channels of the images."""
+    convs = model.pretrained_cfg["first_conv"]
+    return [f"{conv}.weight" for conv in ([convs] if isinstance(convs, str) else convs)]
 
 
 def group_matcher(model: nn.Module, coarse: bool = False) -> dict[str, Any]:

@@ -352,7 +352,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     state_dict = unfold_scales(select_caps.select_types(state_dict, model), model)
     other_classes, other_chans, other_size = _builder.trained_otherwise(model)
     may_differ = {
-        "conv1.weight": other_chans,
+        **dict.fromkeys(_stem.image_weights(model), other_chans),
         "class_caps.weight": other_classes or other_size,
         "class_caps.bias": other_classes,
         "decoder.fc1.weight": other_classes,
