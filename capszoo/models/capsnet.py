@@ -31,7 +31,7 @@ from capszoo.layers import (
     select_caps,
     unfold_scales,
 )
-from capszoo.models import _builder, _stem
+from capszoo.models import _builder, _couplings, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["CapsNet"]
@@ -239,6 +239,7 @@ class CapsNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
+    couplings = _couplings.couplings
     reconstruct = _builder.reconstruct
     auxiliary_modules = _builder.auxiliary_modules
     capsule_layers = _builder.capsule_layers
