@@ -14,7 +14,7 @@ from capszoo import kernels
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "squash"]
+__all__ = ["capsule_lengths", "dynamic_routing", "inverted_attention_routing", "squash"]
 
 
 @register_notrace_function
@@ -41,6 +41,21 @@ def dynamic_routing(
     if use_fused_routing():
         return kernels.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
     return kernels.reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+@register_notrace_function
+def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor, stride: int = 1) -> Tensor:
+    """Route poses ``[B, I, P, P, H, W]`` to sums of votes ``[B, J, P, P, H', W']``, see
+    :func:`capszoo.kernels.inverted_attention_routing`."""
+    if has_torch_function_variadic(x, weight, parents):
+        return handle_torch_function(inverted_attention_routing, (x, weight, parents), x, weight, parents, stride)
+    if torch.jit.is_scripting():
+        inputs = x.permute(0, 4, 5, 1, 2, 3), weight, parents.permute(0, 4, 5, 1, 2, 3)
+        sums = torch.ops.capszoo.inverted_attention_routing(inputs[0], inputs[1], inputs[2], stride)
+        return sums.permute(0, 3, 4, 5, 1, 2)
+    if use_fused_routing():
+        return kernels.inverted_attention_routing(x, weight, parents, stride)
+    return kernels.inverted_attention.reference.inverted_attention_routing(x, weight, parents, stride)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:
