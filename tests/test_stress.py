@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.names import small_sizes
 
 import capszoo
 from capszoo.engine.batch_norm import has_batch_norm
@@ -36,7 +37,7 @@ def make_model(name, small, **options):
     if small:
         # The smallest size whose capsules are several; float16 takes a CPU long.
         img_size = 14 if name.startswith("efficient") else 20
-        sizes = {"img_size": img_size, "conv_dim": 8, "num_types": 2, "decoder_dims": (16, 16)}
+        sizes = {**small_sizes(name), "img_size": img_size, "num_types": 2, "decoder_dims": (16, 16)}
         if name == "capsnet_pruned":
             sizes["keep_types"] = 1
         options = {**sizes, **options}

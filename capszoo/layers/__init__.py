@@ -7,24 +7,30 @@ from .functional import capsule_lengths, dynamic_routing, squash
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
+from .self_routing import PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
 
 __all__ = [
     "ClassCaps",
     "Decoder",
     "DynamicRouting",
+    "PoseCaps",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
+    "SelfRouting",
     "capsule_lengths",
     "create_routing",
     "dynamic_routing",
     "exponential_squash",
     "fan_in_scale",
     "fold_scales",
+    "join_capsules",
     "list_routings",
     "self_attention_routing",
+    "self_routing_scores",
     "set_fourier_conv",
     "set_fused_routing",
+    "split_capsules",
     "squash",
     "unfold_scales",
     "use_fourier_conv",

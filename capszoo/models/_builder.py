@@ -3,13 +3,14 @@
 Functions whose first argument is `self` become methods where a class names them; there is no base class.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_drop_rate",
     "check_pool",
     "check_sizes",
+    "checkpoint_once",
     "conv_grid",
     "digits_cfg",
     "forward_capsules",
@@ -39,6 +41,7 @@ __all__ = [
     "reset_classifier",
     "searched_decoder",
     "set_grad_checkpointing",
+    "strided_grid",
     "trained_otherwise",
 ]
 
@@ -135,6 +138,31 @@ def conv_grid(height: int, width: int, kernel_size: int) -> tuple[int, int]:
     return grid_height, grid_width
 
 
+def strided_grid(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Size of the map after a padded convolution, which keeps every `stride`-th position."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
+
+
+@contextmanager
+def _kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm count into copies of its statistics, which are then dropped."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, dict(norm._buffers)) for norm in norms]
+    for norm, buffers in kept:
+        norm._buffers.update({key: None if buffer is None else buffer.clone() for key, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)
+
+
+@torch.jit.ignore
+def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
+    """Compute a module again in the backward pass instead of keeping its maps; BatchNorm counts the batch once."""
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _kept_statistics(module)))
+
+
 @torch.jit.ignore
 def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
     """Enable or disable gradient checkpointing of the layers after the first."""
@@ -185,17 +213,22 @@ def prune_intermediate_layers(
     Args:
         self: The model.
         indices: Levels to keep, counted as in `feature_info`: the last n if int.
-        prune_norm: Also take the last level (a squash or an activation) away where only the map before it is kept, as
-            timm's models do with their last norm: `forward_features` then ends at that map.
+        prune_norm: Also take the last level away where it is a squash or an activation (`_ends_in_activation`, the
+            default) and only the map before it is kept, as timm's models do with their last norm: `forward_features`
+            then ends at that map.
         prune_head: Remove the classifier and what needs it, too.
 
     Returns:
         The levels, counted from the first.
     """
-    taken, last = feature_take_indices(len(self._levels()), indices)
-    if last == 0 or (last == 1 and prune_norm):
+    num_levels = len(self._levels())
+    taken, last = feature_take_indices(num_levels, indices)
+    # Without its last squash or activation alone a network keeps its head.
+    before_end = getattr(self, "_ends_in_activation", True) and last == len(self.feature_info) - 2
+    cut = last < num_levels - 1 and (prune_norm or not before_end)
+    if cut:
         self._cut(last)
-    if prune_head or last == 0:
+    if prune_head or (cut and not before_end):
         self.reset_classifier(0, "")
     return taken
 
@@ -382,4 +415,7 @@ def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     are none of it."""
     of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
     cfg = {key: value for key, value in cfg.items() if key not in of_weights}
+    for key in ("mean", "std"):
+        if len(cfg[key]) not in (1, model.in_chans):  # one number for all channels
+            cfg[key] = (round(sum(cfg[key]) / len(cfg[key]), 4),)
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}
