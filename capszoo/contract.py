@@ -15,12 +15,14 @@ __all__ = [
     "CapsuleModel",
     "Explorable",
     "HasCapsules",
+    "HasCouplings",
     "HasCriterion",
     "HasPrimaryCapsules",
     "Prunable",
     "auxiliary_modules",
     "decoder_of",
     "keeps_contract",
+    "to_probabilities",
 ]
 
 _METHODS = ("arguments", "auxiliary_modules", "capsule_layers", "forward_features", "forward_head")
@@ -46,7 +48,8 @@ class CapsuleModel(Protocol):
         """Map images ``[B, C, H, W]`` to class scores ``[B, J]``; the largest is the class.
 
         The margin loss and images that show several classes take them for numbers from 0 to 1, of which those from 0.5
-        on say that a class is there.
+        on say that a class is there. A family whose scores are logits or log-probabilities says so by a class attribute
+        `returns_logits = True`, and has a `default_criterion`.
         """
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -76,6 +79,15 @@ class HasCapsules(Protocol):
 
     def forward_capsules(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map images ``[B, C, H, W]`` to class capsules ``[B, J, ...]`` and the scores ``[B, J]`` of `forward`."""
+
+
+@runtime_checkable
+class HasCouplings(Protocol):
+    """A model that can be asked what its routing decides."""
+
+    def couplings(self, x: Tensor, iteration: int | None = -1) -> Tensor:
+        """Shares ``[B, I, J]`` of each capsule below the classes in each class, of an iteration of routing from 0, or
+        ``[R, B, I, J]`` of all."""
 
 
 @runtime_checkable
@@ -113,6 +125,11 @@ class Explorable(Protocol):
 def keeps_contract(cls: object) -> bool:
     """Whether a class has the methods of :class:`CapsuleModel`."""
     return isinstance(cls, type) and issubclass(cls, nn.Module) and all(hasattr(cls, name) for name in _METHODS)
+
+
+def to_probabilities(model: Any, scores: Tensor) -> Tensor:
+    """Scores ``[B, J]`` of a model as numbers from 0 to 1: the softmax of logits, else the scores themselves."""
+    return scores.softmax(dim=1) if getattr(model, "returns_logits", False) else scores
 
 
 def auxiliary_modules(model: Any) -> dict[str, nn.Module | None]:

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MarginLoss", "ReconstructionLoss", "SpreadLoss", "margin_loss", "reconstruction_loss", "spread_loss"]
+__all__ = [
+    "CrossEntropyLoss",
+    "MarginLoss",
+    "ReconstructionLoss",
+    "SpreadLoss",
+    "cross_entropy_loss",
+    "margin_loss",
+    "reconstruction_loss",
+    "spread_loss",
+]
 
 # Mixed labels in half precision may add up to a little more than 1.
 _ROUNDING = 0.01
@@ -101,6 +110,39 @@ def spread_loss(
     return _reduce(losses, reduction, _image_weights(present, weight))
 
 
+def cross_entropy_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the softmax of logits, of families whose scores are not lengths: -sum of T_k log softmax(l)_k.
+
+    Args:
+        logits: Scores ``[B, J]`` of any size, floating; log-probabilities are their own softmax.
+        target: Class indices ``[B]`` or weights of the classes ``[B, J]`` that add up to 1, as of mixed labels.
+        label_smoothing: T becomes (1 - s) T + s / J (Szegedy et al. 2016, section 7).
+        weight: A factor for each class ``[J]``, as in :func:`margin_loss`.
+        reduction: 'none', 'sum' or 'mean', as in :func:`margin_loss`.
+
+    Returns:
+        The loss, a scalar or ``[B]``, in float32 at least.
+
+    Raises:
+        ValueError: As :func:`margin_loss`.
+    """
+    _check_smoothing(label_smoothing)
+    _check_reduction(reduction)
+    check_target(logits, target)
+    _check_weight(weight, logits.shape[1])
+    logits = _at_least_float32(logits)
+    present = present_classes(target, logits)
+    smooth = (1 - label_smoothing) * present + label_smoothing / logits.shape[1]
+    losses = -(smooth * logits.log_softmax(dim=1)).sum(dim=1)
+    return _reduce(losses, reduction, _image_weights(present, weight))
+
+
 def reconstruction_loss(images: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """Sum of squared pixel differences of each image (Sabour, Frosst and Hinton 2017, section 4.1).
 
@@ -168,6 +210,11 @@ def _check_margins(m_plus: float, m_minus: float, lambda_: float) -> None:
 def _check_margin(margin: float) -> None:
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin={margin} is not possible: give 0 or more")
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} is not possible: give 0 or more, below 1")
 
 
 def _check_weight(weight: Tensor | None, num_classes: int) -> None:
@@ -249,22 +296,66 @@ class MarginLoss(nn.Module):
 
 
 class SpreadLoss(nn.Module):
-    """Module form of :func:`spread_loss`; set `margin` while training to follow a schedule."""
+    """Module form of :func:`spread_loss`, whose margin may grow while it is trained with.
+
+    Args:
+        margin: m, the last where it grows; in evaluation mode always this one.
+        weight: As in :func:`spread_loss`.
+        reduction: As in :func:`spread_loss`.
+        first_margin: m at the start of training, growing linearly to `margin` (0.2 to 0.9 in Hinton et al. 2018); None
+            for the same margin throughout. The trainer tells the progress before each epoch, by `set_progress`.
+    """
 
     weight: Tensor | None
 
-    def __init__(self, margin: float = 0.9, weight: Tensor | None = None, reduction: str = "mean"):
+    def __init__(
+        self,
+        margin: float = 0.9,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        first_margin: float | None = None,
+    ):
         super().__init__()
+        first = margin if first_margin is None else first_margin
         _check_margin(margin)
+        _check_margin(first)
         _check_reduction(reduction)
-        self.margin, self.reduction = margin, reduction
+        self.margin, self.first_margin, self.reduction = margin, first, reduction
+        self.current_margin = float(first)
         self.register_buffer("weight", weight)
 
+    @torch.jit.ignore
+    def set_progress(self, progress: float) -> None:
+        """Set the margin for a fraction of the training that is done, from 0 to 1."""
+        self.current_margin = float(self.first_margin + (self.margin - self.first_margin) * progress)
+
     def forward(self, lengths: Tensor, target: Tensor) -> Tensor:
-        return spread_loss(lengths, target, self.margin, self.weight, self.reduction)
+        margin = self.current_margin if self.training and self.first_margin != self.margin else self.margin
+        return spread_loss(lengths, target, margin, self.weight, self.reduction)
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, reduction={self.reduction!r}"
+        first = "" if self.first_margin == self.margin else f", first_margin={self.first_margin}"
+        return f"margin={self.margin}, reduction={self.reduction!r}{first}"
+
+
+class CrossEntropyLoss(nn.Module):
+    """Module form of :func:`cross_entropy_loss`, whose labels are smooth in training mode alone."""
+
+    weight: Tensor | None
+
+    def __init__(self, label_smoothing: float = 0.0, weight: Tensor | None = None, reduction: str = "mean"):
+        super().__init__()
+        _check_smoothing(label_smoothing)
+        _check_reduction(reduction)
+        self.label_smoothing, self.reduction = label_smoothing, reduction
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        smoothing = self.label_smoothing if self.training else 0.0
+        return cross_entropy_loss(logits, target, smoothing, self.weight, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
 
 
 class ReconstructionLoss(nn.Module):

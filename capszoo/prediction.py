@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .contract import decoder_of
+from .contract import decoder_of, to_probabilities
 from .data.decoding import decode, not_an_image
 from .data.folders import is_image_name
 from .errors import DataError
@@ -26,7 +26,7 @@ class Prediction:
     Attributes:
         class_name: Name of the class of the highest score; its number where the model knows no names.
         class_index: Its number, from 0.
-        score: Its score, from 0 to 1 where scores are lengths of capsules.
+        score: Its score, from 0 to 1: the length of its capsule, or its probability where a model gives logits.
         second_name: Name of the class of the second-highest score, None where there is one class.
         second_score: Its score.
         scores: Scores of all classes, in order.
@@ -107,7 +107,7 @@ def _normalized(model: Any, pixels: Tensor) -> Tensor:
 @torch.inference_mode()
 def predict_pixels(model: nn.Module, pixels: Tensor) -> list[Prediction]:
     """Predict the classes of pixels `[B, C, H, W]` in [0, 1]; the model is used as it is, normalised as it wants."""
-    scores = model(_normalized(model, pixels)).float().cpu()
+    scores = to_probabilities(model, model(_normalized(model, pixels)).float()).cpu()
     names, found = class_names_of(model), []
     for row in scores:
         best, *others = row.topk(min(2, len(row))).indices.tolist()

@@ -114,6 +114,9 @@ def _check_scores(model: nn.Module, images: Tensor) -> None:
     _check(torch.equal(model.forward_head(features), scores), "forward_head(forward_features(x)) is not forward(x)")
     flat = model.forward_head(features, pre_logits=True)
     _check_shape("forward_head(features, pre_logits=True)", flat, _BATCH, model.head_hidden_size)
+    if getattr(model, "returns_logits", False):
+        _check(isinstance(model, HasCriterion), "returns_logits is True, and the margin loss takes no logits: "
+               "have a default_criterion()")  # fmt: skip
     if not isinstance(model, HasCriterion):
         within = bool(((scores >= 0) & (scores <= 1)).all())
         _check(within, "scores are not from 0 to 1, as the margin loss takes them: have a default_criterion()")

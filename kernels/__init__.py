@@ -6,6 +6,7 @@ loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them
 """
 
 from . import reference
+from .couplings import routing_couplings
 from .ops import dynamic_routing, squash
 
-__all__ = ["dynamic_routing", "reference", "squash"]
+__all__ = ["dynamic_routing", "reference", "routing_couplings", "squash"]

@@ -10,9 +10,16 @@ from torch import nn
 
 from capszoo.contract import HasCriterion
 from capszoo.errors import CheckpointError, first_line
-from capszoo.losses import MarginLoss
+from capszoo.losses import CrossEntropyLoss, MarginLoss, SpreadLoss
 
 __all__ = ["criterion_header", "read_criterion"]
+
+# By the name that a header has, what it says of a criterion: its keys, and the keywords and attributes that they are.
+_CRITERIA: dict[str, tuple[type[nn.Module], dict[str, str]]] = {
+    "margin": (MarginLoss, {"m_plus": "m_plus", "m_minus": "m_minus", "lambda": "lambda_"}),
+    "spread": (SpreadLoss, {"margin": "margin", "first_margin": "first_margin"}),
+    "cross_entropy": (CrossEntropyLoss, {"label_smoothing": "label_smoothing"}),
+}
 
 
 def criterion_header(criterion: nn.Module) -> dict[str, Any]:
@@ -21,10 +28,10 @@ def criterion_header(criterion: nn.Module) -> dict[str, Any]:
     Args:
         criterion: Such as the `criterion` of a :class:`capszoo.engine.CapsuleTask`.
     """
-    if not isinstance(criterion, MarginLoss) or criterion.weight is not None:
-        return {}
-    margins = {"m_plus": criterion.m_plus, "m_minus": criterion.m_minus, "lambda": criterion.lambda_}
-    return {"criterion": {"name": "margin", **margins}}
+    for name, (kind, keys) in _CRITERIA.items():
+        if isinstance(criterion, kind) and criterion.weight is None:
+            return {"criterion": {"name": name, **{key: getattr(criterion, keyword) for key, keyword in keys.items()}}}
+    return {}
 
 
 def read_criterion(path: str | Path, header: Mapping[str, str], model: nn.Module | None = None) -> nn.Module:
@@ -42,10 +49,10 @@ def read_criterion(path: str | Path, header: Mapping[str, str], model: nn.Module
         return model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
     try:
         settings = json.loads(header["criterion"])
-        if settings["name"] != "margin":
+        if settings["name"] not in _CRITERIA:
             raise ValueError("no criterion of this name is known")
-        margins = [float(settings[key]) for key in ("m_plus", "m_minus", "lambda")]
-        return MarginLoss(*margins)
+        kind, keys = _CRITERIA[settings["name"]]
+        return kind(**{keyword: float(settings[key]) for key, keyword in keys.items()})
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} is damaged (its 'criterion' is {reprlib.repr(header['criterion'])}: {first_line(error)}): "

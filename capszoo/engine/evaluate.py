@@ -66,8 +66,8 @@ def evaluate(
     """Measure a model on labelled images.
 
     Args:
-        task: A task, whose criterion is measured; or a model alone, measured by the margin loss. Left in the mode it
-            was in.
+        task: A task, whose criterion is measured, on the average of its weights where it keeps one; or a model alone,
+            measured by the margin loss. Left in the mode it was in.
         loader: Batches of images ``[B, C, H, W]``, normalised as the model's `pretrained_cfg` says, and labels, class
             indices ``[B]`` or weights of the classes ``[B, J]``, on the model's device.
         amp: Type for autocast.
@@ -77,12 +77,14 @@ def evaluate(
         TrainingError: If there are no images.
     """
     is_task = isinstance(task, CapsuleTask)
-    model, criterion = (task.get_eval_model(), task.criterion) if is_task else (task, margin_loss)
+    model, criterion = (task.get_eval_model(ema=task.has_ema()), task.criterion) if is_task else (task, margin_loss)
     if isinstance(loader, Loader):
         check_statistics(model, loader.split)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    modules = [module for module in (model, criterion) if isinstance(module, nn.Module)]
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     decoder, normalization = decoder_of(model), Normalization(model, device)
     num_classes = model.num_classes
     # Of the images: losses, reconstruction errors, right answers, number.
@@ -109,7 +111,8 @@ def evaluate(
         else:
             place = labels.long() * num_classes + lengths.argmax(dim=1)
             confusion.index_add_(0, place, torch.ones_like(place))  # `bincount` would wait for a GPU
-    model.train(was_training)
+    for module, mode in zip(modules, modes, strict=True):
+        module.train(mode)
     ranks.sum_(sums)
     *totals, count = sums.tolist()
     if count == 0:

@@ -141,6 +141,15 @@ class TrainingOptions:
         read=int,
         within=NOT_NEGATIVE,
     )
+    model_ema: bool = option(
+        False, "measure and keep the exponential moving average of the weights", "training", flag=True
+    )
+    model_ema_decay: float = option(
+        0.9995, "part of the average that a step leaves as it is", "training", read=float, within=BELOW_1
+    )
+    model_ema_warmup: bool = option(
+        True, "let the average follow the weights faster at first", "training", flag=True, negatable=True
+    )
     nonfinite: str = option(
         "stop", "at a loss that is infinite or not a number", "training", choices=("stop", "skip"), may_change=True
     )

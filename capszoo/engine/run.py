@@ -154,6 +154,11 @@ def make_trainer(
     Loader(data.train, 1, device, translate=translate)  # says whether images are large enough for these shifts
     torch.manual_seed(options.seed)
     model = make_model(options, data)
+    if data.multi_label and getattr(model, "returns_logits", False):
+        raise UsageError(
+            f"--model {options.model} gives a probability to each class, which add up to 1, and the images of "
+            f"{options.dataset!r} show several classes: use a model of capsule lengths, such as capsnet_tiny"
+        )
     cfg = model.pretrained_cfg
     options = replace(fill_in(options, len(data.train)), mean=list(cfg["mean"]), std=list(cfg["std"]))
     criterion = make_criterion(options, model)
@@ -209,6 +214,8 @@ def trainer_of(
     policy = make_policy(options, len(data.train))
     optimizer = create_optimizer(options, model)
     task = CapsuleTask(model, criterion, options.reconstruction_weight, device=device, verbose=False)
+    if options.model_ema:
+        task.setup_ema(options.model_ema_decay, options.model_ema_warmup)
     if ranks.count > 1:
         task.prepare_distributed([device.index] if device.type == "cuda" else None)
     if options.compile:
@@ -265,7 +272,7 @@ def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -
         Stopped: If the trainer is asked to stop; nothing is written.
     """
     options = fill_in(options, len(data.train))
-    load_weights(trainer.task.model, trainer.folder / "best.safetensors")
+    load_weights(trainer.task.kept_model, trainer.folder / "best.safetensors")
     loader = Loader(data.test, options.eval_batch_size, trainer.device, num_workers=options.workers)
     test = evaluate(trainer.task, until_stopped(loader, trainer.should_stop), trainer.amp)
     best = trainer.best

@@ -50,6 +50,7 @@ class Position:
     seconds: float = 0.0  # of the epoch so far
     total_seconds: float = 0.0
     best: dict[str, Any] | None = None  # the row of the best epoch
+    updates: int = 0  # optimizer steps of the whole run
     skipped: int = 0  # steps of the epoch so far that were left out, their loss or gradient not finite
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -111,6 +111,8 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
         "lr": _is_number(state.get("lr")),
         "model": bool(_dict(state.get("model")))
         and all(type(key) is str and isinstance(value, Tensor) for key, value in state["model"].items()),
+        "ema": "ema" not in state
+        or all(type(key) is str and isinstance(value, Tensor) for key, value in _dict(state["ema"]).items()),
         "optimizer": isinstance(optimizer.get("state"), dict)
         and all(type(key) is int and isinstance(value, dict) for key, value in optimizer["state"].items())
         and isinstance(groups, list)

@@ -129,6 +129,11 @@ class CapsuleTask(TrainingTask):
         """The network, free of the wrappers of DDP and torch.compile."""
         return unwrap_model(self.trainable_module).model
 
+    @property
+    def kept_model(self) -> nn.Module:
+        """The network whose weights are measured and kept: their average, after `setup_ema`, else :attr:`model`."""
+        return unwrap_model(self.trainable_module_ema).model if self.has_ema() else self.model
+
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "CapsuleTask":
         """Wrap the network in DistributedDataParallel."""
         from torch.nn.parallel import DistributedDataParallel
@@ -144,6 +149,7 @@ class CapsuleTask(TrainingTask):
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile the training forward pass and the evaluation model."""
         self.eval_model = torch.compile(self.get_eval_model(), backend=backend, mode=mode, **compile_kwargs)
+        self.compile_ema(backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 

@@ -35,7 +35,8 @@ class Trainer:
     :class:`Evaluation`.
 
     Args:
-        task: The task with its model, on `device`.
+        task: The task with its model, on `device`. After `task.setup_ema` each step moves the average of the weights,
+            and it is the average that is measured and kept.
         optimizer: Over the model's parameters; the policy sets its learning rate.
         policy: From :func:`capszoo.policies.create_policy`.
         train: Training split.
@@ -222,11 +223,17 @@ class Trainer:
             translate=self.translate,
         )
         self.task.train()
+        if hasattr(self.task.criterion, "set_progress"):
+            self.task.criterion.set_progress(position.epoch / policy.epochs)
+            self.step.captured = None  # a captured step keeps the numbers that it was captured with
         seconds_before, start, skipped_before = position.seconds, self.clock(), position.skipped - self.step.skipped
         for images, labels in loader:
             self.lr = policy.lr(policy.progress(position.epoch, position.step))
             batch_images = min(batch_size, len(self.train_split) - position.step * batch_size)
             self.step(images, labels, self.lr, batch_images, batch_size)
+            if position.skipped == skipped_before + self.step.skipped:
+                position.updates += 1
+                self.task.update_ema(position.updates)
             position.skipped = skipped_before + self.step.skipped
             self.watch.check_skipped()
             position.step += 1
@@ -285,7 +292,7 @@ class Trainer:
         # The state first: if a run ends in between, it has what the best weights are made of, see RunFolder.mend_best.
         self.save()
         if improved and self.run_folder is not None:
-            self.run_folder.write_best(self.task.model, row)
+            self.run_folder.write_best(self.task.kept_model, row)
         self.on_epoch(self, row)
         return True
 
@@ -311,7 +318,9 @@ class Trainer:
                 "scaler": self.step.scaler.state_dict(),
                 "random": random_state(),
             }
-            self.run_folder.write(self.task.model, state, self.history)
+            if self.task.has_ema():
+                state["ema"] = self.task.kept_model.state_dict()
+            self.run_folder.write(self.task.kept_model, state, self.history)
         if self.run_folder is not None or not self.ranks.is_first:
             self.saved = self.position.epoch, self.position.step
 
@@ -331,6 +340,8 @@ class Trainer:
             return False
         try:
             self.task.model.load_state_dict(state["model"])
+            if self.task.has_ema():
+                self.task.kept_model.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step.scaler.load_state_dict(state["scaler"])
             set_random_state(state["random"])
@@ -346,7 +357,7 @@ class Trainer:
         restore_strides(self.optimizer)
         self.saved = self.position.epoch, self.position.step
         if self.run_folder is not None:
-            self.run_folder.mend_best(self.position, self.task.model)
+            self.run_folder.mend_best(self.position, self.task.kept_model)
         return True
 
 

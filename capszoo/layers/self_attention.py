@@ -112,6 +112,17 @@ class SelfAttentionRouting(nn.Module):
         votes = torch.einsum("bik,ikjd->bijd", x.to(self.weight.dtype), self.weight).to(self.weight.dtype)
         return exponential_squash(self_attention_routing(votes, self.bias, self.attention))
 
+    @torch.jit.ignore
+    @torch.no_grad()
+    def couplings(self, x: Tensor) -> Tensor:
+        """Couplings of capsules ``[B, I, K]`` to the classes, with their priors, ``[1, B, I, J]``."""
+        x = x.to(self.weight.dtype)
+        if not self.attention:
+            return (self.bias + 1 / self.bias.shape[1]).expand(1, len(x), -1, -1)
+        totals = torch.einsum("bik,ikjd->bjd", x, self.weight)
+        logits = torch.einsum("bik,ikjd,bjd->bij", x, self.weight, totals) / math.sqrt(self.weight.shape[3])
+        return (logits.softmax(dim=2) + self.bias).unsqueeze(0)
+
     def extra_repr(self) -> str:
         num_capsules, caps_dim, num_classes, class_dim = self.weight.shape
         return (

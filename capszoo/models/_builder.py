@@ -233,6 +233,16 @@ def prune_intermediate_layers(
     return taken
 
 
+def check_classes(model: Any) -> None:
+    """Refuse a model without class capsules.
+
+    Raises:
+        RuntimeError: If it has `num_classes=0`.
+    """
+    if model.num_classes == 0:
+        raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+
+
 @torch.jit.ignore
 def forward_capsules(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Map images to class capsules and scores, their lengths; a method of models with `to_capsules` and `class_caps`.
@@ -247,8 +257,7 @@ def forward_capsules(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: If the model has no class capsules (`num_classes=0`).
     """
-    if self.num_classes == 0:
-        raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+    check_classes(self)
     x = self.forward_features(x)
     if self.drop_rate > 0.0:
         x = F.dropout(x, p=self.drop_rate, training=self.training)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import Decoder, SelfAttentionRouting, capsule_lengths, exponential_squash
 from capszoo.layers.self_attention import COUPLINGS
-from capszoo.models import _builder
+from capszoo.models import _builder, _couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["EfficientCapsNet"]
@@ -200,6 +200,7 @@ class EfficientCapsNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
+    couplings = _couplings.couplings
     reconstruct = _builder.reconstruct
     auxiliary_modules = _builder.auxiliary_modules
     capsule_layers = _builder.capsule_layers
