@@ -3,6 +3,7 @@
 Functions whose first argument is `self` become methods where a class names them; there is no base class.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -171,17 +172,22 @@ def prune_intermediate_layers(
     Args:
         self: The model.
         indices: Levels to keep, counted as in `feature_info`: the last n if int.
-        prune_norm: Also take the last level (a squash or an activation) away where only the map before it is kept, as
-            timm's models do with their last norm: `forward_features` then ends at that map.
+        prune_norm: Also take the last level away where it is a squash or an activation (`_ends_in_activation`, the
+            default) and only the map before it is kept, as timm's models do with their last norm: `forward_features`
+            then ends at that map.
         prune_head: Remove the classifier and what needs it, too.
 
     Returns:
         The levels, counted from the first.
     """
-    taken, last = feature_take_indices(len(self._levels()), indices)
-    if last == 0 or (last == 1 and prune_norm):
+    num_levels = len(self._levels())
+    taken, last = feature_take_indices(num_levels, indices)
+    # Without its last squash or activation alone a network keeps its head.
+    before_end = getattr(self, "_ends_in_activation", True) and last == len(self.feature_info) - 2
+    cut = last < num_levels - 1 and (prune_norm or not before_end)
+    if cut:
         self._cut(last)
-    if prune_head or last == 0:
+    if prune_head or (cut and not before_end):
         self.reset_classifier(0, "")
     return taken
 
@@ -354,9 +360,10 @@ def build_model(
     Raises:
         ValueError: As :func:`capszoo.pretrained.check_source`.
     """
-    overlay = {**_stem.cfg_overlay(kwargs), **(kwargs.get("pretrained_cfg_overlay") or {})}
+    of_backbone = _stem.cfg_overlay(kwargs) if "backbone_level" in inspect.signature(cls).parameters else {}
+    overlay = {**of_backbone, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if pretrained:
-        if kwargs.get("backbone") and not any(kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")):
+        if of_backbone and not any(kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")):
             raise ValueError(
                 f"the weights of {variant!r} are of the network without backbone: leave out pretrained, or give "
                 f"backbone_pretrained=True for those of the backbone"
@@ -384,7 +391,7 @@ def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     are none of it."""
     of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
     cfg = {key: value for key, value in cfg.items() if key not in of_weights}
-    if len(cfg["mean"]) not in (1, model.in_chans):
-        # One for all channels: which of them stand for which colours is not known.
-        cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
+    for key in ("mean", "std"):
+        if len(cfg[key]) not in (1, model.in_chans):  # one number for all channels
+            cfg[key] = (round(sum(cfg[key]) / len(cfg[key]), 4),)
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}

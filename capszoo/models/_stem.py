@@ -1,13 +1,26 @@
 """The layers before the capsules, as families share them: a backbone or none, and the sizes of the convolutions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from timm.models import checkpoint
+from torch import Tensor, nn
 
 from capszoo.layers.backbone import Backbone, plan_backbone
 
-__all__ = ["ConvPlan", "cfg_overlay", "group_matcher", "image_weights", "kept_arguments", "make_backbone", "plan_convs"]
+__all__ = [
+    "ConvPlan",
+    "cfg_overlay",
+    "checkpoint_once",
+    "group_matcher",
+    "image_weights",
+    "kept_arguments",
+    "make_backbone",
+    "plan_convs",
+    "strided_grid",
+]
 
 # Arguments that are not kept where there is no backbone: earlier versions do not know them.
 _ABSENT = {"primary_stride", "backbone", "backbone_level", "backbone_kwargs"}
@@ -134,6 +147,31 @@ def cfg_overlay(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         for key, values in (("mean", plan.mean), ("std", plan.std)):
             overlay[key] = values if len(values) == in_chans else (sum(values) / len(values),)
     return overlay
+
+
+def strided_grid(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Size of the map after a padded convolution, which keeps every `stride`-th position."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
+
+
+@contextmanager
+def _kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm count into copies of its statistics, which are then dropped."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, dict(norm._buffers)) for norm in norms]
+    for norm, buffers in kept:
+        norm._buffers.update({key: None if buffer is None else buffer.clone() for key, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)
+
+
+@torch.jit.ignore
+def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
+    """Compute a module again in the backward pass instead of keeping its maps; BatchNorm counts the batch once."""
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _kept_statistics(module)))
 
 
 def image_weights(model: nn.Module) -> list[str]:
