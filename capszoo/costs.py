@@ -98,10 +98,15 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
 
 def _count_capsules(model: Any, image: torch.Tensor) -> int:
     """Primary capsules that class capsules are made of: those that a pruned network keeps."""
-    tells = isinstance(model, HasPrimaryCapsules)
-    if not tells or not model.capsule_layers():
+    layers = list(model.capsule_layers().values())
+    if not layers:
         return 0
-    return len(getattr(model, "keep_capsules", ())) or model.primary_capsules(model.forward_features(image)).shape[1]
+    if not isinstance(model, HasPrimaryCapsules):
+        return getattr(layers[-1], "num_capsules", 0)
+    primary: Any = model
+    return (
+        len(getattr(model, "keep_capsules", ())) or primary.primary_capsules(primary.forward_features(image)).shape[1]
+    )
 
 
 def _routing_flops(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from capszoo.errors import first_line, unknown_name
 
-__all__ = ["STEM", "Backbone", "BackbonePlan", "StridedStem", "plan_backbone"]
+__all__ = ["LEAST_MAP", "STEM", "Backbone", "BackbonePlan", "StridedStem", "plan_backbone"]
 
 STEM = "stem"
 # Pixels each way that the map of the default level has at least: ImageNet's 224 pixels end at level 16 with 14.
-_LEAST_MAP = 12
+LEAST_MAP = 12
 # Keywords of timm's that the model sets itself.
 _OWN_KEYWORDS = {"device", "dtype", "feature_cfg", "feature_cls", "features_only", "in_chans", "out_indices"}
 # What the names of a network's modules begin with in timm's extractors.
@@ -89,6 +89,7 @@ def plan_backbone(
     in_chans: int,
     img_size: tuple[int, int],
     kwargs: Mapping[str, Any] | None = None,
+    least_map: int = LEAST_MAP,
 ) -> BackbonePlan:
     """Check the arguments of a backbone, and say what its map will be; nothing is made but on the meta device.
 
@@ -98,6 +99,7 @@ def plan_backbone(
         in_chans: Channels of the images.
         img_size: (H, W) of the images.
         kwargs: More for the network.
+        least_map: Pixels each way that the map of the default level has at least.
 
     Raises:
         ValueError: If no network has this name, it has no features or no such level, or a keyword is not possible.
@@ -122,14 +124,16 @@ def plan_backbone(
     except (TypeError, ValueError) as error:
         raise ValueError(f"backbone_kwargs cannot be kept in a file ({first_line(error)}): give plain values") from None
     with torch.random.fork_rng(devices=[]):  # networks may draw numbers, and a plan that is known draws none
-        return _plan(name, level, in_chans, tuple(img_size), options)
+        return _plan(name, level, in_chans, tuple(img_size), options, least_map)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(name: str, level: int | None, in_chans: int, img_size: tuple[int, int], options: str) -> BackbonePlan:
+def _plan(
+    name: str, level: int | None, in_chans: int, img_size: tuple[int, int], options: str, least_map: int
+) -> BackbonePlan:
     reductions = _reductions(name, in_chans, img_size, options)
     if level is None:
-        fits = [n for n, reduction in enumerate(reductions) if min(img_size) / reduction >= _LEAST_MAP]
+        fits = [n for n, reduction in enumerate(reductions) if min(img_size) / reduction >= least_map]
         # Of maps that are all too small, the deepest of the largest.
         level = fits[-1] if fits else max(n for n, reduction in enumerate(reductions) if reduction == reductions[0])
     elif not -len(reductions) <= level < len(reductions):
@@ -274,11 +278,12 @@ class Backbone(nn.Module):
         name: A network of timm that takes `features_only=True`, with or without the tag of its weights; or 'stem' for
             a :class:`StridedStem`.
         level: Level of its features, as timm's `out_indices` counts them, negative ones from the last; None for the
-            last whose map has at least 12 pixels each way, else the last of the largest.
+            last whose map has at least `least_map` pixels each way, else the last of the largest.
         in_chans: Channels of the images.
         img_size: (H, W) of the images.
         pretrained: Load timm's weights, through the network where they are not in its cache.
         kwargs: More for the network, which JSON can hold.
+        least_map: Pixels each way that the map of the default level has at least.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -294,11 +299,12 @@ class Backbone(nn.Module):
         img_size: tuple[int, int] = (224, 224),
         pretrained: bool = False,
         kwargs: Mapping[str, Any] | None = None,
+        least_map: int = LEAST_MAP,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        plan = plan_backbone(name, level, in_chans, img_size, kwargs)
+        plan = plan_backbone(name, level, in_chans, img_size, kwargs, least_map)
         self.name, self.level, self.num_features, self.map_size = name, plan.level, plan.channels, plan.map_size
         self.channels_last = plan.channels_last
         self._made_of = (name, in_chans, (img_size[0], img_size[1]), json.dumps(dict(kwargs or {}), sort_keys=True))

@@ -3,7 +3,6 @@
 Functions whose first argument is `self` become methods where a class names them; there is no base class.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -351,7 +350,8 @@ def build_model(
     """Build a model as timm does; weights are checked before timm reads them.
 
     Args:
-        cls: Its class, with three levels in `feature_info`.
+        cls: Its class; `_out_indices` are the levels of `feature_info` that are given by default, three of them if not
+            there.
         filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
         variant: Name of the entrypoint.
         pretrained: Load its weights.
@@ -360,7 +360,7 @@ def build_model(
     Raises:
         ValueError: As :func:`capszoo.pretrained.check_source`.
     """
-    of_backbone = _stem.cfg_overlay(kwargs) if "backbone_level" in inspect.signature(cls).parameters else {}
+    of_backbone = _stem.cfg_overlay(cls, kwargs)
     overlay = {**of_backbone, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if pretrained:
         if of_backbone and not any(kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")):
@@ -370,7 +370,7 @@ def build_model(
             )
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), overlay)
     kwargs["pretrained_cfg_overlay"] = overlay
-    out_indices = kwargs.pop("out_indices", (0, 1, 2))
+    out_indices = kwargs.pop("out_indices", getattr(cls, "_out_indices", (0, 1, 2)))
     model = build_model_with_cfg(
         cls,
         variant,

@@ -1,25 +1,30 @@
 """The layers before the capsules, as families share them: a backbone or none, and the sizes of the convolutions."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from capszoo.layers.backbone import Backbone, plan_backbone
+from capszoo.layers.backbone import LEAST_MAP, Backbone, plan_backbone
 
 __all__ = [
     "ConvPlan",
     "cfg_overlay",
     "checkpoint_once",
+    "default_conv",
     "group_matcher",
     "image_weights",
     "kept_arguments",
+    "least_map",
     "make_backbone",
     "plan_convs",
     "strided_grid",
+    "without_sources",
 ]
 
 # Arguments that are not kept where there is no backbone: earlier versions do not know them.
@@ -48,12 +53,21 @@ class ConvPlan(NamedTuple):
     grid: tuple[int, int]
 
 
-def make_backbone(given: Mapping[str, Any], img_size: tuple[int, int], **dd: Any) -> Backbone | None:
+@staticmethod
+def least_map(given: Mapping[str, Any]) -> int:
+    """Pixels each way that the map of a backbone's default level has at least; a method of classes with a backbone."""
+    return LEAST_MAP
+
+
+def make_backbone(
+    given: Mapping[str, Any], img_size: tuple[int, int], least_map: int = LEAST_MAP, **dd: Any
+) -> Backbone | None:
     """Make the backbone that a constructor's arguments name, None if they name none.
 
     Args:
         given: The arguments, among them `in_chans` and those that begin with `backbone`.
         img_size: (H, W) of the images.
+        least_map: Pixels each way that the map of the default level has at least.
         **dd: Device and dtype of the parameters.
 
     Raises:
@@ -65,7 +79,16 @@ def make_backbone(given: Mapping[str, Any], img_size: tuple[int, int], **dd: Any
             if value not in (None, False):
                 raise ValueError(f"backbone_{key}={value!r} needs a backbone: give one, such as backbone='resnet18'")
         return None
-    return Backbone(given["backbone"], in_chans=given["in_chans"], img_size=img_size, **own, **dd)
+    sizes: dict[str, Any] = dict(in_chans=given["in_chans"], img_size=img_size, least_map=least_map)
+    return Backbone(given["backbone"], **sizes, **own, **dd)
+
+
+def default_conv(
+    map_size: tuple[int, int], kernel_size: int | None = None, stride: int | None = None
+) -> tuple[int, int]:
+    """Side and stride of a kernel, where they are not given, that leaves about 6x6 of a map."""
+    stride = stride or max(1, round(min(map_size) / _MAP))
+    return kernel_size or max(3, stride), stride  # no pixel between two kernels is left out
 
 
 def plan_convs(
@@ -96,8 +119,7 @@ def plan_convs(
         )
     else:
         first, (height, width) = 1, backbone.map_size
-        stride = stride or max(1, round(min(height, width) / _MAP))
-        kernel = kernel_size or max(3, stride)  # no pixel between two kernels is left out
+        kernel, stride = default_conv((height, width), kernel_size, stride)
         problem = (
             f"is too small: level {backbone.level} of {backbone.name!r} leaves a map of {height}x{width} for the "
             f"primary capsules' kernel of {kernel}x{kernel}, resize the images or set backbone_level"
@@ -117,33 +139,45 @@ def kept_arguments(arguments: Mapping[str, Any], backbone: Backbone | None, conv
         backbone: The backbone.
         convs: The sizes of the convolutions.
     """
-    kept = {**arguments, "kernel_size": convs.kernel_size}
-    del kept["backbone_pretrained"]
+    kept = {**without_sources(arguments, backbone), "kernel_size": convs.kernel_size}
     if backbone is not None:
-        level = backbone.level if kept["backbone_level"] is None else kept["backbone_level"]
-        return {**kept, "backbone_level": level, "primary_stride": convs.stride}
+        return {**kept, "primary_stride": convs.stride}
     return {key: value for key, value in kept.items() if not (value is None and key in _ABSENT)}
 
 
-def cfg_overlay(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def without_sources(arguments: Mapping[str, Any], backbone: Backbone | None) -> dict[str, Any]:
+    """Arguments with the level that was chosen, and without whence weights came."""
+    kept = {key: value for key, value in arguments.items() if key != "backbone_pretrained"}
+    if backbone is not None and kept["backbone_level"] is None:
+        kept["backbone_level"] = backbone.level
+    return kept
+
+
+def cfg_overlay(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of timm's configuration that a model's backbone changes; none without one.
 
     Args:
-        kwargs: Keywords of the model.
+        cls: Class of the model.
+        kwargs: Its keywords.
 
     Raises:
         ValueError: As :func:`capszoo.layers.backbone.plan_backbone`.
     """
-    if kwargs.get("backbone") is None:
+    parameters = inspect.signature(cls).parameters
+    if "backbone_level" not in parameters:  # of a family without timm's backbones
         return {}
-    size, in_chans = kwargs.get("img_size") or 28, kwargs.get("in_chans") or 1
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    plan = plan_backbone(
-        kwargs["backbone"], kwargs.get("backbone_level"), in_chans, size, kwargs.get("backbone_kwargs")
-    )
+    given = {
+        key: parameter.default if kwargs.get(key) is None else kwargs[key] for key, parameter in parameters.items()
+    }
+    if given["backbone"] is None:
+        return {}
+    size, in_chans = to_2tuple(given["img_size"]), given["in_chans"]
+    level = given["backbone_level"]
+    least_map = cls.least_map(given)
+    plan = plan_backbone(given["backbone"], level, in_chans, (size[0], size[1]), given["backbone_kwargs"], least_map)
     names = tuple(f"backbone.net.{key}" for key in plan.first_conv)
     overlay: dict[str, Any] = {"first_conv": names[0] if len(names) == 1 else names}
-    if kwargs.get("backbone_pretrained") and plan.mean is not None and plan.std is not None:
+    if given["backbone_pretrained"] and plan.mean is not None and plan.std is not None:
         for key, values in (("mean", plan.mean), ("std", plan.std)):
             overlay[key] = values if len(values) == in_chans else (sum(values) / len(values),)
     return overlay

@@ -21,16 +21,8 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers import (
-    Backbone,
-    ClassCaps,
-    Decoder,
-    PrimaryCaps,
-    ScaledConv2d,
-    capsule_lengths,
-    select_caps,
-    unfold_scales,
-)
+from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, select_caps, unfold_scales
+from capszoo.layers.backbone import Backbone
 from capszoo.models import _builder, _couplings, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -45,6 +37,7 @@ class CapsNet(nn.Module):
 
     _heads = ("class_caps", "decoder")
     _pooled = None
+    least_map = _stem.least_map
 
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         # nn.Identity once `reset_classifier(0)` or `prune_intermediate_layers` took the layer away: whoever may meet
@@ -56,7 +49,7 @@ class CapsNet(nn.Module):
         backbone: Backbone | None
         keep_types: tuple[int, ...]
         keep_capsules: tuple[int, ...]
-        # From timm's builder and `create_model`.
+        # From timm's builder and from `create_model`.
         pretrained_cfg: dict[str, Any]
         default_cfg: dict[str, Any]
         creation_args: dict[str, Any]
