@@ -108,7 +108,11 @@ class PoseCaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_chans, H, W]`` to capsules ``[B, A*(1 + K), H, W]``, as :func:`split_capsules` takes them."""
-        x = self.norm(self.conv(x))
+        return self.activate(self.conv(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Normalise the convolution's map, and take the activations' logarithms."""
+        x = self.norm(x)
         logits, poses = x.split([self.num_types, x.shape[1] - self.num_types], dim=1)
         return torch.cat([-F.softplus(-logits), poses], dim=1)  # log sigmoid, by an operation that ONNX has
 

@@ -350,8 +350,7 @@ def build_model(
     """Build a model as timm does; weights are checked before timm reads them.
 
     Args:
-        cls: Its class; `_out_indices` are the levels of `feature_info` that are given by default, three of them if not
-            there.
+        cls: Its class, with three levels in `feature_info`, or more.
         filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
         variant: Name of the entrypoint.
         pretrained: Load its weights.
@@ -370,7 +369,7 @@ def build_model(
             )
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), overlay)
     kwargs["pretrained_cfg_overlay"] = overlay
-    out_indices = kwargs.pop("out_indices", getattr(cls, "_out_indices", (0, 1, 2)))
+    out_indices = kwargs.pop("out_indices", (0, 1, 2))
     model = build_model_with_cfg(
         cls,
         variant,
@@ -394,4 +393,6 @@ def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     for key in ("mean", "std"):
         if len(cfg[key]) not in (1, model.in_chans):  # one number for all channels
             cfg[key] = (round(sum(cfg[key]) / len(cfg[key]), 4),)
+    if hasattr(model, "grid_size"):
+        cfg["pool_size"] = tuple(model.grid_size)
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}

@@ -1,8 +1,9 @@
 """Capsule heads of any map: what makes primary capsules of it, and class capsules and scores of these.
 
 A head is a class. `primary` makes the module from a map ``[B, C, H, W]`` to primary capsules
-``[B, num_features, H', W']``. An instance takes these to class scores ``[B, J]``: `scores` of `capsules`, the class
-capsules ``[B, J, ...]``. The layer that tells classes apart is its `class_caps`. `HEADS` has an entry for each.
+``[B, num_features, H', W']``: its `conv`, and then `finish`. An instance takes these to class scores ``[B, J]``:
+`scores` of `capsules`, the class capsules ``[B, J, ...]``. The layer that tells classes apart is its `class_caps`.
+`HEADS` has an entry for each.
 """
 
 import inspect
@@ -116,6 +117,11 @@ class DynamicHead(VectorHead):
         kernel_size, stride = _stem.default_conv(map_size)
         return PrimaryCaps(in_chans, num_types, caps_dim, kernel_size, stride, **dd)
 
+    @staticmethod
+    def finish(primary: PrimaryCaps, x: Tensor) -> Tensor:
+        """Make primary capsules of the map of their convolution."""
+        return primary.squash_map(x)
+
 
 class DepthwisePrimaryCaps(nn.Module):
     """A 1x1 convolution to the capsules' channels, with ReLU and BatchNorm, and a depthwise one over the whole map."""
@@ -160,6 +166,11 @@ class SelfAttentionHead(VectorHead):
     def primary(in_chans: int, map_size: tuple[int, int], num_types: int, caps_dim: int, **dd: Any) -> nn.Module:
         """A depthwise convolution as large as the map, with squash."""
         return DepthwisePrimaryCaps(in_chans, num_types, caps_dim, map_size, **dd)
+
+    @staticmethod
+    def finish(primary: DepthwisePrimaryCaps, x: Tensor) -> Tensor:
+        """Make primary capsules of the map of their convolution."""
+        return primary.caps(x)
 
 
 class InvertedAttentionHead(nn.Module):
@@ -221,6 +232,11 @@ class InvertedAttentionHead(nn.Module):
             raise ValueError(f"caps_dim={caps_dim} is not possible: poses of 'inverted_attention' are squares, give 16")
         return MatrixPrimaryCaps(in_chans, num_types, side, **dd)
 
+    @staticmethod
+    def finish(primary: MatrixPrimaryCaps, x: Tensor) -> Tensor:
+        """Make primary capsules of the map of their convolution."""
+        return primary.norm(x)
+
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:
         """Layers that route, by name."""
@@ -267,6 +283,11 @@ class SelfRoutingHead(nn.Module):
     def primary(in_chans: int, map_size: tuple[int, int], num_types: int, caps_dim: int, **dd: Any) -> nn.Module:
         """A 3x3 convolution and BatchNorm, to poses and activations."""
         return PoseCaps(in_chans, num_types, caps_dim, **dd)
+
+    @staticmethod
+    def finish(primary: PoseCaps, x: Tensor) -> Tensor:
+        """Make primary capsules of the map of their convolution."""
+        return primary.activate(x)
 
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:

@@ -177,9 +177,8 @@ def cfg_overlay(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     plan = plan_backbone(given["backbone"], level, in_chans, (size[0], size[1]), given["backbone_kwargs"], least_map)
     names = tuple(f"backbone.net.{key}" for key in plan.first_conv)
     overlay: dict[str, Any] = {"first_conv": names[0] if len(names) == 1 else names}
-    if given["backbone_pretrained"] and plan.mean is not None and plan.std is not None:
-        for key, values in (("mean", plan.mean), ("std", plan.std)):
-            overlay[key] = values if len(values) == in_chans else (sum(values) / len(values),)
+    if given["backbone_pretrained"] and plan.mean is not None:
+        overlay.update(mean=plan.mean, std=plan.std)
     return overlay
 
 

@@ -33,7 +33,6 @@ class CapsNetHead(nn.Module):
 
     _heads = ("head",)
     _pooled = "capsules"
-    _out_indices = (0, 1)
     _ends_in_activation = False
 
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
@@ -104,6 +103,7 @@ class CapsNetHead(nn.Module):
         self.in_chans, self.img_size = in_chans, (height, width)
         self.global_pool, self.drop_rate = global_pool, drop_rate
         self.grad_checkpointing = False
+        self._num_levels = 3
         self.returns_logits = kind.returns_logits
         if kind.criterion is not None:  # else the margin loss, of which options may then say more
             self.default_criterion = kind.criterion
@@ -113,14 +113,16 @@ class CapsNetHead(nn.Module):
 
         channels, map_size = self.backbone.num_features, self.backbone.map_size
         self.primary_caps = kind.primary(channels, map_size, num_types, caps_dim, **dd)
-        # The capsules' map by a pass without memory for its values, whatever the head makes them of.
+        # Shapes by a pass without memory for its values, whatever the head makes its capsules of.
         primary = kind.primary(channels, map_size, num_types, caps_dim, device="meta").eval()
-        _, self.num_features, *grid = primary(torch.empty(1, channels, *map_size, device="meta")).shape
+        convolved = primary.conv(torch.empty(1, channels, *map_size, device="meta"))
+        _, self.num_features, *grid = kind.finish(primary, convolved).shape
         self.grid_size = (grid[0], grid[1])
         _builder.check_capsules(num_types * grid[0] * grid[1], height, width, "set backbone_level")
         self.head_hidden_size = self.num_features * grid[0] * grid[1]
         self.feature_info = [
             dict(num_chs=channels, reduction=height // map_size[0], module="backbone"),
+            dict(num_chs=convolved.shape[1], reduction=height // convolved.shape[2], module="primary_caps.conv"),
             dict(num_chs=self.num_features, reduction=height // grid[0], module="primary_caps"),
         ]
         self._head_args = dict(name=head, grid_size=self.grid_size, class_dim=class_dim, kwargs=dict(head_kwargs or {}))
@@ -196,15 +198,21 @@ class CapsNetHead(nn.Module):
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
-        primary = self.primary_caps
-        return [self.backbone] if isinstance(primary, nn.Identity) else [self.backbone, primary]
+        primary: Any = self.primary_caps
+        finish = _heads.find_head(self._arguments["head"]).finish
+        levels: list[Any] = [self.backbone]
+        if self._num_levels == 2:
+            levels += [primary]
+        elif self._num_levels == 3:
+            levels += [primary.conv, partial(finish, primary)]
+        return levels
 
     @torch.jit.ignore
     def _cut(self, last: int) -> None:
         """Remove the levels after the `last`."""
-        if last == 0:
-            self.primary_caps = nn.Identity()
-            self.num_features = self.backbone.num_features
+        self.primary_caps = nn.Identity() if last == 0 else self.primary_caps.conv
+        self.num_features = self.feature_info[last]["num_chs"]
+        self._num_levels = last + 1
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the primary capsules ``[B, num_features, H', W']``."""

@@ -55,7 +55,7 @@ def test_map_is_that_of_timm(name):
     assert backbone.channels_last == name.startswith("swin")
 
 
-@pytest.mark.parametrize("name", [*KINDS[:4], "stem", "hrnet_w18_small"])
+@pytest.mark.parametrize("name", [*KINDS[:4], "stem", pytest.param("hrnet_w18_small", marks=pytest.mark.slow)])
 def test_each_trained_parameter_takes_part(name):
     backbone = Backbone(name, 2, 3, (64, 64))
     backbone(images()).sum().backward()

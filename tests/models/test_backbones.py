@@ -1,6 +1,7 @@
 """Networks with a backbone: shapes, both contracts, the ways out, files, pruning, memory, training."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,8 @@ from capszoo.recipes import prune as prune_recipe
 from capszoo.recipes import train
 from capszoo.testing import check_model
 
+slow = pytest.mark.slow
+
 # timm's networks for tests: a residual network, and a transformer by the other kind of extractor.
 SMALL = dict(backbone="test_resnet", img_size=64, in_chans=3, num_classes=4, num_types=3, caps_dim=4, conv_dim=8)
 
@@ -41,7 +44,7 @@ def images(batch_size=2, size=64, chans=3, seed=1):
     [
         dict(name="capsnet_tiny", decoder=True),
         dict(name="capsnet", backbone="stem", keep_types=[0, 2], decoder_dims=[5, 6], decoder=True, start="paper"),
-        dict(name="capsnet_ws", backbone="test_vit", in_chans=1, keep_capsules=[0, 3, 5]),
+        pytest.param(dict(name="capsnet_ws", backbone="test_vit", in_chans=1, keep_capsules=[0, 3, 5]), marks=slow),
         dict(name="capsnet_pruned", backbone="test_efficientnet", keep_types=2, backbone_level=-3, primary_stride=1),
         dict(name="capsnet_tiny", backbone="stem", backbone_kwargs={"dims": [5, 6, 7]}, img_size=(48, 64)),
     ],
@@ -156,9 +159,6 @@ def test_grad_checkpointing_reaches_the_backbone():
         torch.testing.assert_close(one, other)
 
 
-slow = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "backbone", ["test_resnet", *(pytest.param(n, marks=slow) for n in ("stem", "test_efficientnet"))]
 )
@@ -231,7 +231,7 @@ def test_files_never_download(hub, tmp_path):
         capszoo.load_model(path)
     assert hub.calls == 1
     gray = small(backbone_pretrained=True, in_chans=1)
-    assert gray.pretrained_cfg["mean"] == pytest.approx((sum(cfg.mean) / 3,))
+    assert gray.pretrained_cfg["mean"] == pytest.approx((sum(cfg.mean) / 3,), abs=1e-4)
 
 
 def test_pretrained_weights_of_other_shapes(tmp_path):
@@ -348,6 +348,19 @@ def test_recipes(tmp_path, capsys):
     assert json.loads((tmp_path / "pruned" / "result.json").read_text())["conv1"] is None
     with pytest.raises(UsageError, match="--model-kwargs backbone=stem contradicts --backbone test_resnet"):
         train.main([*argv, "--backbone", "test_resnet", "--model-kwargs", "backbone=stem"])
+
+
+def test_example_of_the_docs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "timm.md").read_text()
+    section = re.search(r"^## Large images and backbones\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)[1]
+    example, head = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    space = {}
+    exec(example, space)
+    assert space["scores"].shape == (2, 5) and space["model"].class_caps.num_capsules == 288
+    printed, said = capsys.readouterr().out, re.search(r"# (capsnet_tiny with .*), \.\.\.", example)[1]
+    assert printed.startswith(said)
+    exec(head, space)
+    assert space["model"].returns_logits
 
 
 # A step of batch 16 at 224x224, in a process of its own: its peak over what the process had before. Not getrusage's,

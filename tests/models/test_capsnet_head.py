@@ -41,6 +41,7 @@ def test_contract(head):
     check_model(NAME, head=head, **SMALL)
 
 
+@pytest.mark.slow
 @every_head
 def test_contract_on_a_network_of_timm(head):
     kwargs = {**SMALL, "backbone": "test_resnet", "backbone_level": None, "in_chans": 1, "img_size": (64, 72)}
@@ -100,6 +101,7 @@ def test_layers_are_those_of_the_families():
     torch.testing.assert_close(model.forward_capsules(images())[0], x.flatten(2))
 
 
+@pytest.mark.slow
 @every_head
 def test_ways_out(head, tmp_path):
     model = small(head=head).eval()
@@ -122,14 +124,17 @@ def test_ways_out(head, tmp_path):
 def test_levels_and_groups(head):
     model = small(head=head).eval()
     final, levels = model.forward_intermediates(images())
-    assert torch.equal(final, model.forward_features(images())) and len(levels) == len(model.feature_info) == 2
-    assert torch.equal(levels[0], model.backbone(images())) and torch.equal(levels[1], final)
+    assert torch.equal(final, model.forward_features(images())) and len(levels) == len(model.feature_info) == 3
+    assert torch.equal(levels[0], model.backbone(images())) and torch.equal(levels[2], final)
+    assert [level.shape[1] for level in levels] == [info["num_chs"] for info in model.feature_info]
     extractor = small(head=head, features_only=True).eval()
     assert all(torch.equal(a, b) for a, b in zip(extractor(images()), levels, strict=True))
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(groups) == {key for key, _ in model.named_parameters()} and len(set(groups.values())) == 4
     assert {number for key, number in groups.items() if key.startswith("head.")} == {3}
-    assert model.prune_intermediate_layers([0]) == [0] and torch.equal(model(images()), levels[0])
+    for last in (1, 0):
+        assert model.prune_intermediate_layers([last]) == [last]
+        assert torch.equal(model(images()), levels[last]) and model.num_features == levels[last].shape[1]
 
 
 def test_weights_adapt(tmp_path):
@@ -187,6 +192,7 @@ def test_trains(head):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
 def test_recipe(tmp_path, capsys):
     folder, argv = tmp_path / "run", ["--model", NAME, "--device", "cpu", "--amp", "none", "--epochs", "1"]
     own = ["--model-kwargs", "head=self_routing", "backbone_kwargs={dims: [12]}", "num_types=4", "caps_dim=4"]
