@@ -5,6 +5,7 @@ from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
+from .depthwise import DepthwiseConv2d
 from .functional import capsule_lengths, dynamic_routing, inverted_attention_routing, squash
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
@@ -16,6 +17,7 @@ __all__ = [
     "Backbone",
     "ClassCaps",
     "Decoder",
+    "DepthwiseConv2d",
     "DynamicRouting",
     "InvertedAttentionCaps",
     "InvertedAttentionConvCaps",

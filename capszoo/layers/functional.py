@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.self_attention import reference as self_attention
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "inverted_attention_routing", "squash"]
+__all__ = ["capsule_lengths", "dynamic_routing", "inverted_attention_routing", "route_by_self_attention", "squash"]
 
 
 @register_notrace_function
@@ -56,6 +57,18 @@ def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor, strid
     if use_fused_routing():
         return kernels.inverted_attention_routing(x, weight, parents, stride)
     return kernels.inverted_attention.reference.inverted_attention_routing(x, weight, parents, stride)
+
+
+@register_notrace_function
+def route_by_self_attention(x: Tensor, weight: Tensor, prior: Tensor, attention: bool = True) -> Tensor:
+    """Sums of weighed votes ``[B, J, D]``, see :func:`capszoo.kernels.self_attention_routing`."""
+    if has_torch_function_variadic(x, weight, prior):
+        return handle_torch_function(route_by_self_attention, (x, weight, prior), x, weight, prior, attention)
+    if torch.jit.is_scripting():
+        return torch.ops.capszoo.self_attention_routing(x, weight, prior, attention)[0]
+    if use_fused_routing():
+        return kernels.self_attention_routing(x, weight, prior, attention)
+    return self_attention.self_attention_routing(x, weight, prior, attention)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:
