@@ -45,14 +45,16 @@ def dynamic_routing(
 
 
 @register_notrace_function
-def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor, stride: int = 1) -> Tensor:
+def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None = None, stride: int = 1) -> Tensor:
     """Route poses ``[B, I, P, P, H, W]`` to sums of votes ``[B, J, P, P, H', W']``, see
     :func:`capszoo.kernels.inverted_attention_routing`."""
-    if has_torch_function_variadic(x, weight, parents):
-        return handle_torch_function(inverted_attention_routing, (x, weight, parents), x, weight, parents, stride)
+    if has_torch_function_variadic(x, weight):
+        return handle_torch_function(inverted_attention_routing, (x, weight), x, weight, parents, stride)
+    if parents is None:  # without votes in every form
+        return kernels.inverted_attention.uniform_routing(x, weight, stride)
     if torch.jit.is_scripting():
-        inputs = x.permute(0, 4, 5, 1, 2, 3), weight, parents.permute(0, 4, 5, 1, 2, 3)
-        sums = torch.ops.capszoo.inverted_attention_routing(inputs[0], inputs[1], inputs[2], stride)
+        maps = x.permute(0, 4, 5, 1, 2, 3), parents.permute(0, 4, 5, 1, 2, 3)
+        sums = torch.ops.capszoo.inverted_attention_routing(maps[0], weight, maps[1], stride)
         return sums.permute(0, 3, 4, 5, 1, 2)
     if use_fused_routing():
         return kernels.inverted_attention_routing(x, weight, parents, stride)

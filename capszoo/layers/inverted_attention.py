@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import _assert
 from torch import Tensor, nn
 
-from capszoo.kernels.inverted_attention import reference, uniform_routing
+from capszoo.kernels.inverted_attention import reference
 
 from .config import FollowsFusedRouting
 from .functional import inverted_attention_routing
@@ -62,7 +63,8 @@ class PoseNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         # In channels_last memory both permutations are free.
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.num_types, self.dim))
-        return super().forward(x).flatten(-2).permute(0, 3, 1, 2)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.flatten(-2).permute(0, 3, 1, 2)
 
 
 class _InvertedAttention(FollowsFusedRouting, nn.Module):
@@ -85,12 +87,12 @@ class _InvertedAttention(FollowsFusedRouting, nn.Module):
         """One pass; `weight` is ``[k, k, I, P, P, J]``."""
         # Under autocast x may come in half precision; agreements need more than its 8 bits.
         x = x.to(weight.dtype)
-        if parents is None:
-            sums = uniform_routing(x, weight, self.stride)
-        elif torch.jit.is_scripting() and not self.fused:
-            sums = reference.inverted_attention_routing(x, weight, parents.to(weight.dtype), self.stride)
+        if parents is not None:
+            parents = parents.to(weight.dtype)
+        if torch.jit.is_scripting() and not self.fused and parents is not None:
+            sums = reference.inverted_attention_routing(x, weight, parents, self.stride)
         else:
-            sums = inverted_attention_routing(x, weight, parents.to(weight.dtype), self.stride)
+            sums = inverted_attention_routing(x, weight, parents, self.stride)
         poses = self.norm(sums.permute(0, 4, 5, 1, 2, 3).flatten(4))
         return poses.unflatten(4, [weight.shape[3], weight.shape[4]]).permute(0, 3, 4, 5, 1, 2)
 

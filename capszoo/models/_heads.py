@@ -196,6 +196,7 @@ class InvertedAttentionHead(nn.Module):
 
     _route_sequentially = InvertedAttentionCapsNet._route_sequentially
     _route_concurrently = InvertedAttentionCapsNet._route_concurrently
+    _next_poses = InvertedAttentionCapsNet._next_poses
 
     def __init__(
         self,

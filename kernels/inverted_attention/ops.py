@@ -39,10 +39,16 @@ forward_op = torch.library.custom_op("capszoo::inverted_attention_routing", _for
 backward_op = torch.library.custom_op("capszoo::inverted_attention_routing_backward", _backward, mutates_args=())
 
 
+def _in_triton(x: Tensor, weight: Tensor, parents: Tensor) -> bool:
+    if not cpu.has_votes(x, weight, parents) or not runs_triton(x.device, compute_dtype(x, weight)):
+        return False
+    return launchers.fits(weight)
+
+
 @forward_op.register_kernel("cuda")
 @kernel
 def _forward_cuda(x, weight, parents, stride):
-    if not cpu.has_votes(x, weight, parents) or not runs_triton(x.device, compute_dtype(x, weight)):
+    if not _in_triton(x, weight, parents):
         return _forward(x, weight, parents, stride)
     return launchers.forward(x, weight, parents, stride)
 
@@ -50,7 +56,7 @@ def _forward_cuda(x, weight, parents, stride):
 @backward_op.register_kernel("cuda")
 @kernel
 def _backward_cuda(grad, x, weight, parents, stride):
-    if not cpu.has_votes(x, weight, parents) or not runs_triton(x.device, compute_dtype(x, weight)):
+    if not _in_triton(x, weight, parents):
         return _backward(grad, x, weight, parents, stride)
     return launchers.backward(grad, x, weight, parents, stride)
 
@@ -142,9 +148,9 @@ def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None
     """Weigh the votes of children by their agreement with the parents' poses of the pass before, and add them up.
 
     Procedure 1 of Tsai, Srivastava, Goh and Salakhutdinov (arXiv 2002.04764) without its layer normalisation: votes
-    V_ij = P_i W_ij, agreements a_ij = <V_ij, P_j> / P, couplings r_ij = softmax over j of a_ij, sums over i of r_ij V_ij.
-    The children of a parent are the capsules of a patch of k x k positions; those of
-    class capsules, the whole map: give it as a map of one position and k = 1. Neither votes nor agreements are stored:
+    V_ij = P_i W_ij, agreements a_ij = <V_ij, P_j> / P, couplings r_ij = softmax over j of a_ij, and the sums over i of
+    r_ij V_ij. The children of a parent are the capsules of a patch of k x k positions. Class capsules, whose children
+    are those of the whole map, take it as a map of one position, with k = 1. Neither votes nor agreements are stored:
     both passes compute them by tiles, and keep nothing but the inputs. Higher derivatives, forward mode and the
     transforms of torch.func go through `reference.inverted_attention_routing`, which stores them.
 

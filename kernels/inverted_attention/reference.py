@@ -13,8 +13,6 @@ sample in float32.
 import torch
 from torch import Tensor
 
-from ..patches import capsule_patches
-
 
 def capsule_votes(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Votes V_ij = P_i W_ij of the children of each parent.
@@ -28,8 +26,14 @@ def capsule_votes(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         `[k * k * I, B, H', W', P, P, J]`.
     """
     k, num_types, side, num_parents = weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[5]
-    children = capsule_patches(x, k, stride).permute(6, 7, 1, 0, 4, 5, 2, 3)
-    batch, height, width = children.shape[3:6]
+    height, width = (x.shape[4] - k) // stride + 1, (x.shape[5] - k) // stride + 1
+    places = []  # slices, where ONNX has no views of patches
+    for row in range(k):
+        of_row = x[:, :, :, :, row : row + (height - 1) * stride + 1 : stride]
+        for column in range(k):
+            places.append(of_row[:, :, :, :, :, column : column + (width - 1) * stride + 1 : stride])
+    children = torch.stack(places).permute(0, 2, 1, 5, 6, 3, 4)  # [k * k, I, B, H', W', P, P]
+    batch = x.shape[0]
     rows = children.reshape(k * k * num_types, batch * height * width * side, side)
     # Under autocast the product comes in half precision.
     votes = (rows @ weight.reshape(k * k * num_types, side, side * num_parents)).to(x.dtype)
