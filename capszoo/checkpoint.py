@@ -318,7 +318,8 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
     """
     cfg = model.pretrained_cfg
     says = f"these weights do not fit {cfg['architecture']!r}"
-    left_to_timm = (f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.bias")
+    convs = [cfg["first_conv"]] if isinstance(cfg["first_conv"], str) else cfg["first_conv"]
+    left_to_timm = (*(f"{conv}.weight" for conv in convs), f"{cfg['classifier']}.bias")
     own, misfit = model.state_dict(), compare_weights(state_dict, model)
     for key in misfit.unknown:
         if model.num_classes or not key.startswith(f"{cfg['classifier']}."):

@@ -52,6 +52,9 @@ _TIMM_KEYWORDS = {
     "scriptable",
 }
 
+# Keywords that a file must not give: where to compute, and whether to fetch weights from elsewhere.
+_NOT_OF_FILES = {"backbone_pretrained", "device", "dtype"}
+
 # Of a model that a config.json describes: before its weights are read, nothing else bounds what it asks for.
 _MAX_DESCRIBED = 1 << 28
 
@@ -144,6 +147,8 @@ def create_model(
         ```
     """
     kwargs = check_arguments(name, kwargs)
+    if checkpoint_path is not None:
+        kwargs.pop("backbone_pretrained", None)  # the file has all weights
     if checkpoint_path is not None and kwargs.get("features_only"):
         raise ValueError(
             "features_only=True does not go with checkpoint_path: pass pretrained=True and "
@@ -279,7 +284,7 @@ def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dic
         model_args = None
     if not isinstance(model_args, dict):
         raise CheckpointError(f"{str(path)!r} is damaged (its 'model_args' are no JSON object): use another checkpoint")
-    model_args = {key: value for key, value in model_args.items() if key not in _TIMM_KEYWORDS | {"device", "dtype"}}
+    model_args = {key: value for key, value in model_args.items() if key not in _TIMM_KEYWORDS | _NOT_OF_FILES}
     try:
         return check_arguments(name, model_args)
     except ValueError as error:
@@ -311,7 +316,7 @@ def _check_source(name: str, cache_dir: str | Path | None) -> str:
         config = resolve_model_input_args(name, cache_dir=cache_dir)
         arch, model_args = config["model_name"], config.get("pretrained_model_args", {})
         check_arguments(arch, model_args)
-        for key in {"device", "dtype"} & set(model_args):
+        for key in _NOT_OF_FILES & set(model_args):
             raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(model_args[key])} from a file")
         size = sum(value.numel() for value in timm.create_model(name, device="meta", cache_dir=cache_dir).parameters())
     except Exception as error:  # timm takes the file for granted

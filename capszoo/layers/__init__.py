@@ -1,5 +1,6 @@
 """The parts that capsule networks are made of."""
 
+from .backbone import Backbone, StridedStem
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .conv_caps import capsule_patches, conv_caps_size
@@ -10,8 +11,10 @@ from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
+from .self_routing import PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
 
 __all__ = [
+    "Backbone",
     "ClassCaps",
     "Decoder",
     "DepthwiseConv2d",
@@ -19,9 +22,12 @@ __all__ = [
     "InvertedAttentionCaps",
     "InvertedAttentionConvCaps",
     "MatrixPrimaryCaps",
+    "PoseCaps",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
+    "SelfRouting",
+    "StridedStem",
     "capsule_lengths",
     "capsule_patches",
     "conv_caps_size",
@@ -31,10 +37,13 @@ __all__ = [
     "fan_in_scale",
     "fold_scales",
     "inverted_attention_routing",
+    "join_capsules",
     "list_routings",
     "self_attention_routing",
+    "self_routing_scores",
     "set_fourier_conv",
     "set_fused_routing",
+    "split_capsules",
     "squash",
     "unfold_scales",
     "use_fourier_conv",

@@ -1,8 +1,19 @@
 """Model families; importing one registers its models with timm."""
 
+from ._heads import list_heads
 from .capsnet import CapsNet
+from .capsnet_head import CapsNetHead
 from .cnn_baseline import CNNBaseline
 from .efficient_capsnet import EfficientCapsNet
 from .inverted_attention import InvertedAttentionCapsNet
+from .self_routing import SelfRoutingNet
 
-__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet", "InvertedAttentionCapsNet"]
+__all__ = [
+    "CNNBaseline",
+    "CapsNet",
+    "CapsNetHead",
+    "EfficientCapsNet",
+    "InvertedAttentionCapsNet",
+    "SelfRoutingNet",
+    "list_heads",
+]
