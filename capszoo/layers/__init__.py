@@ -2,8 +2,10 @@
 
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
+from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
 from .functional import capsule_lengths, dynamic_routing, squash
+from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
@@ -13,12 +15,17 @@ __all__ = [
     "ClassCaps",
     "Decoder",
     "DynamicRouting",
+    "InvertedAttentionCaps",
+    "InvertedAttentionConvCaps",
+    "MatrixPrimaryCaps",
     "PoseCaps",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
     "SelfRouting",
     "capsule_lengths",
+    "capsule_patches",
+    "conv_caps_size",
     "create_routing",
     "dynamic_routing",
     "exponential_squash",

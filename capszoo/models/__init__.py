@@ -3,6 +3,7 @@
 from .capsnet import CapsNet
 from .cnn_baseline import CNNBaseline
 from .efficient_capsnet import EfficientCapsNet
+from .inverted_attention import InvertedAttentionCapsNet
 from .self_routing import SelfRoutingNet
 
-__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet", "SelfRoutingNet"]
+__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet", "InvertedAttentionCapsNet", "SelfRoutingNet"]

@@ -424,7 +424,7 @@ def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     are none of it."""
     of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
     cfg = {key: value for key, value in cfg.items() if key not in of_weights}
-    for key in ("mean", "std"):
-        if len(cfg[key]) not in (1, model.in_chans):  # one number for all channels
-            cfg[key] = (round(sum(cfg[key]) / len(cfg[key]), 4),)
+    if len(cfg["mean"]) not in (1, model.in_chans):
+        # One for all channels: which of them stand for which colours is not known.
+        cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers.self_routing import COUPLINGS, PoseCaps, SelfRouting
+from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -196,7 +197,7 @@ class SelfRoutingNet(nn.Module):
     @torch.jit.ignore
     def default_criterion(self) -> nn.Module:
         """Cross-entropy, which of log-probabilities is their negative log-likelihood."""
-        return nn.CrossEntropyLoss()
+        return CrossEntropyLoss()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
