@@ -8,5 +8,6 @@ loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them
 from . import reference
 from .couplings import routing_couplings
 from .ops import dynamic_routing, squash
+from .weighted_votes import weighted_votes
 
-__all__ = ["dynamic_routing", "reference", "routing_couplings", "squash"]
+__all__ = ["dynamic_routing", "reference", "routing_couplings", "squash", "weighted_votes"]

@@ -9,10 +9,11 @@ from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
-from .self_routing import PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
+from .self_routing import ConvSelfRouting, PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
 
 __all__ = [
     "ClassCaps",
+    "ConvSelfRouting",
     "Decoder",
     "DynamicRouting",
     "InvertedAttentionCaps",

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.weighted_votes import weighted_votes_reference
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "squash"]
+__all__ = ["capsule_lengths", "dynamic_routing", "squash", "weighted_votes"]
 
 
 @register_notrace_function
@@ -41,6 +42,18 @@ def dynamic_routing(
     if use_fused_routing():
         return kernels.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
     return kernels.reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+@register_notrace_function
+def weighted_votes(couplings: Tensor, poses: Tensor, weight: Tensor) -> Tensor:
+    """Sum votes under given couplings ``[I, J, N]``, see :func:`capszoo.kernels.weighted_votes`."""
+    if has_torch_function_variadic(couplings, poses, weight):
+        return handle_torch_function(weighted_votes, (couplings, poses, weight), couplings, poses, weight)
+    if torch.jit.is_scripting():
+        return weighted_votes_reference(couplings, poses, weight)
+    if use_fused_routing():
+        return kernels.weighted_votes(couplings, poses, weight)
+    return weighted_votes_reference(couplings, poses, weight)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:
