@@ -4,6 +4,7 @@ from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
+from .deep_caps import ConvCaps, ConvDynamicRouting, DeconvDecoder
 from .functional import capsule_lengths, dynamic_routing, squash
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
@@ -13,8 +14,11 @@ from .self_routing import ConvSelfRouting, PoseCaps, SelfRouting, join_capsules,
 
 __all__ = [
     "ClassCaps",
+    "ConvCaps",
+    "ConvDynamicRouting",
     "ConvSelfRouting",
     "Decoder",
+    "DeconvDecoder",
     "DynamicRouting",
     "InvertedAttentionCaps",
     "InvertedAttentionConvCaps",

@@ -141,6 +141,9 @@ class ConvSelfRouting(nn.Module):
         ValueError: If `couplings` is unknown.
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         num_types: int,
@@ -173,9 +176,9 @@ class ConvSelfRouting(nn.Module):
         _, num_parents, parent_dim, caps_dim = self.vote_weight.shape
         bound = math.sqrt(6 / (num_parents * parent_dim * caps_dim))
         nn.init.uniform_(self.vote_weight, -bound, bound)
-        if self.weight is not None:
-            nn.init.zeros_(self.weight)
-            nn.init.zeros_(self.bias)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def _patches(self, x: Tensor, border: float) -> Tensor:
         """What the kernel covers of a map ``[C, H, W, B]`` at each of its positions, ``[k*k, C, H', W', B]``."""
@@ -197,7 +200,7 @@ class ConvSelfRouting(nn.Module):
         poses = poses.flatten(3).flatten(0, 1)  # [I, K, N]
         shares = self._patches(x[: self.num_types], -math.inf).flatten(2).flatten(0, 1)  # [I, N]
         shares = shares.to(torch.promote_types(shares.dtype, torch.float32)).log_softmax(dim=0).unsqueeze(1)
-        if self.weight is not None:
+        if self.weight is not None and self.bias is not None:
             logits = (torch.bmm(self.weight, poses) + self.bias.unsqueeze(2)).to(shares.dtype)
             shares = shares + logits.log_softmax(dim=1)  # [I, J, N]
             log_parents = shares.logsumexp(dim=0)
