@@ -45,6 +45,8 @@ class Split:
         indices: int64 `[N]`, the place of each image in `reader`.
         mean: Subtracted from images in [0, 1], one number a channel or one for all.
         std: What is left is divided by this, one number a channel or one for all.
+        parts: uint8 `[N, P, C, H, W]` beside `images` that are composed of P others: these, in the order of the P
+            classes that their labels show.
     """
 
     labels: Tensor
@@ -53,8 +55,9 @@ class Split:
     indices: Tensor | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    parts: Tensor | None = None
     _on_device: dict[torch.device, Split] = field(default_factory=dict, init=False)
-    _padded: tuple[int, Tensor] | None = field(default=None, init=False)
+    _padded: dict[bool, tuple[int, Tensor]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,21 +81,22 @@ class Split:
         if device == self.labels.device:
             return self
         if device not in self._on_device:
-            images = None if self.images is None else self.images.to(device)
-            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices)
+            images, parts = (None if some is None else some.to(device) for some in (self.images, self.parts))
+            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices, parts=parts)
         self._on_device[device].mean, self._on_device[device].std = self.mean, self.std
         return self._on_device[device]
 
-    def padded(self, margin: int) -> Tensor:
+    def padded(self, margin: int, of_parts: bool = False) -> Tensor:
         """Return the images with `margin` zeros on each side, uint8 `[N, C, H + 2 margin, W + 2 margin]`.
 
-        The result for the last `margin` above 0 is kept.
+        The result for the last `margin` above 0 is kept. That of parts has those of an image as its channels, P C.
         """
+        images = self.parts.flatten(1, 2) if of_parts else self.images
         if margin == 0:
-            return self.images.contiguous()
-        if self._padded is None or self._padded[0] != margin:
-            self._padded = margin, F.pad(self.images, [margin] * 4)
-        return self._padded[1]
+            return images.contiguous()
+        if of_parts not in self._padded or self._padded[of_parts][0] != margin:
+            self._padded[of_parts] = margin, F.pad(images, [margin] * 4)
+        return self._padded[of_parts][1]
 
 
 class Loader:
@@ -121,6 +125,8 @@ class Loader:
         drop_last: Leave out a last batch that is not full.
         num_workers: Worker processes that read a split that is not in memory; 0 reads in this process.
         channels_last: Make images in channels-last memory format.
+        with_parts: Of a split whose images have parts, give these too, as the third of a batch: float32
+            `[B, P, C, H, W]` in [0, 1], shifted as the image is, not normalised.
 
     Raises:
         DataError: An argument out of range, at once; an image that cannot be decoded, when its turn comes.
@@ -141,6 +147,7 @@ class Loader:
         drop_last: bool = False,
         num_workers: int = 0,
         channels_last: bool = False,
+        with_parts: bool = False,
     ):
         for key, value, least in (
             ("batch_size", batch_size, 1),
@@ -172,6 +179,7 @@ class Loader:
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.channels_last = channels_last
+        self.with_parts = with_parts and split.parts is not None
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (split.mean, split.std)
         )
@@ -188,7 +196,7 @@ class Loader:
         full, rest = divmod(len(self.split), self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, offsets = self._draw()
         if self.share[1] > 1:
             yield from self._part(order, offsets)
@@ -198,15 +206,17 @@ class Loader:
         # Chunks are counted from the start of the epoch, not from start_step, so that a batch lies at the same place
         # within its chunk, and thus equally aligned in memory, in a resumed epoch.
         channels, height, width = self.split.image_shape
-        images = min(_CHUNK_IMAGES, _CHUNK_BYTES // (4 * channels * height * width))
-        steps = max(1, images // self.batch_size)
+        count = min(_CHUNK_IMAGES, _CHUNK_BYTES // (4 * channels * height * width))
+        steps = max(1, count // self.batch_size)
         size = steps * self.batch_size
         stop = min(len(self.split), len(self) * self.batch_size)
         first, skip = divmod(self.start_step, steps)
         chunks = [slice(begin, min(begin + size, stop)) for begin in range(first * size, stop, size)]
 
         for chunk, pixels in zip(chunks, self._gather(chunks, order, offsets), strict=True):
-            batches = zip(pixels.split(self.batch_size), labels[chunk].split(self.batch_size), strict=True)
+            images, *parts = pixels
+            batch = images, labels[chunk], *parts
+            batches = zip(*(some.split(self.batch_size) for some in batch), strict=True)
             for _ in range(skip):
                 next(batches)
             skip = 0
@@ -216,7 +226,7 @@ class Loader:
         """Indices of the epoch's images in the split, in the order in which they come: int64 `[N]`."""
         return self._draw()[0]
 
-    def _part(self, order: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _part(self, order: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield this process's part of each batch; only its own images are read."""
         part, parts = self.share
         stop = min(len(self.split), len(self) * self.batch_size)
@@ -228,9 +238,12 @@ class Loader:
         filled = [own for own in slices if own.stop > own.start]
         gathered = self._gather(filled, order, offsets)
         channels, height, width = self.split.image_shape
-        nothing = torch.empty(0, channels, height, width, device=self.device)
+        nothing = [torch.empty(0, channels, height, width, device=self.device)]
+        if self.with_parts:
+            nothing.append(torch.empty(0, *self.split.parts.shape[1:], device=self.device))
         for own in slices:
-            yield (next(gathered) if own.stop > own.start else nothing), labels[own]
+            images, *parts = next(gathered) if own.stop > own.start else nothing
+            yield images, labels[own], *parts
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Return the epoch's order and, as offsets into a padded image, its shifts: int64 `[N]` both, on the CPU."""
@@ -245,13 +258,17 @@ class Loader:
             offsets = down * (self.split.image_shape[2] + 2 * self.translate) + right
         return order, offsets
 
-    def _gather(self, chunks: list[slice], order: Tensor, offsets: Tensor) -> Iterator[Tensor]:
-        """Yield the images of each chunk of the epoch, float32 `[chunk, C, H, W]`."""
+    def _gather(self, chunks: list[slice], order: Tensor, offsets: Tensor) -> Iterator[list[Tensor]]:
+        """Yield the images of each chunk of the epoch, float32 `[chunk, C, H, W]`, and their parts, where wanted."""
         if self.split.images is not None:
-            padded = self.split.to(self.device).padded(self.translate)
-            starts = (order * padded[0].numel() + offsets).to(self.device)
+            split = self.split.to(self.device)
+            padded = [split.padded(self.translate, of_parts) for of_parts in (False, True)[: 1 + self.with_parts]]
+            starts = [(order * some[0].numel() + offsets).to(self.device) for some in padded]
             for chunk in chunks:
-                yield self._windows(padded, starts[chunk])
+                images, *parts = (
+                    self._windows(some, begins[chunk]) for some, begins in zip(padded, starts, strict=True)
+                )
+                yield [self._normalize(images), *(some.unflatten(1, split.parts.shape[1:3]) for some in parts)]
             return
         rows = self.split.indices[order]
         loader = DataLoader(
@@ -269,11 +286,11 @@ class Loader:
                 raise images
             padded = F.pad(images.to(self.device, non_blocking=True), [self.translate] * 4).contiguous()
             starts = torch.arange(len(padded), device=self.device) * padded[0].numel() + offsets[chunk]
-            yield self._windows(padded, starts)
+            yield [self._normalize(self._windows(padded, starts))]
 
     def _windows(self, padded: Tensor, starts: Tensor) -> Tensor:
         """Return the images that begin at elements `starts` (int64 `[B]`) of `padded`, float32 `[B, C, H, W]`."""
-        channels, height, width = self.split.image_shape
+        channels, height, width = padded.shape[1], *self.split.image_shape[1:]
         _, channel_stride, row_stride, _ = padded.stride()
         reach = (channels - 1) * channel_stride + (height - 1) * row_stride + width - 1
         windows = padded.as_strided(
@@ -282,7 +299,9 @@ class Loader:
         pixels = windows[starts]
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        images = torch.div(pixels, 255)
+        return torch.div(pixels, 255)
+
+    def _normalize(self, images: Tensor) -> Tensor:
         return images.sub_(self._mean).div_(self._std) if self._normalized else images
 
 

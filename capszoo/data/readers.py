@@ -6,7 +6,8 @@ read as a whole or while it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,10 @@ from capszoo.errors import DataError, one_line
 
 from .decoding import Size, decode, header, not_an_image, sizes_differ, to_uint8
 
-__all__ = ["ArrayReader", "FileReader", "Reader", "Size", "TimmReader", "sizes_differ", "to_uint8"]
+__all__ = ["ArrayReader", "FileReader", "Reader", "Size", "Source", "TimmReader", "sizes_differ", "to_uint8"]
+
+# Channels that images of so many can be given, beside their own.
+_OTHER_CHANNELS = {1: (3,), 2: (1,), 3: (1,)}
 
 
 class Reader(Protocol):
@@ -34,16 +38,50 @@ class Reader(Protocol):
         ...
 
 
+@dataclass
+class Source:
+    """A data set before it is split: readers, and the labels of their images (int64 `[N]` or float32 `[N, J]`).
+
+    Where the data set is composed of these images, `compose` makes the images of each split, from the split, "train",
+    "val" or "test", the number of classes and a seed.
+    """
+
+    class_names: list[str]
+    train: tuple[Reader, Tensor]
+    test: tuple[Reader, Tensor]
+    val: tuple[Reader, Tensor] | None = None
+    compose: Callable[[Any, str, int, int], Any] | None = None
+
+
+def check_channels(in_chans: int | None, own: int) -> None:
+    """Check that images of `own` channels can be given `in_chans`.
+
+    Raises:
+        DataError: If they cannot.
+    """
+    possible = (own, *_OTHER_CHANNELS.get(own, ()))
+    if in_chans is not None and in_chans not in possible:
+        raise DataError(
+            f"in_chans={in_chans} is not possible for images of {own} channel{'s' * (own > 1)}: give "
+            + " or ".join(map(str, possible))
+        )
+
+
 class ArrayReader:
     """Images out of one uint8 tensor `[N, C, H, W]`.
 
     Args:
         images: The images.
         img_size: The size to give them; by default their own.
-        in_chans: The channels to give them, 1 or 3; by default their own.
+        in_chans: The channels to give them; by default their own. Grey ones may get 3, colour ones 1, and of the two of
+            a stereo camera the first may be taken.
+
+    Raises:
+        DataError: If they cannot be given so many channels.
     """
 
     def __init__(self, images: Tensor, img_size: Size | None = None, in_chans: int | None = None):
+        check_channels(in_chans, images.shape[1])
         self.images = images
         self.image_shape = (in_chans or images.shape[1], *(img_size or images.shape[2:]))
 
@@ -55,6 +93,8 @@ class ArrayReader:
         channels, *size = self.image_shape
         if channels == 1 and images.shape[1] == 3:  # ITU-R 601-2, as PIL's "L"
             images = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        elif channels == 1:
+            images = images[:, :1]
         if list(images.shape[2:]) != size:
             images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
         return to_uint8(images).expand(-1, channels, -1, -1).contiguous()

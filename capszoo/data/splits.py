@@ -29,7 +29,7 @@ class DataSplits:
         test: Test images, for reporting only.
         class_names: Name of each class, in the order of the labels.
         num_classes: How many there are.
-        in_chans: Channels of an image, 1 or 3.
+        in_chans: Channels of an image: 1 grey, 2 stereo, 3 colour.
         img_size: Height and width of an image.
     """
 

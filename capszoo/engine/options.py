@@ -174,6 +174,9 @@ class TrainingOptions:
     tensorboard: bool = option(
         False, "also write TensorBoard files into the run folder", "reporting", flag=True, may_change=True
     )
+    report: bool = option(
+        True, "write report.html into the run folder", "reporting", flag=True, negatable=True, may_change=True
+    )
     results: str | None = option(
         None,
         "also add the result as a row to this table",

@@ -265,15 +265,15 @@ def header_of(
 def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, once, and write result.json.
 
-    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there is a
-    `test_mean_average_precision`, see :class:`capszoo.engine.Evaluation`.
+    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there are a
+    `test_mean_average_precision` and a `test_exact_top_k`, see :class:`capszoo.engine.Evaluation`.
 
     Raises:
         Stopped: If the trainer is asked to stop; nothing is written.
     """
     options = fill_in(options, len(data.train))
     load_weights(trainer.task.kept_model, trainer.folder / "best.safetensors")
-    loader = Loader(data.test, options.eval_batch_size, trainer.device, num_workers=options.workers)
+    loader = trainer.make_loader(data.test, options.eval_batch_size, with_parts=True)
     test = evaluate(trainer.task, until_stopped(loader, trainer.should_stop), trainer.amp)
     best = trainer.best
     result = {
@@ -288,6 +288,7 @@ def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -
         "eval_top1": best["eval_top1"],
         "test_top1": test.top1,
         **({"test_mean_average_precision": test.mean_average_precision} if data.multi_label else {}),
+        **({"test_exact_top_k": test.exact_top_k} if data.multi_label else {}),
         "test_margin_loss": test.loss,
         "test_reconstruction_error": test.reconstruction_error,
         "total_seconds": trainer.position.total_seconds,

@@ -221,16 +221,17 @@ class Trainer:
             epoch=position.epoch,
             start_step=position.step,
             translate=self.translate,
+            with_parts=True,
         )
         self.task.train()
         if hasattr(self.task.criterion, "set_progress"):
             self.task.criterion.set_progress(position.epoch / policy.epochs)
             self.step.captured = None  # a captured step keeps the numbers that it was captured with
         seconds_before, start, skipped_before = position.seconds, self.clock(), position.skipped - self.step.skipped
-        for images, labels in loader:
+        for images, labels, *parts in loader:
             self.lr = policy.lr(policy.progress(position.epoch, position.step))
             batch_images = min(batch_size, len(self.train_split) - position.step * batch_size)
-            self.step(images, labels, self.lr, batch_images, batch_size)
+            self.step(images, labels, self.lr, batch_images, batch_size, *parts)
             if position.skipped == skipped_before + self.step.skipped:
                 position.updates += 1
                 self.task.update_ema(position.updates)
@@ -262,7 +263,7 @@ class Trainer:
         evaluation = None
         if self.val_split is not None:
             share = (self.ranks.rank, self.ranks.count)
-            loader = self.make_loader(self.val_split, self.eval_batch_size, share=share)
+            loader = self.make_loader(self.val_split, self.eval_batch_size, share=share, with_parts=True)
             batches = until_stopped(loader, lambda: self._vote(self.should_stop))
             try:
                 evaluation = evaluate(self.task, batches, self.amp, self.ranks)

@@ -53,7 +53,8 @@ def _sizes_to_come(trainer: "Trainer") -> tuple[list[int], list[int]]:
     return sorted(train - {0}, reverse=True), sorted(evaluated - {0}, reverse=True)
 
 
-def _blank_batch(split: Split, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank_batch(split: Split, size: int, device: torch.device) -> tuple[Tensor, ...]:
     images = torch.zeros(size, *split.image_shape, device=device)
     shape = size, *split.labels.shape[1:]
-    return images, torch.zeros(shape, dtype=split.labels.dtype, device=device)
+    parts = () if split.parts is None else (torch.zeros(size, *split.parts.shape[1:], device=device),)
+    return images, torch.zeros(shape, dtype=split.labels.dtype, device=device), *parts

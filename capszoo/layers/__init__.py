@@ -5,6 +5,7 @@ from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_f
 from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
 from .deep_caps import ConvCaps, ConvDynamicRouting, DeconvDecoder
+from .depthwise import DepthwiseConv2d
 from .functional import capsule_lengths, dynamic_routing, squash
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
@@ -19,6 +20,7 @@ __all__ = [
     "ConvSelfRouting",
     "Decoder",
     "DeconvDecoder",
+    "DepthwiseConv2d",
     "DynamicRouting",
     "InvertedAttentionCaps",
     "InvertedAttentionConvCaps",

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.self_attention import reference as self_attention
 from capszoo.kernels.weighted_votes import weighted_votes_reference
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "squash", "weighted_votes"]
+__all__ = ["capsule_lengths", "dynamic_routing", "route_by_self_attention", "squash", "weighted_votes"]
 
 
 @register_notrace_function
@@ -42,6 +43,18 @@ def dynamic_routing(
     if use_fused_routing():
         return kernels.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
     return kernels.reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+@register_notrace_function
+def route_by_self_attention(x: Tensor, weight: Tensor, prior: Tensor, attention: bool = True) -> Tensor:
+    """Sums of weighed votes ``[B, J, D]``, see :func:`capszoo.kernels.self_attention_routing`."""
+    if has_torch_function_variadic(x, weight, prior):
+        return handle_torch_function(route_by_self_attention, (x, weight, prior), x, weight, prior, attention)
+    if torch.jit.is_scripting():
+        return torch.ops.capszoo.self_attention_routing(x, weight, prior, attention)[0]
+    if use_fused_routing():
+        return kernels.self_attention_routing(x, weight, prior, attention)
+    return self_attention.self_attention_routing(x, weight, prior, attention)
 
 
 @register_notrace_function

@@ -200,8 +200,9 @@ class ConvSelfRouting(nn.Module):
         poses = poses.flatten(3).flatten(0, 1)  # [I, K, N]
         shares = self._patches(x[: self.num_types], -math.inf).flatten(2).flatten(0, 1)  # [I, N]
         shares = shares.to(torch.promote_types(shares.dtype, torch.float32)).log_softmax(dim=0).unsqueeze(1)
-        if self.weight is not None and self.bias is not None:
-            logits = (torch.bmm(self.weight, poses) + self.bias.unsqueeze(2)).to(shares.dtype)
+        weight, bias = self.weight, self.bias  # of which TorchScript knows after the check that they are tensors
+        if weight is not None and bias is not None:
+            logits = (torch.bmm(weight, poses) + bias.unsqueeze(2)).to(shares.dtype)
             shares = shares + logits.log_softmax(dim=1)  # [I, J, N]
             log_parents = shares.logsumexp(dim=0)
             couplings = (shares - log_parents).exp().to(poses.dtype)

@@ -84,6 +84,27 @@ def test_cpu_allocates_a_twentieth_of_the_plain_form(sizes):
     assert ours * 20 <= plain
 
 
+@pytest.mark.parametrize("device", ["cpu", "triton"])
+def test_self_attention_allocates_a_fraction_of_the_plain_form(device, form):
+    from capszoo.kernels import counts
+    from capszoo.kernels.self_attention import cpu, ops, reference
+
+    if device == "cpu" and form == "per_class":
+        pytest.skip("the forms are Triton's")
+    sizes = (128, 1152, 8), (1152, 8, 10, 16), (1152, 10), (128, 10, 16)
+    module, place = (cpu, "cpu") if device == "cpu" else (ops.launchers, "meta")
+    x, weight, prior, grad = (torch.zeros(shape, device=place) for shape in sizes)
+    with counts.nothing_launched(), Allocations() as ours:
+        s, total = module.forward(x, weight, prior, True)
+        gradients = module.backward(grad, x, weight, prior, total, True)
+    del s, gradients
+    inputs = [torch.zeros(shape, device="meta", requires_grad=True) for shape in sizes[:3]]
+    with Allocations() as plain:
+        torch.autograd.grad(reference.self_attention_routing(*inputs), inputs, torch.zeros(sizes[3], device="meta"))
+    print(f"{device} {ours.peak / 2**20:.1f} MiB, plain {plain.peak / 2**20:.1f} MiB")
+    assert ours.peak * 7 <= plain.peak
+
+
 @pytest.mark.parametrize("approximate", [False, True])
 def test_training_saves_nothing_for_higher_derivatives(approximate):
     """A forward pass keeps its inputs and the sums of votes, a backward pass nothing."""

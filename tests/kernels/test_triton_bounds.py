@@ -125,6 +125,21 @@ def test_routing(watch, form):
 
 
 @interpreted
+def test_self_attention(watch, form):
+    from capszoo.kernels.self_attention.ops import launchers
+
+    for B, N, K, J, D in [(1, 1, 1, 1, 1), (17, 5, 3, 2, 3), (2, 37, 8, 3, 7)]:
+        x, weight, prior, grad = (torch.ones(shape) for shape in ((B, N, K), (N, K, J, D), (N, J), (B, J, D)))
+        _, total = launchers.forward(x, weight, prior, True)
+        launchers.backward(grad, x, weight, prior, total, True)
+    expected = {
+        "all_classes": {"uniform", "route", "gradients"},
+        "per_class": {"statistics", "sum", "dposes", "dweight"},
+    }
+    assert watch.touched.keys() == {f"{name}_kernel" for name in expected[form]}
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(1, 1), (300, 5), (2, 1030)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_squash(watch, shape, dtype):
