@@ -271,7 +271,8 @@ class SelfRouting(nn.Module):
             poses.shape[1] == self.num_capsules,
             f"class capsules of {self.num_capsules} capsules got {poses.shape[1]}: make the model for this img_size",
         )
-        return self_routing_scores(poses, log_activations, self.weight, self.bias, self.couplings)
+        scores = self_routing_scores(poses, log_activations, self.weight, self.bias, self.couplings)
+        return scores.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         num_capsules, num_classes, caps_dim = self.weight.shape
