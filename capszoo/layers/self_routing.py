@@ -181,9 +181,10 @@ class ConvSelfRouting(nn.Module):
                 nn.init.zeros_(parameter)
 
     def _patches(self, x: Tensor, border: float) -> Tensor:
-        """What the kernel covers of a map ``[C, H, W, B]`` at each of its positions, ``[k*k, C, H', W', B]``."""
+        """What the kernel covers of a map ``[B, C, H, W]`` at each of its positions, ``[k*k, C, H', W', B]``."""
         k, pad, stride = self.kernel_size, self.kernel_size // 2, self.stride
-        x = F.pad(x, [0, 0, pad, pad, pad, pad], value=border)
+        # Images last from here on: patches are then copied in runs of them, see also `weighted_votes`.
+        x = F.pad(x, [pad, pad, pad, pad], value=border).permute(1, 2, 3, 0).contiguous()
         rows, columns = x.shape[1] - k + 1, x.shape[2] - k + 1
         slices = []
         for p in range(k):
@@ -193,12 +194,13 @@ class ConvSelfRouting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map capsules ``[B, A*(1 + K), H, W]``, see :func:`split_capsules`, to capsules of the same form above."""
-        # Images last from here on: patches are then copied in runs of them, see also `weighted_votes`.
-        x = x.to(self.vote_weight.dtype).permute(1, 2, 3, 0).contiguous()
-        poses = self._patches(x[self.num_types :], 0.0).unflatten(1, (self.num_types, -1))  # [k*k, A, K, H', W', B]
+        log_activations, poses = x.to(self.vote_weight.dtype).split(
+            [self.num_types, x.shape[1] - self.num_types], dim=1
+        )
+        poses = self._patches(poses, 0.0).unflatten(1, (self.num_types, -1))  # [k*k, A, K, H', W', B]
         places = poses.shape[3:]
         poses = poses.flatten(3).flatten(0, 1)  # [I, K, N]
-        shares = self._patches(x[: self.num_types], -math.inf).flatten(2).flatten(0, 1)  # [I, N]
+        shares = self._patches(log_activations, -math.inf).flatten(2).flatten(0, 1)  # [I, N]
         shares = shares.to(torch.promote_types(shares.dtype, torch.float32)).log_softmax(dim=0).unsqueeze(1)
         weight, bias = self.weight, self.bias  # of which TorchScript knows after the check that they are tensors
         if weight is not None and bias is not None:

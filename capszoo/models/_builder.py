@@ -3,14 +3,13 @@
 Functions whose first argument is `self` become methods where a class names them; there is no base class.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ __all__ = [
     "check_drop_rate",
     "check_pool",
     "check_sizes",
-    "checkpoint_once",
     "conv_grid",
     "digits_cfg",
     "forward_capsules",
@@ -141,26 +139,6 @@ def conv_grid(height: int, width: int, kernel_size: int) -> tuple[int, int]:
 def strided_grid(grid: tuple[int, int], stride: int) -> tuple[int, int]:
     """Size of the map after a padded convolution, which keeps every `stride`-th position."""
     return -(-grid[0] // stride), -(-grid[1] // stride)
-
-
-@contextmanager
-def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm count into copies of its statistics, which are then dropped."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, dict(norm._buffers)) for norm in norms]
-    for norm, buffers in kept:
-        norm._buffers.update({key: None if buffer is None else buffer.clone() for key, buffer in buffers.items()})
-    try:
-        yield
-    finally:
-        for norm, buffers in kept:
-            norm._buffers.update(buffers)
-
-
-@torch.jit.ignore
-def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
-    """Compute a module again in the backward pass instead of keeping its maps; BatchNorm counts the batch once."""
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _kept_statistics(module)))
 
 
 @torch.jit.ignore

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, ConvCaps, ConvDynamicRouting, DeconvDecoder, capsule_lengths
 from capszoo.models import _builder
+from capszoo.models._checkpointing import checkpoint_once
 from capszoo.models._couplings import couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -220,7 +221,7 @@ class DeepCaps(nn.Module):
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
         cells = [cell for cell in (self.cell1, self.cell2, self.cell3, self.cell4) if not isinstance(cell, nn.Identity)]
-        run = _builder.checkpoint_once if self.grad_checkpointing else nn.Module.__call__
+        run = checkpoint_once if self.grad_checkpointing else nn.Module.__call__
         return [lambda x: run(cells[0], self._stem(x)), *(partial(run, cell) for cell in cells[1:])]
 
     @torch.jit.ignore

@@ -21,6 +21,7 @@ from capszoo.arguments import SearchedArgument
 from capszoo.layers.self_routing import COUPLINGS, ConvSelfRouting, PoseCaps, SelfRouting
 from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder
+from capszoo.models._checkpointing import checkpoint_once
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["SelfRoutingNet"]
@@ -236,7 +237,7 @@ class SelfRoutingNet(nn.Module):
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
         modules = [self.layer1, self.layer2, self.layer3, self.primary_caps, *self.conv_caps]
-        run = _builder.checkpoint_once if self.grad_checkpointing else nn.Module.__call__
+        run = checkpoint_once if self.grad_checkpointing else nn.Module.__call__
         rest = [partial(run, module) for module in modules[1:] if not isinstance(module, nn.Identity)]
         return [lambda x: run(self.layer1, self._stem(x)), *rest]
 
