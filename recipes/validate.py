@@ -10,8 +10,9 @@
 class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
 changed images (capszoo/engine/robustness.py says how). Where images show several classes, top1 is the exact-match
 accuracy (the fraction of images of which just those are predicted); measured, too, are the mean average precision, and
-as `exact_top_k` the fraction of images whose k classes have the k highest scores.
-The margin loss has the margins that the header of the weights names, the paper's where it names none.
+as `exact_top_k` the fraction of images whose k classes have the k highest scores. Where one class has twice the images
+of another, the balanced accuracy (the mean of the classes' own) is printed. The margin loss has the margins that the
+header of the weights names, the paper's where it names none; weights of the classes that training had are left out.
 """
 
 import argparse
@@ -42,6 +43,8 @@ from capszoo.pretrained import image_statistics
 
 # Of data sets whose images show several classes.
 OF_SEVERAL = ("mean_average_precision", "exact_top_k")
+# From this ratio of the largest class to the smallest on, the balanced accuracy is printed beside the accuracy.
+UNBALANCED = 2
 COLUMNS = (
     "model",
     "top1",
@@ -104,6 +107,12 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
         cells = [f"[bold]{n}[/bold]" if i == index else (str(n) if n else ".") for i, n in enumerate(row)]
         table.add_row(name, *cells, f"{row[index] / sum(row):.4f}" if sum(row) else "-")
     return table
+
+
+def is_unbalanced(evaluation: Evaluation) -> bool:
+    """Whether some class has so many more images than another that the accuracy is mostly that class's."""
+    counts = evaluation.confusion.sum(dim=1)
+    return int(counts.max()) >= UNBALANCED * int(counts.min())
 
 
 def class_table(evaluation: Evaluation, class_names: list[str]) -> Table:
@@ -206,6 +215,8 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
         if result.mean_average_precision is not None:
             accuracy += f"  mean average precision {result.mean_average_precision:.4f}"
         accuracy += f"  k longest {result.exact_top_k:.4f}"
+    elif is_unbalanced(result):
+        accuracy += f"  balanced accuracy {result.balanced_accuracy:.4f}"
     console.print(
         f"{name} on {dataset} {args.split} ({len(split):,} images)\n"
         f"{accuracy}  margin loss {result.margin_loss:.5f}  reconstruction error "
@@ -225,7 +236,12 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
             "class_confusion": dict(zip(data.class_names, result.class_confusion.tolist(), strict=True)),
         }
     else:
-        by_class = {"confusion": result.confusion.tolist()}
+        recall = [None if math.isnan(value) else value for value in result.recall.tolist()]
+        by_class = {
+            "balanced_accuracy": result.balanced_accuracy,
+            "recall": dict(zip(data.class_names, recall, strict=True)),
+            "confusion": result.confusion.tolist(),
+        }
     if args.json:
         write_json(
             Path(args.json),

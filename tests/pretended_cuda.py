@@ -161,6 +161,7 @@ def pytest_configure():
 def operators():
     """Each operator, and its kernel for CUDA."""
     from capszoo.kernels import ops
+    from capszoo.kernels.inverted_attention import ops as inverted_attention
     from capszoo.kernels.self_attention import ops as self_attention
 
     return [
@@ -168,6 +169,8 @@ def operators():
         (ops.squash_backward_op, ops._squash_backward_cuda),
         (ops.dynamic_routing_op, ops._routing_cuda),
         (ops.dynamic_routing_backward_op, ops._routing_backward_cuda),
+        (inverted_attention.forward_op, inverted_attention._forward_cuda),
+        (inverted_attention.backward_op, inverted_attention._backward_cuda),
         (self_attention.forward_op, self_attention._forward_cuda),
         (self_attention.backward_op, self_attention._backward_cuda),
     ]
@@ -176,6 +179,7 @@ def operators():
 def launchers():
     """Modules of Triton kernels, the names of their launchers, and the PyTorch operators that take their places."""
     from capszoo.kernels import dispatch, ops
+    from capszoo.kernels.inverted_attention import ops as inverted_attention
     from capszoo.kernels.self_attention import ops as self_attention
 
     return [
@@ -183,6 +187,8 @@ def launchers():
         (dispatch.triton_squash, "squash_backward", ops._squash_backward),
         (dispatch.triton_routing, "dynamic_routing", ops._routing),
         (dispatch.triton_routing, "dynamic_routing_backward", routing_backward),
+        (inverted_attention.launchers, "forward", inverted_attention._forward),
+        (inverted_attention.launchers, "backward", inverted_attention._backward),
         (self_attention.launchers, "forward", self_attention._forward),
         (self_attention.launchers, "backward", self_attention._backward),
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .decoding import Size
 
-__all__ = ["draw_affine", "sample_affine"]
+__all__ = ["draw_affine", "inverse_maps", "sample_affine"]
 
 # Tieleman's affine variant of MNIST (2013): rotation up to 20 degrees, shear up to 0.2, each axis at 0.8 to 1.2 times
 # its size, all uniform.
@@ -29,6 +29,24 @@ def draw_affine(count: int, generator: torch.Generator) -> Tensor:
     cos, sin, nothing = angle.cos(), angle.sin(), torch.zeros_like(angle)
     stretched = torch.stack([torch.stack([across, shear * down], 1), torch.stack([nothing, down], 1)], dim=1)
     return torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], dim=1) @ stretched
+
+
+def inverse_maps(radians: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
+    """Where in an image each point of its rotated, rescaled and sheared form comes from, in pixels from the centre.
+
+    The image is sheared, rescaled and rotated about its centre, in this order, as torchvision's `affine` does.
+
+    Args:
+        radians: Angles `[B]`, clockwise.
+        scale: Size of the content over its size before `[B]`.
+        shear: Tangents of the shear along the rows `[B]`.
+
+    Returns:
+        Linear maps of places (x, y) `[B, 2, 2]`.
+    """
+    cos, sin = radians.cos() / scale, radians.sin() / scale
+    rows = (cos - shear * sin, sin + shear * cos), (-sin, cos)
+    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
 def sample_affine(images: Tensor, inverse: Tensor, shifts: Tensor | None = None, size: Size | None = None) -> Tensor:

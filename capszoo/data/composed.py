@@ -16,8 +16,9 @@ from capszoo.errors import DataError
 
 from .affine import draw_affine, sample_affine
 from .decoding import Size, to_uint8
-from .loader import Split, seeded_generator
 from .readers import ArrayReader
+from .seeding import seeded_generator
+from .splits import Split
 
 __all__ = ["move_digits", "pair_digits"]
 

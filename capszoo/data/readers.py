@@ -6,6 +6,7 @@ read as a whole or while it is used.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,22 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from capszoo import _moved
 from capszoo.errors import DataError, one_line
 
-from .decoding import Size, decode, header, not_an_image, sizes_differ, to_uint8
+from .decoding import Size, decode, from_pil, header, not_an_image, sizes_differ, to_pil, to_uint8
 
 __all__ = ["ArrayReader", "FileReader", "Reader", "Size", "Source", "TimmReader", "sizes_differ", "to_uint8"]
 
 # Channels that images of so many can be given, beside their own.
 _OTHER_CHANNELS = {1: (3,), 2: (1,), 3: (1,)}
+
+
+# What changes each of the images that are read, in the size that they have in their files.
+Transforms = Sequence[Callable[[Image.Image], Image.Image]]
 
 
 class Reader(Protocol):
@@ -33,8 +39,8 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Return the images at `indices` as uint8 `[len(indices), C, H, W]`."""
+    def read(self, indices: Sequence[int], transforms: Transforms | None = None) -> Tensor:
+        """Return the images at `indices`, changed by their `transforms`, as uint8 `[len(indices), C, H, W]`."""
         ...
 
 
@@ -88,7 +94,7 @@ class ArrayReader:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(self, indices: Sequence[int], transforms: Transforms | None = None) -> Tensor:
         images = self.images[list(indices)]
         channels, *size = self.image_shape
         if channels == 1 and images.shape[1] == 3:  # ITU-R 601-2, as PIL's "L"
@@ -97,7 +103,11 @@ class ArrayReader:
             images = images[:, :1]
         if list(images.shape[2:]) != size:
             images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-        return to_uint8(images).expand(-1, channels, -1, -1).contiguous()
+        images = to_uint8(images).expand(-1, channels, -1, -1).contiguous()
+        if transforms is not None:
+            changed = [transform(to_pil(image)) for transform, image in zip(transforms, images, strict=True)]
+            images = torch.stack([from_pil(image) for image in changed])
+        return images
 
 
 class FileReader:
@@ -115,11 +125,13 @@ class FileReader:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(self, indices: Sequence[int], transforms: Transforms | None = None) -> Tensor:
         images = []
-        for index in indices:
+        for index, transform in zip(indices, transforms or itertools.repeat(None), strict=False):
             try:
-                images.append(decode(self.paths[index], self.image_shape[0], self.image_shape[1:]))
+                images.append(decode(self.paths[index], self.image_shape[0], self.image_shape[1:], transform))
+            except DataError:  # of a transform
+                raise
             except Exception as error:  # PIL's decoders raise anything at damaged files
                 raise not_an_image(self.paths[index], error) from error
         return torch.stack(images)
@@ -149,12 +161,14 @@ class TimmReader:
     def __len__(self) -> int:
         return len(self.items)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(self, indices: Sequence[int], transforms: Transforms | None = None) -> Tensor:
         channels, size = self.image_shape[0], self.image_shape[1:]
         images = []
-        for index in indices:
+        for index, transform in zip(indices, transforms or itertools.repeat(None), strict=False):
             try:
-                images.append(decode(self.items[index][0], channels, size if self.resize else None))
+                images.append(decode(self.items[index][0], channels, size if self.resize else None, transform))
+            except DataError:
+                raise
             except Exception as error:
                 raise self._damaged(index, error) from error
             found = images[-1].shape[1], images[-1].shape[2]

@@ -20,10 +20,10 @@ from torch import Tensor
 from capszoo.errors import DataError, one_line
 
 from .decoding import Size
-from .loader import Loader, Split
+from .loader import Loader
 from .readers import Reader, Source
 from .sources import Request, default_translate, list_datasets, open_source
-from .splits import DataSplits, stratified
+from .splits import DataSplits, Split, stratified
 
 _logger = logging.getLogger(__name__)
 

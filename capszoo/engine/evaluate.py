@@ -14,6 +14,7 @@ from capszoo.losses import margin_loss, reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.pretrained import image_statistics
 
+from .criteria import without_weights
 from .distributed import ALONE, Ranks
 from .metrics import average_precision, right_answers, right_sets, shows
 from .task import CapsuleTask, Normalization, reconstruct_parts
@@ -27,7 +28,8 @@ class Evaluation:
         top1: Fraction of images whose longest class capsule is the right one. Where labels are weights of the classes,
             the exact-match accuracy: the fraction of images of which just the classes present are predicted, see
             :mod:`capszoo.engine.metrics`.
-        loss: Mean over images of the criterion that was trained with, the margin loss if none is known.
+        loss: Mean over images of the criterion that was trained with, but without its weights of the classes; of the
+            margin loss if none is known.
         reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
             capsule; None without decoder. Of images with parts, the sum over the parts, each drawn from the capsule of
             its own class.
@@ -48,6 +50,21 @@ class Evaluation:
     average_precision: Tensor | None = None
     mean_average_precision: float | None = None
     exact_top_k: float | None = None
+
+    @property
+    def recall(self) -> Tensor | None:
+        """Fraction of each class's images that are found ``[J]``, NaN where there are none.
+
+        None where labels are weights of the classes.
+        """
+        if self.confusion is None:
+            return None
+        return self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """Mean recall of the classes that have images; None where labels are weights of the classes."""
+        return None if self.recall is None else float(self.recall.nanmean())
 
     @property
     def margin_loss(self) -> float:
@@ -83,6 +100,7 @@ def evaluate(
     """
     is_task = isinstance(task, CapsuleTask)
     model, criterion = (task.get_eval_model(ema=task.has_ema()), task.criterion) if is_task else (task, margin_loss)
+    criterion = without_weights(criterion)
     if isinstance(loader, Loader):
         check_statistics(model, loader.split)
     device = next(model.parameters()).device

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from capszoo.data import seeded_generator
 from capszoo.data.affine import draw_affine, sample_affine
-from capszoo.data.loader import seeded_generator
 from capszoo.precision import autocast
 
 from .metrics import right_answers

@@ -30,6 +30,7 @@ class TrainingStep:
         cuda_graphs: Capture the step of a batch size once and replay it, where that is possible.
         skips: Leave out every step whose loss or gradient is not finite, which waits for the device once a step.
         ranks: The processes that train together.
+        mixed_labels: Labels are weights of the classes of images that are mixed of one class each.
 
     Attributes:
         loss: That of the last step, on the device.
@@ -50,7 +51,9 @@ class TrainingStep:
         cuda_graphs: bool = True,
         skips: bool = False,
         ranks: Ranks = ALONE,
+        mixed_labels: bool = False,
     ):
+        self.mixed_labels = mixed_labels
         self.task, self.optimizer, self.device, self.amp = task, optimizer, device, amp
         self.clip_grad, self.micro_batch, self.skips, self.ranks = clip_grad, micro_batch, skips, ranks
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -164,7 +167,7 @@ class TrainingStep:
         images = min(count, len(labels))
         loss = result["loss"].detach()
         self.loss += loss * (images / max(count, 1))
-        right = right_answers(result["output"], labels).sum()
+        right = right_answers(result["output"], labels.argmax(dim=1) if self.mixed_labels else labels).sum()
         means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
         self.sums[:3] += means * images
         self.sums[3] += right * min(images, 1)

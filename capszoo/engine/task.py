@@ -147,7 +147,7 @@ class CapsuleTask(TrainingTask):
         self.trainable_module = _CapsuleForward(model)
         if criterion is None:
             criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
-        self.criterion = criterion
+        self.criterion = criterion if device is None else criterion.to(device)  # it may have weights of the classes
         self.normalization = Normalization(model, device)
         self.reconstruction_weight = reconstruction_weight
 

@@ -23,7 +23,10 @@ def warm_up(trainer: "Trainer") -> None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), task.no_sync():
         for size in train:
             with autocast(device, trainer.amp):
-                loss = task(*_blank_batch(trainer.train_split, size, device))["loss"]
+                images, labels, *parts = _blank_batch(trainer.train_split, size, device)
+                if trainer.mixed_labels:
+                    labels = torch.zeros(size, task.model.num_classes, device=device)
+                loss = task(images, labels, *parts)["loss"]
             loss.backward()
         for size in evaluated:
             batch = _blank_batch(trainer.val_split, size, device)

@@ -6,7 +6,7 @@ from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
 from .deep_caps import ConvCaps, ConvDynamicRouting, DeconvDecoder
 from .depthwise import DepthwiseConv2d
-from .functional import capsule_lengths, dynamic_routing, squash
+from .functional import capsule_lengths, dynamic_routing, inverted_attention_routing, squash
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
@@ -38,6 +38,7 @@ __all__ = [
     "exponential_squash",
     "fan_in_scale",
     "fold_scales",
+    "inverted_attention_routing",
     "join_capsules",
     "list_routings",
     "self_attention_routing",

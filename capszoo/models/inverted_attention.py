@@ -16,60 +16,22 @@ import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps, conv_caps_size
+from capszoo.layers.stems import create_stem
+from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["InvertedAttentionCapsNet"]
-
-BACKBONES = ("resnet", "conv")
 
 # Sides and strides of the kernels of the convolutional capsules.
 _KERNEL_SIZE = 3
 _STRIDES = (2, 1)
 # Far above what any paper uses, and a bound to what the header of a file can make a forward pass cost.
 _MAX_PASSES = 100
-
-
-class ConvStem(nn.Module):
-    """The paper's simple backbone: one convolution of stride 2 with bias, and ReLU."""
-
-    def __init__(self, in_chans: int, out_chans: int, **dd: Any):
-        super().__init__()
-        self.conv = nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, **dd)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv(x))
-
-
-class ResNetStem(nn.Module):
-    """The paper's ResNet backbone: a convolution and stages of basic blocks; all stages but the first halve the map."""
-
-    def __init__(self, in_chans: int, dims: tuple[int, ...], depths: tuple[int, ...], **dd: Any):
-        super().__init__()
-        self.conv = nn.Conv2d(in_chans, dims[0], 3, padding=1, bias=False, **dd)
-        self.norm = nn.BatchNorm2d(dims[0], **dd)
-        self.act = nn.ReLU(inplace=True)
-        blocks: list[nn.Module] = []
-        channels = dims[0]
-        for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            for block in range(depth):
-                stride = 2 if stage and block == 0 else 1
-                shortcut = None
-                if stride > 1 or channels != dim:
-                    conv = nn.Conv2d(channels, dim, 1, stride=stride, bias=False, **dd)
-                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(dim, **dd))
-                blocks.append(BasicBlock(channels, dim, stride, shortcut, **dd))
-                channels = dim
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.act(self.norm(self.conv(x))))
 
 
 class InvertedAttentionCapsNet(nn.Module):
@@ -142,7 +104,6 @@ class InvertedAttentionCapsNet(nn.Module):
         if num_hidden < 0:
             raise ValueError(f"num_hidden={num_hidden} is not possible: it must be 0 or more")
         stem_dims, stem_depths = tuple(stem_dims), tuple(stem_depths)
-        _check_stem(backbone, stem_dims, stem_depths)
         height, width = to_2tuple(img_size)
         self.in_chans, self.img_size = in_chans, (height, width)
         self.global_pool, self.drop_rate = global_pool, drop_rate
@@ -152,6 +113,7 @@ class InvertedAttentionCapsNet(nn.Module):
             given, img_size=[height, width], stem_dims=list(stem_dims), stem_depths=list(stem_depths)
         )
 
+        self.stem = create_stem(backbone, in_chans, stem_dims, stem_depths, **dd)
         halvings = 1 if backbone == "conv" else len(stem_dims) - 1
         self.grid_size = (-(-height // 2**halvings), -(-width // 2**halvings))
         top = self.grid_size
@@ -166,10 +128,6 @@ class InvertedAttentionCapsNet(nn.Module):
                 f"img_size={height}x{width} is too small: the convolutions need {least} pixels each way, resize the "
                 f"images"
             )
-        if backbone == "conv":
-            self.stem: nn.Module = ConvStem(in_chans, stem_dims[0], **dd)
-        else:
-            self.stem = ResNetStem(in_chans, stem_dims, stem_depths, **dd)
         self.primary_caps = MatrixPrimaryCaps(stem_dims[-1], num_types, pose_size, **dd)
         self.num_features = num_types * pose_size**2
         self.head_hidden_size = self.num_features * self.grid_size[0] * self.grid_size[1]
@@ -185,7 +143,6 @@ class InvertedAttentionCapsNet(nn.Module):
         ]
         self._num_capsules, self._num_hidden = num_types * top[0] * top[1], num_hidden
         self._pose_size = pose_size
-        self.caps = nn.ModuleList()
         self._build_head(num_classes, **dd)
 
     @torch.jit.ignore
@@ -195,12 +152,13 @@ class InvertedAttentionCapsNet(nn.Module):
             raise ValueError(f"num_classes={num_classes} is not possible: it must be 0 or more")
         self.num_classes = num_classes
         dd["pose_size"] = self._pose_size
-        if not num_classes:
-            self.caps = nn.ModuleList()
-        elif not len(self.caps):
+        if not num_classes or not hasattr(self, "caps"):
+            self.caps = nn.ModuleList().train(self.training)
+        if num_classes and not len(self.caps):
             self.caps.extend(InvertedAttentionConvCaps(**args, **dd) for args in self._conv_caps_args)
             if self._num_hidden:
                 self.caps.append(InvertedAttentionCaps(self._num_capsules, self._num_hidden, **dd))
+            self.caps.train(self.training)
         num_capsules = self._num_hidden or self._num_capsules
         self.class_caps = InvertedAttentionCaps(num_capsules, num_classes, **dd) if num_classes else nn.Identity()
         side = dd.pop("pose_size")
@@ -238,7 +196,7 @@ class InvertedAttentionCapsNet(nn.Module):
     @torch.jit.ignore
     def default_criterion(self) -> nn.Module:
         """Cross-entropy, as in the paper."""
-        return nn.CrossEntropyLoss()
+        return CrossEntropyLoss()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -298,10 +256,10 @@ class InvertedAttentionCapsNet(nn.Module):
     def _route_sequentially(self, x: Tensor) -> Tensor:
         for layer in self.caps:
             below = x
-            x = layer(below)
+            x = layer(below, None)
             for _ in range(1, self.num_passes):
                 x = layer(below, x)
-        capsules = self.class_caps(x)
+        capsules = self.class_caps(x, None)
         for _ in range(1, self.num_passes):
             capsules = self.class_caps(x, capsules)
         return capsules
@@ -311,20 +269,23 @@ class InvertedAttentionCapsNet(nn.Module):
 
         A new pose moves up by one layer a pass: of two passes the second is that of the class capsules alone.
         """
-        x, poses = primary, []
+        below, poses = primary, [primary]
         for layer in self.caps:
-            x = layer(x)
-            poses.append(x)
-        capsules = self.class_caps(x)
+            below = layer(below, None)
+            poses.append(below)
+        capsules = self.class_caps(below, None)
         for number in range(1, self.num_passes):
-            below, new = primary, []
-            for i, layer in enumerate(self.caps):
-                reaches = number + len(self.caps) - i < self.num_passes
-                new.append(layer(below, poses[i]) if reaches else poses[i])
-                below = poses[i]
-            capsules = self.class_caps(below, capsules)
-            poses = new
+            capsules = self.class_caps(poses[-1], capsules)
+            poses = self._next_poses(poses, self.num_passes - number)
         return capsules
+
+    def _next_poses(self, poses: list[Tensor], num_left: int) -> list[Tensor]:
+        """One pass of all layers below the class capsules; those too far from them for the passes left stay."""
+        following = [poses[0]]
+        for i, layer in enumerate(self.caps):
+            reaches = len(self.caps) - i < num_left
+            following.append(layer(poses[i], poses[i + 1]) if reaches else poses[i + 1])
+        return following
 
     @torch.jit.ignore
     def forward_capsules(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,8 +297,7 @@ class InvertedAttentionCapsNet(nn.Module):
         Raises:
             RuntimeError: If the model has no class capsules (`num_classes=0`).
         """
-        if self.num_classes == 0:
-            raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+        _builder.check_classes(self)
         poses = self._route(self.forward_features(x))
         side = self.primary_caps.pose_size
         return poses.unflatten(2, (side, side)), self.fc(poses).squeeze(2)
@@ -353,18 +313,6 @@ class InvertedAttentionCapsNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the logits of the classes ``[B, J]``; the largest is the class."""
         return self.forward_head(self.forward_features(x))
-
-
-def _check_stem(backbone: str, dims: tuple[int, ...], depths: tuple[int, ...]) -> None:
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}. Known: {', '.join(BACKBONES)}")
-    if backbone == "conv" and (len(dims) != 1 or min(dims) < 1):
-        raise ValueError(f"stem_dims={dims} is not possible: backbone='conv' takes one number of filters of 1 or more")
-    if backbone == "resnet" and (not dims or len(dims) != len(depths) or min(*dims, *depths) < 1):
-        raise ValueError(
-            f"stem_dims={dims} and stem_depths={depths} are not possible: give a number of filters and of blocks, "
-            f"each 1 or more, for each stage"
-        )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class Run:
         say: Callable[[str], None],
         should_stop: Callable[[], bool],
     ):
-        self.options, self.training, self.criterion, self.data = options, options.training, criterion, data
+        self.options, self.training, self.criterion, self.data = options, options.training, criterion.to(device), data
         self.plan, self.folder, self.device, self.say, self.should_stop = plan, folder, device, say, should_stop
         self.amp = resolve_amp(self.training.amp, device)
         self.rows: list[dict[str, Any]] = []

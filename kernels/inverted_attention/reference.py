@@ -5,21 +5,13 @@ arXiv 2002.04764), section 3 and procedure 1. Notation: B samples; a map of I ca
 P x P numbers; kernels of k x k positions; J types of parents at H' x W' positions. The children of a parent are the
 I k^2 capsules of its patch. Class capsules are the case of a map of one position.
 
-It stores the votes, as the public code does: 4 H' W' k^2 I J P^2 bytes a sample in float32.
+Everything is differentiated by autograd and made of standard operators without a branch on data. Half precision is
+computed in float32, float64 in float64. It stores the votes, as the public code does: 4 H' W' k^2 I J P^2 bytes a
+sample in float32.
 """
 
 import torch
 from torch import Tensor
-
-from ..patches import capsule_patches
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Half precision is stored as it comes and computed in float32."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def capsule_votes(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -34,10 +26,17 @@ def capsule_votes(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         `[k * k * I, B, H', W', P, P, J]`.
     """
     k, num_types, side, num_parents = weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[5]
-    children = capsule_patches(x, k, stride).permute(6, 7, 1, 0, 4, 5, 2, 3)
-    batch, height, width = children.shape[3:6]
+    height, width = (x.shape[4] - k) // stride + 1, (x.shape[5] - k) // stride + 1
+    places = []  # slices, where ONNX has no views of patches
+    for row in range(k):
+        of_row = x[:, :, :, :, row : row + (height - 1) * stride + 1 : stride]
+        for column in range(k):
+            places.append(of_row[:, :, :, :, :, column : column + (width - 1) * stride + 1 : stride])
+    children = torch.stack(places).permute(0, 2, 1, 5, 6, 3, 4)  # [k * k, I, B, H', W', P, P]
+    batch = x.shape[0]
     rows = children.reshape(k * k * num_types, batch * height * width * side, side)
-    votes = rows @ weight.reshape(k * k * num_types, side, side * num_parents)
+    # Under autocast the product comes in half precision.
+    votes = (rows @ weight.reshape(k * k * num_types, side, side * num_parents)).to(x.dtype)
     return votes.reshape(k * k * num_types, batch, height, width, side, side, num_parents)
 
 
@@ -56,7 +55,7 @@ def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None
     Returns:
         The sums s before layer normalisation, `[B, J, P, P, H', W']`, in the dtype of `x`.
     """
-    dtype = compute_dtype(x, weight)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     votes = capsule_votes(x.to(dtype), weight.to(dtype), stride)
     if parents is None:
         sums = votes.sum(0) / weight.shape[5]

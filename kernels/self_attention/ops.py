@@ -24,8 +24,10 @@ launchers = triton_module(".self_attention.triton")
 
 # Numbers in the votes of a batch up to which a CPU is faster with the reference: they fit into cache, and what an
 # operator costs to call counts. With 16 capsules of 8 numbers and 10 classes of 16 on one core, forward and backward
-# took 0.71 ms at 16 samples and the operator 0.93, at 64 samples 1.9 and 1.6, at 128 samples 8.7 and 2.7.
+# took 0.71 ms at 16 samples and the operator 0.93, at 64 samples 1.9 and 1.6, at 128 samples 8.7 and 2.7. So it is with
+# one or two samples of more capsules, whose votes are few beside the matrices: 3.4 and 4.2 ms for one of 1152 capsules.
 FEW_VOTES = 2**17
+FEW_BESIDE_MATRICES = 0.25
 
 
 @kernel
@@ -139,7 +141,8 @@ def _are_few_votes(x: Tensor, weight: Tensor) -> bool:
     """Whether to store them all. A graph does not ask: its operator is for any batch size."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return x.shape[0] * x.shape[1] * weight.shape[2] * weight.shape[3] <= FEW_VOTES
+    votes = x.shape[0] * x.shape[1] * weight.shape[2] * weight.shape[3]
+    return votes <= max(FEW_VOTES, FEW_BESIDE_MATRICES * weight.numel())
 
 
 def self_attention_routing(x: Tensor, weight: Tensor, prior: Tensor, attention: bool = True) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from models.names import CAPSNETS
+from families import CAPSNETS
 
 import capszoo
 from capszoo.layers import capsule_lengths

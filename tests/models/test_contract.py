@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from models.names import CAPSNETS
+from families import CAPSNETS
 from timm.data.model_config import resolve_input_data_config
 from timm.models import group_parameters
 from timm.models._manipulate import reinit_non_persistent_buffers

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from models.names import small_sizes
+from families import sizes_of
 from timm.layers import create_feature_extractor
 from timm.models import group_parameters
 from timm.utils.onnx import onnx_export
@@ -17,7 +17,7 @@ from capszoo.models import DeepCaps
 from capszoo.testing import check_model
 
 NAME = "deepcaps"
-SMALL = dict(**small_sizes(NAME), img_size=20)
+SMALL = dict(**sizes_of(NAME), img_size=20)
 
 
 def small(**kwargs):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from models.names import CAPSNETS
+from families import CAPSNETS
 from timm.layers import create_feature_extractor
 from timm.models import FeatureGraphNet
 from timm.utils.onnx import onnx_export

@@ -1,11 +1,16 @@
 """Networks of inverted dot-product attention routing: the paper's numbers, passes, both contracts, training."""
 
+import warnings
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.utils.onnx import onnx_export
 
 import capszoo
 from capszoo.engine.task import CapsuleTask
+from capszoo.losses import CrossEntropyLoss
 from capszoo.models import InvertedAttentionCapsNet
 from capszoo.testing import check_model
 
@@ -117,7 +122,7 @@ def test_errors(message):
 def test_task_trains():
     model = small(num_classes=3, num_passes=3, num_types=6, pose_size=3)
     task, x, target = CapsuleTask(model, verbose=False), images(12), torch.arange(12) % 3
-    assert isinstance(task.criterion, torch.nn.CrossEntropyLoss)
+    assert isinstance(task.criterion, CrossEntropyLoss)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     losses = []
     for _ in range(20):
@@ -127,3 +132,44 @@ def test_task_trains():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("kwargs", [dict(num_passes=3, num_hidden=4), dict(concurrent=False)], ids=str)
+def test_ways_out(kwargs, tmp_path):
+    model, x = small(**kwargs).eval(), images()
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for fused in (True, False):
+            with capszoo.set_fused_routing(fused):
+                torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+        onnx_export(model, str(tmp_path / "model.onnx"), example_input=x, check=False)
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_new_classes_keep_the_layers_below():
+    model = small().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.reset_classifier(3)
+    kept = {key for key, value in model.state_dict().items() if value.equal(before[key])}
+    assert {key for key in before if not key.startswith(("class_caps", "fc"))} <= kept
+    model.reset_classifier(0)
+    assert not any(key.startswith(("caps", "class_caps", "fc")) for key in model.state_dict())
+    model.reset_classifier(5)
+    assert model(images()).shape == (2, 5) and not any(module.training for module in model.modules())
+
+
+def test_weights_of_other_shapes(tmp_path):
+    source = small(num_hidden=4).eval()
+    path = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), path)
+    kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), input_size=(3, 15, 15)), num_hidden=4)
+    assert torch.equal(small(**kwargs).eval()(images()), source(images()))
+    for other in (dict(num_classes=4), dict(num_classes=0), dict(in_chans=1), dict(img_size=20)):
+        model = small(**kwargs, **other)
+        assert torch.equal(model.primary_caps.conv.weight, source.primary_caps.conv.weight), "what fits is kept"
+        assert model.num_classes == 0 or torch.equal(model.caps[0].weight, source.caps[0].weight)

@@ -6,7 +6,7 @@ import logging
 import pytest
 import timm
 import torch
-from models.names import CAPSNETS
+from families import CAPSNETS
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 

@@ -14,7 +14,7 @@ pytestmark = [
 EXACT, TF32, HALF = (1e-5, 1e-4), (3e-3, 1e-2), (1e-2, 2e-2)
 
 
-def make_inputs(B, N, K, J, D, dtype=torch.float32, scale=0.1):
+def draw_inputs(B, N, K, J, D, dtype=torch.float32, scale=0.1):
     # N capsules: I in the kernels.
     generator = torch.Generator().manual_seed(0)
     shapes = (B, N, K), (N, K, J, D), (N, J), (B, J, D)
@@ -45,17 +45,17 @@ def check(inputs, bounds):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (16, 16, 8, 10, 16), (5, 37, 3, 7, 5), (3, 20, 8, 40, 16)])
 def test_numbers(sizes, dtype):
-    check(make_inputs(*sizes, dtype), EXACT if dtype == torch.float32 else HALF)
+    check(draw_inputs(*sizes, dtype), EXACT if dtype == torch.float32 else HALF)
 
 
 def test_autocast_allows_tf32_and_no_less():
     with torch.autocast("cuda", torch.bfloat16):
-        results = check(make_inputs(16, 64, 8, 10, 16), TF32)
+        results = check(draw_inputs(16, 64, 8, 10, 16), TF32)
     assert results[0].dtype == torch.float32
 
 
 def test_repeated_bits_and_cuda_graph():
-    inputs = make_inputs(16, 16, 8, 10, 16)
+    inputs = draw_inputs(16, 16, 8, 10, 16)
     expected = with_gradients(*inputs)
     assert all(torch.equal(*pair) for pair in zip(expected, with_gradients(*inputs), strict=True))
     graph = torch.cuda.CUDAGraph()

@@ -16,9 +16,12 @@ from capszoo.layers import functional
 WEIGHT, PRIOR = draw(4, 3, 2, 3, seed=1), draw(4, 2, seed=2)
 
 
+are_few_votes = ops._are_few_votes
+
+
 @pytest.fixture(autouse=True)
 def operator_for_any_size(monkeypatch):
-    monkeypatch.setattr(ops, "FEW_VOTES", -1)
+    monkeypatch.setattr(ops, "_are_few_votes", lambda x, weight: False)
 
 
 def make_inputs(B=3, N=6, K=4, J=5, D=7, dtype=torch.float32):
@@ -122,12 +125,21 @@ def test_what_never_reaches_triton(monkeypatch):
 
 @pytest.mark.parametrize("attention, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_opcheck(attention, dtype):
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled below
     inputs = make_inputs(dtype=dtype)
-    torch.library.opcheck(torch.ops.capszoo.self_attention_routing, (*inputs, attention))
+    torch.library.opcheck(torch.ops.capszoo.self_attention_routing, (*inputs, attention), test_utils=utils)
     s, total = torch.ops.capszoo.self_attention_routing(*inputs, attention)
-    grad = s.detach().clone().requires_grad_()
-    arguments = (grad, *inputs, total.detach(), attention, False)
-    torch.library.opcheck(torch.ops.capszoo.self_attention_routing_backward, arguments)
+    arguments = (s.detach().requires_grad_(), *inputs, total.detach(), attention, False)
+    torch.library.opcheck(torch.ops.capszoo.self_attention_routing_backward, arguments, test_utils=utils)
+
+
+def test_compiled_gradients():
+    inputs = make_inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: self_attention_routing(*t).sin(), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    expected = torch.autograd.grad(self_attention_routing(*inputs).sin().sum(), inputs)
+    torch.testing.assert_close(found, expected)
 
 
 def test_compiled_and_exported_graphs_call_the_operator_once():
@@ -165,6 +177,8 @@ def test_few_votes_are_stored(monkeypatch):
     """The plain form, of the same numbers to rounding, up to so many votes; a graph always has the operator."""
     inputs = make_inputs()
     expected = with_gradients(self_attention_routing, inputs)
+    monkeypatch.setattr(ops, "_are_few_votes", are_few_votes)
+    monkeypatch.setattr(ops, "FEW_BESIDE_MATRICES", 0)
     monkeypatch.setattr(ops, "FEW_VOTES", 3 * 6 * 5 * 7)
     calls = []
     monkeypatch.setattr(
@@ -175,6 +189,9 @@ def test_few_votes_are_stored(monkeypatch):
     monkeypatch.setattr(ops, "FEW_VOTES", 3 * 6 * 5 * 7 - 1)
     self_attention_routing(*inputs)
     assert calls == [1]
+    monkeypatch.setattr(ops, "FEW_BESIDE_MATRICES", 3 / 4)  # three samples of capsules of four numbers
+    self_attention_routing(*inputs)
+    assert calls == [1, 1]
 
 
 def operator(x, weight, prior):
