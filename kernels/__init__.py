@@ -10,6 +10,7 @@ from .couplings import routing_couplings
 from .inverted_attention import inverted_attention_routing
 from .ops import dynamic_routing, squash
 from .self_attention import self_attention_routing
+from .weighted_votes import weighted_votes
 
 __all__ = [
     "dynamic_routing",
@@ -18,4 +19,5 @@ __all__ = [
     "routing_couplings",
     "self_attention_routing",
     "squash",
+    "weighted_votes",
 ]

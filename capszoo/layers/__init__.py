@@ -5,18 +5,23 @@ from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
 from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
+from .deep_caps import ConvCaps, ConvDynamicRouting, DeconvDecoder
 from .depthwise import DepthwiseConv2d
 from .functional import capsule_lengths, dynamic_routing, inverted_attention_routing, squash
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
-from .self_routing import PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
+from .self_routing import ConvSelfRouting, PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
 
 __all__ = [
     "Backbone",
     "ClassCaps",
+    "ConvCaps",
+    "ConvDynamicRouting",
+    "ConvSelfRouting",
     "Decoder",
+    "DeconvDecoder",
     "DepthwiseConv2d",
     "DynamicRouting",
     "InvertedAttentionCaps",

@@ -12,10 +12,18 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from capszoo import kernels
 from capszoo.kernels.self_attention import reference as self_attention
+from capszoo.kernels.weighted_votes import weighted_votes_reference
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "inverted_attention_routing", "route_by_self_attention", "squash"]
+__all__ = [
+    "capsule_lengths",
+    "dynamic_routing",
+    "inverted_attention_routing",
+    "route_by_self_attention",
+    "squash",
+    "weighted_votes",
+]
 
 
 @register_notrace_function
@@ -71,6 +79,18 @@ def route_by_self_attention(x: Tensor, weight: Tensor, prior: Tensor, attention:
     if use_fused_routing():
         return kernels.self_attention_routing(x, weight, prior, attention)
     return self_attention.self_attention_routing(x, weight, prior, attention)
+
+
+@register_notrace_function
+def weighted_votes(couplings: Tensor, poses: Tensor, weight: Tensor) -> Tensor:
+    """Sum votes under given couplings ``[I, J, N]``, see :func:`capszoo.kernels.weighted_votes`."""
+    if has_torch_function_variadic(couplings, poses, weight):
+        return handle_torch_function(weighted_votes, (couplings, poses, weight), couplings, poses, weight)
+    if torch.jit.is_scripting():
+        return weighted_votes_reference(couplings, poses, weight)
+    if use_fused_routing():
+        return kernels.weighted_votes(couplings, poses, weight)
+    return weighted_votes_reference(couplings, poses, weight)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ the logarithm. So log a_j is finite whatever the poses are, where log of a sum o
 becomes log 0 as soon as one of them underflows.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from timm.layers import _assert
 from torch import Tensor, nn
 
-__all__ = ["PoseCaps", "SelfRouting", "join_capsules", "self_routing_scores", "split_capsules"]
+from .functional import weighted_votes
+
+__all__ = ["ConvSelfRouting", "PoseCaps", "SelfRouting", "join_capsules", "self_routing_scores", "split_capsules"]
 
 COUPLINGS = ("self", "uniform")
 
@@ -117,6 +120,115 @@ class PoseCaps(nn.Module):
         return torch.cat([-F.softplus(-logits), poses], dim=1)  # log sigmoid, by an operation that ONNX has
 
 
+class ConvSelfRouting(nn.Module):
+    """A convolutional layer of capsules that route themselves, with BatchNorm of the poses.
+
+    A capsule of type i at place q of a parent's patch has matrices of its own for each parent type j: with i over
+    places and types, r_ij = softmax_j(w_ij . p_i + b_ij), a_j = sum_i a_i r_ij / sum_i a_i, and
+    p_j = BatchNorm(sum_i a_i r_ij W_ij p_i / sum_i a_i r_ij). Beyond the border of the map all activations are 0.
+
+    Source: Hahn, Pyeon and Kim 2019, equations 4 to 6. The votes W_ij p_i are not stored, see
+    :func:`capszoo.kernels.weighted_votes`.
+
+    Args:
+        num_types: A, the types of the capsules below.
+        caps_dim: K, the dimension of their poses.
+        num_parents: The types of the capsules above.
+        parent_dim: The dimension of their poses.
+        kernel_size: Side of the square kernel, in capsules; the map is padded to keep its size, but for the stride.
+        stride: Stride of the kernel.
+        couplings: 'self', or 'uniform' for r_ij = 1 / num_parents, without w and b.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If `couplings` is unknown.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        num_types: int,
+        caps_dim: int,
+        num_parents: int,
+        parent_dim: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        couplings: str = "self",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_couplings(couplings)
+        self.num_types, self.num_parents, self.parent_dim = num_types, num_parents, parent_dim
+        self.kernel_size, self.stride, self.couplings = kernel_size, stride, couplings
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        size = kernel_size * kernel_size * num_types
+        self.vote_weight = nn.Parameter(torch.empty(size, num_parents, parent_dim, caps_dim, **dd))
+        routes = couplings == "self"
+        self.register_parameter(
+            "weight", nn.Parameter(torch.empty(size, num_parents, caps_dim, **dd)) if routes else None
+        )
+        self.register_parameter("bias", nn.Parameter(torch.empty(size, num_parents, **dd)) if routes else None)
+        self.norm = nn.BatchNorm2d(num_parents * parent_dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the votes' matrices as the paper's code does (BatchNorm undoes their scale); all else is zero."""
+        _, num_parents, parent_dim, caps_dim = self.vote_weight.shape
+        bound = math.sqrt(6 / (num_parents * parent_dim * caps_dim))
+        nn.init.uniform_(self.vote_weight, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
+
+    def _patches(self, x: Tensor, border: float) -> Tensor:
+        """What the kernel covers of a map ``[B, C, H, W]`` at each of its positions, ``[k*k, C, H', W', B]``."""
+        k, pad, stride = self.kernel_size, self.kernel_size // 2, self.stride
+        # Images last from here on: patches are then copied in runs of them, see also `weighted_votes`.
+        x = F.pad(x, [pad, pad, pad, pad], value=border).permute(1, 2, 3, 0).contiguous()
+        rows, columns = x.shape[1] - k + 1, x.shape[2] - k + 1
+        slices = []
+        for p in range(k):
+            for q in range(k):
+                slices.append(x[:, p : p + rows : stride, q : q + columns : stride])
+        return torch.stack(slices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map capsules ``[B, A*(1 + K), H, W]``, see :func:`split_capsules`, to capsules of the same form above."""
+        log_activations, poses = x.to(self.vote_weight.dtype).split(
+            [self.num_types, x.shape[1] - self.num_types], dim=1
+        )
+        poses = self._patches(poses, 0.0).unflatten(1, (self.num_types, -1))  # [k*k, A, K, H', W', B]
+        places = poses.shape[3:]
+        poses = poses.flatten(3).flatten(0, 1)  # [I, K, N]
+        shares = self._patches(log_activations, -math.inf).flatten(2).flatten(0, 1)  # [I, N]
+        shares = shares.to(torch.promote_types(shares.dtype, torch.float32)).log_softmax(dim=0).unsqueeze(1)
+        weight, bias = self.weight, self.bias  # of which TorchScript knows after the check that they are tensors
+        if weight is not None and bias is not None:
+            logits = (torch.bmm(weight, poses) + bias.unsqueeze(2)).to(shares.dtype)
+            shares = shares + logits.log_softmax(dim=1)  # [I, J, N]
+            log_parents = shares.logsumexp(dim=0)
+            couplings = (shares - log_parents).exp().to(poses.dtype)
+            parents = weighted_votes(couplings, poses, self.vote_weight).flatten(0, 1)
+        else:
+            log_parents = torch.full_like(shares[0], -math.log(self.num_parents)).expand(self.num_parents, -1)
+            # The same for all parents: one product over capsules and dimensions.
+            weighted = (shares.exp().to(poses.dtype) * poses).flatten(0, 1)
+            parents = self.vote_weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1) @ weighted
+        log_parents = log_parents.to(parents.dtype).unflatten(1, places).permute(3, 0, 1, 2)
+        parents = parents.unflatten(1, places).permute(3, 0, 1, 2)
+        return torch.cat([log_parents, self.norm(parents)], dim=1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_types={self.num_types}, num_parents={self.num_parents}, parent_dim={self.parent_dim}, "
+            f"kernel_size={self.kernel_size}, stride={self.stride}, couplings={self.couplings!r}"
+        )
+
+
 class SelfRouting(nn.Module):
     """Class scores of all capsules of a map, which route themselves, see :func:`self_routing_scores`.
 
@@ -165,7 +277,8 @@ class SelfRouting(nn.Module):
             poses.shape[1] == self.num_capsules,
             f"class capsules of {self.num_capsules} capsules got {poses.shape[1]}: make the model for this img_size",
         )
-        return self_routing_scores(poses, log_activations, self.weight, self.bias, self.couplings)
+        scores = self_routing_scores(poses, log_activations, self.weight, self.bias, self.couplings)
+        return scores.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         num_capsules, num_classes, caps_dim = self.weight.shape

@@ -4,6 +4,7 @@ from ._heads import list_heads
 from .capsnet import CapsNet
 from .capsnet_head import CapsNetHead
 from .cnn_baseline import CNNBaseline
+from .deepcaps import DeepCaps
 from .efficient_capsnet import EfficientCapsNet
 from .inverted_attention import InvertedAttentionCapsNet
 from .self_routing import SelfRoutingNet
@@ -12,6 +13,7 @@ __all__ = [
     "CNNBaseline",
     "CapsNet",
     "CapsNetHead",
+    "DeepCaps",
     "EfficientCapsNet",
     "InvertedAttentionCapsNet",
     "SelfRoutingNet",

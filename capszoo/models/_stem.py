@@ -1,21 +1,17 @@
 """The layers before the capsules, as families share them: a backbone or none, and the sizes of the convolutions."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from timm.layers import to_2tuple
-from timm.models import checkpoint
-from torch import Tensor, nn
+from torch import nn
 
 from capszoo.layers.backbone import LEAST_MAP, Backbone, plan_backbone
 
 __all__ = [
     "ConvPlan",
     "cfg_overlay",
-    "checkpoint_once",
     "default_conv",
     "group_matcher",
     "image_weights",
@@ -185,26 +181,6 @@ def cfg_overlay(cls: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def strided_grid(grid: tuple[int, int], stride: int) -> tuple[int, int]:
     """Size of the map after a padded convolution, which keeps every `stride`-th position."""
     return -(-grid[0] // stride), -(-grid[1] // stride)
-
-
-@contextmanager
-def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm count into copies of its statistics, which are then dropped."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, dict(norm._buffers)) for norm in norms]
-    for norm, buffers in kept:
-        norm._buffers.update({key: None if buffer is None else buffer.clone() for key, buffer in buffers.items()})
-    try:
-        yield
-    finally:
-        for norm, buffers in kept:
-            norm._buffers.update(buffers)
-
-
-@torch.jit.ignore
-def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
-    """Compute a module again in the backward pass instead of keeping its maps; BatchNorm counts the batch once."""
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _kept_statistics(module)))
 
 
 def image_weights(model: nn.Module) -> list[str]:

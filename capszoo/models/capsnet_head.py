@@ -31,6 +31,8 @@ __all__ = ["CapsNetHead"]
 class CapsNetHead(nn.Module):
     """A backbone of timm, and a capsule head on its map."""
 
+    # Of the default head.
+    uniform_arguments = {"head_kwargs": {"num_routing": 1}}
     _heads = ("head",)
     _pooled = "capsules"
     _ends_in_activation = False

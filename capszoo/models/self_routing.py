@@ -18,8 +18,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers.self_routing import COUPLINGS, PoseCaps, SelfRouting
+from capszoo.layers.self_routing import COUPLINGS, ConvSelfRouting, PoseCaps, SelfRouting
+from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder, _stem
+from capszoo.models._checkpointing import checkpoint_once
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["SelfRoutingNet"]
@@ -60,6 +62,7 @@ class SelfRoutingNet(nn.Module):
 
     returns_logits = True
 
+    uniform_arguments = {"couplings": "uniform"}
     _heads = ("class_caps",)
     _pooled = "capsules"
     _ends_in_activation = False
@@ -100,7 +103,8 @@ class SelfRoutingNet(nn.Module):
             num_types: A, the types of capsules.
             caps_dim: K, the dimension of their poses.
             num_layers: Capsule layers after the primary capsules, the class layer included; 0 for the ResNet itself,
-                a linear classifier after average pooling, to measure what capsules bring.
+                a linear classifier after average pooling, to measure what capsules bring. Of the layers before the
+                class layer, with kernels of 3x3, the first has a stride of 2.
             couplings: 'self', or 'uniform' for the ablation without, see `capszoo.layers.self_routing_scores`.
             drop_rate: Dropout rate of what the class layer takes.
             device: Device of the parameters.
@@ -119,8 +123,8 @@ class SelfRoutingNet(nn.Module):
         _builder.check_sizes(in_chans=in_chans, num_blocks=num_blocks, num_types=num_types, caps_dim=caps_dim)
         _builder.check_sizes(img_size=min(height, width))
         _builder.check_drop_rate(drop_rate)
-        if num_layers not in (0, 1):
-            raise ValueError(f"num_layers={num_layers} is not possible: give 0 or 1")
+        if num_layers < 0:
+            raise ValueError(f"num_layers={num_layers} is not possible: it must be 0 or more")
         self.in_chans, self.img_size = in_chans, (height, width)
         self.global_pool, self.drop_rate = global_pool, drop_rate
         self.num_layers, self.num_types = num_layers, num_types
@@ -144,6 +148,13 @@ class SelfRoutingNet(nn.Module):
             self.feature_info += [dict(num_chs=chans, reduction=height // grid[0], module="primary_caps")]
         else:
             self.primary_caps = nn.Identity()
+        inner = []
+        for number in range(num_layers - 1):
+            stride = 2 if number == 0 else 1
+            inner += [ConvSelfRouting(num_types, caps_dim, num_types, caps_dim, 3, stride, couplings, **dd)]
+            grid = _stem.strided_grid(grid, stride)
+            self.feature_info += [dict(num_chs=chans, reduction=height // grid[0], module=f"conv_caps.{number}")]
+        self.conv_caps = nn.Sequential(*inner)
         _builder.check_capsules(num_types * grid[0] * grid[1], height, width, "set num_types")
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -191,17 +202,20 @@ class SelfRoutingNet(nn.Module):
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:
         """Layers that route; none of a network without capsules."""
-        return {"class_caps": self.class_caps} if self.num_classes and self.num_layers else {}
+        if self.num_classes == 0 or self.num_layers == 0:
+            return {}
+        inner = {f"conv_caps.{number}": layer for number, layer in enumerate(self.conv_caps)}
+        return {**inner, "class_caps": self.class_caps}
 
     @torch.jit.ignore
     def default_criterion(self) -> nn.Module:
         """Cross-entropy, which of log-probabilities is their negative log-likelihood."""
-        return nn.CrossEntropyLoss()
+        return CrossEntropyLoss()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves out."""
-        return {"class_caps.bias"}
+        return {"class_caps.bias", *(f"conv_caps.{number}.bias" for number in range(len(self.conv_caps)))}
 
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:
@@ -216,15 +230,15 @@ class SelfRoutingNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for optimisation; what no pattern names (the class layer) is timm's last group."""
-        blocks = [(r"^primary_caps", (99,))]
         layer = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
-        return dict(stem=r"^(?:conv1|bn1)", blocks=[(layer, None), *blocks])
+        blocks = [(layer, None), (r"^primary_caps", (98,)), (r"^conv_caps\.(\d+)", (99,))]
+        return dict(stem=r"^(?:conv1|bn1)", blocks=blocks)
 
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
-        modules = [self.layer1, self.layer2, self.layer3, self.primary_caps]
-        run = _stem.checkpoint_once if self.grad_checkpointing else nn.Module.__call__
+        modules = [self.layer1, self.layer2, self.layer3, self.primary_caps, *self.conv_caps]
+        run = checkpoint_once if self.grad_checkpointing else nn.Module.__call__
         rest = [partial(run, module) for module in modules[1:] if not isinstance(module, nn.Identity)]
         return [lambda x: run(self.layer1, self._stem(x)), *rest]
 
@@ -233,6 +247,7 @@ class SelfRoutingNet(nn.Module):
         """Remove the levels after the `last`."""
         for name in ("layer2", "layer3", "primary_caps")[last:]:
             setattr(self, name, nn.Identity())
+        self.conv_caps = self.conv_caps[: max(0, last - 3)]
 
     def _stem(self, x: Tensor) -> Tensor:
         return self.act1(self.bn1(self.conv1(x)))
@@ -243,7 +258,7 @@ class SelfRoutingNet(nn.Module):
             for level in self._levels():
                 x = level(x)
             return x
-        return self.primary_caps(self.layer3(self.layer2(self.layer1(self._stem(x)))))
+        return self.conv_caps(self.primary_caps(self.layer3(self.layer2(self.layer1(self._stem(x))))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to log-probabilities ``[B, J]``, or flatten them if `pre_logits`."""

@@ -9,13 +9,13 @@ from torch.func import functional_call
 
 import capszoo
 
-SHAPE = dict(img_size=18, in_chans=1, num_classes=4)
 every_model = pytest.mark.parametrize("name", capszoo.list_models())
 
 
 def small(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, **sizes_of(name), **SHAPE, dtype=torch.float64).eval()
+    sizes = dict(in_chans=1, img_size=18, num_classes=4)
+    model = timm.create_model(name, **sizes_of(name), **sizes, dtype=torch.float64).eval()
     for parameter in model.parameters():
         if not parameter.detach().any():  # scores whose matrices start at zero have many derivatives of zero
             torch.nn.init.normal_(parameter, std=0.1)

@@ -32,9 +32,15 @@ def images(batch_size=2, in_chans=3, size=(12, 12)):
     return torch.rand(batch_size, in_chans, *size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(
-    "kwargs, parameters", [({}, 931_664), (dict(num_layers=0), 269_722), (dict(couplings="uniform"), 931_664)], ids=str
-)
+PARAMETERS = [
+    ({}, 931_664),
+    (dict(num_layers=2), 3_187_536),
+    (dict(num_layers=0), 269_722),
+    (dict(couplings="uniform"), 931_664),
+]
+
+
+@pytest.mark.parametrize("kwargs, parameters", PARAMETERS, ids=str)
 def test_parameters_of_the_paper(kwargs, parameters):
     assert capszoo.model_info(NAME, **kwargs).parameters == parameters
 
@@ -95,20 +101,21 @@ def test_finite_at_the_limits(couplings):
 
 
 def test_levels():
-    model = small().eval()
+    model = small(num_layers=2).eval()
     final, levels = model.forward_intermediates(images())
     assert torch.equal(final, model.forward_features(images())) and torch.equal(levels[-1], final)
-    assert [level.shape[1:] for level in levels] == [(4, 12, 12), (5, 6, 6), (6, 3, 3), (15, 3, 3)]
-    extractor = small(features_only=True, out_indices=(1, 3)).eval()
+    assert [level.shape[1:] for level in levels] == [(4, 12, 12), (5, 6, 6), (6, 3, 3), (15, 3, 3), (15, 2, 2)]
+    extractor = small(num_layers=2, features_only=True, out_indices=(1, 3)).eval()
     assert all(torch.equal(a, levels[i]) for a, i in zip(extractor(images()), (1, 3), strict=True))
-    assert model.prune_intermediate_layers(1) == [3] and model.prune_intermediate_layers([1]) == [1]
+    assert model.prune_intermediate_layers(1) == [4] and model.prune_intermediate_layers([3]) == [3]
+    assert torch.equal(model(images()), levels[3]) and model.prune_intermediate_layers([1]) == [1]
     assert torch.equal(model(images()), levels[1])
 
 
 def test_grad_checkpointing_counts_a_batch_once():
     results = []
     for enable in (False, True):
-        model = small().train()
+        model = small(num_layers=2).train()
         model.set_grad_checkpointing(enable)
         model(images()).square().sum().backward()
         results.append([*(p.grad for p in model.parameters()), *model.buffers()])
@@ -116,12 +123,12 @@ def test_grad_checkpointing_counts_a_batch_once():
 
 
 def test_parameter_groups():
-    model = small()
+    model = small(num_layers=3)
     groups = group_parameters(model, model.group_matcher())
     assert len(groups) >= 5 and model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(couplings="uniform"), dict(num_layers=0)], ids=str)
+@pytest.mark.parametrize("kwargs", [dict(num_layers=2), dict(couplings="uniform"), dict(num_layers=0)], ids=str)
 def test_ways_out(kwargs, tmp_path):
     model = small(**kwargs).eval()
     expected = model(images())
