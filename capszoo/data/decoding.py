@@ -39,16 +39,20 @@ def header(file: Path | IO[bytes] | Image.Image) -> tuple[Size, bool]:
 def decode(file: Path | IO[bytes] | Image.Image, in_chans: int, img_size: Size | None) -> Tensor:
     """Return an image as uint8 `[in_chans, H, W]`, in its own size if `img_size` is None."""
     with _open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels, save it with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        image = image.convert("L" if in_chans == 1 else "RGB")
+        image = to_channels(ImageOps.exif_transpose(image), in_chans)
         height, width = img_size or (image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image).reshape(height, width, in_chans)).permute(2, 0, 1)
+
+
+def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
+    """Return an image of any mode as 8 bits of grey (1) or colour (3)."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("L" if in_chans == 1 else "RGB")
 
 
 @contextmanager

@@ -345,6 +345,7 @@ def digits_cfg(**kwargs: Any) -> dict[str, Any]:
         "fixed_input_size": True,
         # Digits reach to the border: any crop would cut them.
         "crop_pct": 1.0,
+        "crop_mode": "squash",
         "interpolation": "bilinear",
         "mean": (0.0,),
         "std": (1.0,),
