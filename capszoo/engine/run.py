@@ -206,8 +206,7 @@ def trainer_of(
     Raises:
         ValueError: For a policy, optimizer or precision that cannot be made.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device=device)
     model.to(device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
