@@ -1,6 +1,7 @@
 """Folders of `recipes/export.py hub` in Hugging Face transformers, where that is installed."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,23 @@ def test_a_fresh_model(modelling, grey):
         expected = dict(usual.named_modules())[next(n for n, m in model.named_modules() if m is layer)]
         assert torch.equal(layer.scale, expected.scale)
         assert layer.weight.std().item() == pytest.approx(expected.weight.std().item(), rel=0.1)
+
+
+def test_code_of_the_page(modelling, export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export.main(["hub", "capsnet_tiny.mnist", "--output", "FOLDER"])
+    pictures()[0].save("cat.png")
+    page = (Path(__file__).parents[1] / "docs/timm.md").read_text()
+    first, second = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    space = {"image": Image.open("cat.png"), "capszoo": capszoo}
+    exec(first, space)
+    expected = capszoo.predict(capszoo.create_model("capsnet_tiny.mnist", pretrained=True), "cat.png")
+    assert space["answers"][0]["label"] == expected.class_name
+    assert space["answers"][0]["score"] == pytest.approx(expected.score, abs=1e-5)
+    scores = space["model"].eval()(**space["inputs"]).logits[0].tolist()
+    assert scores == pytest.approx(expected.scores, abs=1e-5)
+    exec(second, space)
+    assert capszoo.predict(capszoo.load_model("tuned.safetensors"), "cat.png").class_name in ("cat", "dog")
 
 
 def test_other_models_keep_what_transformers_does(modelling):
