@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from capszoo.errors import DataError, one_line
@@ -85,7 +85,13 @@ class _BoundedFile(io.BufferedReader):
 
 def not_an_image(path: Path, error: Exception) -> DataError:
     """The error of a file that cannot be decoded."""
-    return DataError(f"'{path}' is not an image that can be decoded ({one_line(error)}): delete or mend it")
+    reason = one_line(error)
+    if isinstance(error, UnidentifiedImageError):  # PIL's message names its own object
+        try:
+            reason = "its format is not known" if path.stat().st_size else "it is empty"
+        except OSError:
+            reason = "its format is not known"
+    return DataError(f"'{path}' is not an image that can be decoded ({reason}): delete or mend it")
 
 
 def sizes_differ(what: str, one: Size, other: Size) -> DataError:

@@ -254,6 +254,7 @@ def header_of(
     facts = {
         "dataset": options.dataset,
         "class_names": data.class_names,
+        **({"several_classes": True} if data.multi_label else {}),
         "policy": options.policy,
         "epochs": options.epochs,
         "seed": options.seed,

@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
+from capszoo.checkpoint import cfg_of_model
 from capszoo.layers import capsule_lengths
 from capszoo.pretrained import check_source
 
@@ -383,13 +384,5 @@ def build_model(
     )
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg and hasattr(model, "img_size") and any(trained_otherwise(model)):
-        model.pretrained_cfg = model.default_cfg = _for_other_images(model, cfg)
+        model.pretrained_cfg = model.default_cfg = cfg_of_model(model, cfg, same_source=True)
     return model
-
-
-def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a model of other classes or images than its weights are of: their names, hash and accuracy
-    are none of it."""
-    of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
-    cfg = {key: value for key, value in cfg.items() if key not in of_weights}
-    return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}
