@@ -68,7 +68,7 @@ def build_parser() -> OptionParser:
     job.add_argument("file", help="best.safetensors of a finished run")
     job.add_argument("--name", required=True, metavar="MODEL.TAG", help="name of the weights, such as capsnet_ws.mnist")
     job.add_argument("--recipe", help="command that made the weights; default from the run folder's args.yaml")
-    job.add_argument("--license", default="mit", help="licence of the weights")
+    job.add_argument("--license", default="mit", help="licence of the weights (default: mit)")
     job.add_argument("--replace", action="store_true", help="replace weights of this name")
     job = jobs.add_parser("hub", allow_abbrev=False, help="make a model folder in the Hugging Face hub's layout")
     job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
