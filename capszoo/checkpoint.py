@@ -200,6 +200,9 @@ def cfg_of_model(model: Any, cfg: Mapping[str, Any], same_source: bool) -> dict[
     """
     left_out = _SAID_OF_WEIGHTS if same_source else _SAID_OF_WEIGHTS + _SOURCE_OF_WEIGHTS
     cfg = {key: value for key, value in cfg.items() if key not in left_out}
+    if len(cfg.get("mean") or (0.0,)) not in (1, model.in_chans):
+        # One for all channels: which of them stand for which colours is not known.
+        cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}
 
 

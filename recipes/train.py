@@ -250,6 +250,7 @@ def train(
     console.print(
         f"test {accuracy} {result['test_top1']:.4f} "
         + ("" if precision is None else f"mean average precision {precision:.4f} ")
+        + (f"k longest {result['test_exact_top_k']:.4f} " if data.multi_label else "")
         + f"({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
     )
     if options.report:

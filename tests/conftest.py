@@ -5,10 +5,12 @@ import gc
 import importlib.util
 import json
 import os
+import struct
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm.models._registry
 import torch
@@ -80,6 +82,25 @@ def reports_are_left_out():
 def recipe():
     """A recipe as a module."""
     return lambda name: load_module(ROOT / "recipes" / f"{name}.py", f"recipe_{name}")
+
+
+@pytest.fixture(scope="session")
+def write_mnist():
+    def write_mnist(root, folder="MNIST", train=40, test=20):
+        """Write a tiny set in MNIST's format whose images all differ."""
+        raw = root / folder / "raw"
+        raw.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for prefix, count in (("train", train), ("t10k", test)):
+            images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+            labels = (np.arange(count) % 10).astype(np.uint8)
+            (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+                struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes()
+            )
+            (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
+        return root
+
+    return write_mnist
 
 
 @pytest.fixture

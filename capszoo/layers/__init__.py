@@ -2,8 +2,11 @@
 
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
+from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
-from .functional import capsule_lengths, dynamic_routing, squash
+from .depthwise import DepthwiseConv2d
+from .functional import capsule_lengths, dynamic_routing, inverted_attention_routing, squash
+from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
@@ -11,16 +14,23 @@ from .self_attention import SelfAttentionRouting, exponential_squash, self_atten
 __all__ = [
     "ClassCaps",
     "Decoder",
+    "DepthwiseConv2d",
     "DynamicRouting",
+    "InvertedAttentionCaps",
+    "InvertedAttentionConvCaps",
+    "MatrixPrimaryCaps",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
     "capsule_lengths",
+    "capsule_patches",
+    "conv_caps_size",
     "create_routing",
     "dynamic_routing",
     "exponential_squash",
     "fan_in_scale",
     "fold_scales",
+    "inverted_attention_routing",
     "list_routings",
     "self_attention_routing",
     "set_fourier_conv",
