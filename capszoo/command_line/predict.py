@@ -1,5 +1,6 @@
 """`capszoo predict`: what a model says of image files."""
 
+import contextlib
 import csv
 import io
 import json
@@ -81,7 +82,8 @@ def keep_odd_names() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 or stream is sys.stdin else "backslashreplace")
+            with contextlib.suppress(OSError):  # of a stream that has been led elsewhere
+                stream.reconfigure(errors="surrogateescape" if utf8 or stream is sys.stdin else "backslashreplace")
 
 
 def draw(pairs: list[Tensor], path: Path) -> None:
