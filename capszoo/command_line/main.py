@@ -24,7 +24,7 @@ from capszoo.costs import model_info
 from capszoo.engine.options import OPTIONS
 from capszoo.kernels import dispatch
 from capszoo.layers import use_fused_routing
-from capszoo.precision import resolve_amp
+from capszoo.precision import explain_auto, time_precisions
 from capszoo.pretrained import read_table
 from capszoo.registry import create_model, is_model, list_models, list_pretrained
 
@@ -101,9 +101,15 @@ def doctor() -> int:
     lines.append(("CPU", f"{platform.machine()} with {capability}, {torch.get_num_threads()} threads"))
     for device in [*gpus, torch.device("cpu")]:
         backend, why = routing_backend(device)
-        dtype = resolve_amp("auto", device)
         lines.append((f"routing on {device}", f"{backend}: {why}"))
-        lines.append((f"precision on {device}", "float32" if dtype is None else str(dtype).removeprefix("torch.")))
+        dtype, why = explain_auto(device)
+        lines.append((f"precision on {device}", f"{str(dtype or torch.float32).removeprefix('torch.')}: {why}"))
+    times = time_precisions(torch.device("cpu"))
+    ratio = times[torch.bfloat16] / times[None]
+    # A fifth is more than such a short measurement errs.
+    better = "bf16" if ratio < 0.8 and dtype is None else "none" if ratio > 1.25 and dtype is not None else None
+    advice = "" if better is None else f": try --amp {better}"
+    lines.append(("bfloat16 on cpu", f"a small training step takes {ratio:.2f} times as long as in float32{advice}"))
     if not gpus and dispatch.TRITON_PROBLEM:
         lines.append(("Triton", dispatch.TRITON_PROBLEM))
     wrong = []

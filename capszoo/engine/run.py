@@ -247,8 +247,7 @@ def trainer_of(
     Raises:
         ValueError: For a policy, optimizer or precision that cannot be made.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device=device)
     model.to(device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -297,6 +296,7 @@ def header_of(
     facts = {
         "dataset": options.dataset,
         "class_names": data.class_names,
+        **({"several_classes": True} if data.multi_label else {}),
         "policy": options.policy,
         "epochs": options.epochs,
         "seed": options.seed,

@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
+from capszoo.checkpoint import cfg_of_model
 from capszoo.layers import capsule_lengths
 from capszoo.models import _stem
 from capszoo.pretrained import check_source
@@ -336,6 +337,7 @@ def digits_cfg(**kwargs: Any) -> dict[str, Any]:
         "fixed_input_size": True,
         # Digits reach to the border: any crop would cut them.
         "crop_pct": 1.0,
+        "crop_mode": "squash",
         "interpolation": "bilinear",
         "mean": (0.0,),
         "std": (1.0,),
@@ -381,18 +383,5 @@ def build_model(
     cfg = getattr(model, "pretrained_cfg", None)
     has_backbone = getattr(model, "backbone", None) is not None
     if cfg and hasattr(model, "img_size") and (has_backbone or any(trained_otherwise(model))):
-        model.pretrained_cfg = model.default_cfg = _for_other_images(model, cfg)
+        model.pretrained_cfg = model.default_cfg = cfg_of_model(model, cfg, same_source=True)
     return model
-
-
-def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a model of other classes or images than its weights are of: their names, hash and accuracy
-    are none of it."""
-    of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
-    cfg = {key: value for key, value in cfg.items() if key not in of_weights}
-    for key in ("mean", "std"):
-        if len(cfg[key]) not in (1, model.in_chans):  # one number for all channels
-            cfg[key] = (round(sum(cfg[key]) / len(cfg[key]), 4),)
-    if hasattr(model, "grid_size"):
-        cfg["pool_size"] = tuple(model.grid_size)
-    return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}
