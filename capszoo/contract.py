@@ -18,10 +18,12 @@ __all__ = [
     "HasCouplings",
     "HasCriterion",
     "HasPrimaryCapsules",
+    "HasRoutedCapsules",
     "HasUniformTwin",
     "Prunable",
     "auxiliary_modules",
     "decoder_of",
+    "has_couplings",
     "keeps_contract",
     "to_probabilities",
 ]
@@ -92,6 +94,27 @@ class HasCouplings(Protocol):
 
 
 @runtime_checkable
+class HasRoutedCapsules(Protocol):
+    """A model that says of which capsules its couplings are: I in number, in the order of the couplings.
+
+    A model with couplings that has `to_capsules(features)` alone, which gives vectors ``[B, I, K]``, is taken to route
+    all capsules of its map of features, ordered by type and then by place, each as much as it is long.
+    """
+
+    def routed_capsules(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map features to the capsules that the class capsules take, ``[B, I, ...]``, and their lengths or activations.
+
+        The latter say from 0 to 1 how much a capsule is there, ``[B, I]``; None in a family where nothing says it.
+        """
+
+    def capsule_places(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """Height and width of the maps that these capsules are from, and the place of each in them, int64 ``[I]``.
+
+        Places are counted row by row, from one map on to the next. No maps where a capsule is of the whole image.
+        """
+
+
+@runtime_checkable
 class HasUniformTwin(Protocol):
     """A family whose routing can be left out, to measure what it brings.
 
@@ -149,6 +172,11 @@ def auxiliary_modules(model: Any) -> dict[str, nn.Module | None]:
     if hasattr(model, "auxiliary_modules"):
         return model.auxiliary_modules()
     return {"decoder": getattr(model, "decoder", None)}
+
+
+def has_couplings(model: Any) -> bool:
+    """Whether a model has couplings to look at: its family has, and it was made with capsule layers and classes."""
+    return isinstance(model, HasCouplings) and bool(getattr(model, "capsule_layers", dict)())
 
 
 def decoder_of(model: Any) -> nn.Module | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contract import HasCapsules, HasCouplings, decoder_of
+from .contract import HasCapsules, HasRoutedCapsules, decoder_of, has_couplings
 from .errors import InspectionError
 
 __all__ = ["agreement", "attribution", "coupling_entropy", "dead_capsules", "part_maps", "perturb", "receptive_fields"]
@@ -43,9 +43,36 @@ def _evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 
 def _couplings(model: Any, x: Tensor) -> Tensor:
-    if not isinstance(model, HasCouplings):
+    if not has_couplings(model):
         raise InspectionError(f"{type(model).__name__} has no couplings to look at: give a model with capsule layers")
     return model.couplings(x, iteration=None)
+
+
+def _routed_capsules(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Capsules ``[B, I, ...]`` that the class capsules take, and their lengths or activations ``[B, I]``."""
+    if isinstance(model, HasRoutedCapsules):
+        return model.routed_capsules(features)
+    if not hasattr(model, "to_capsules"):
+        raise InspectionError(f"{type(model).__name__} has no capsules to look at: give a model with capsule layers")
+    capsules = model.to_capsules(features)
+    return capsules, capsules.flatten(2).norm(dim=2)
+
+
+def _places(model: Any, grid: tuple[int, int], count: int) -> tuple[list[tuple[int, int]], Tensor]:
+    """Sizes of the maps of the capsules that are routed, and the place of each, see `HasRoutedCapsules`."""
+    kept = getattr(model, "keep_capsules", ())  # of a pruned network, places among all capsules of the map
+    size = grid[0] * grid[1]
+    if isinstance(model, HasRoutedCapsules):
+        grids, places = model.capsule_places()
+    elif kept:
+        grids, places = [grid], torch.tensor(kept) % size
+    else:
+        grids, places = [] if count % size else [grid], torch.arange(count) % size
+    if not grids:
+        raise InspectionError(
+            f"the capsules that {type(model).__name__} routes are not those of a map: no image has a place for them"
+        )
+    return grids, places
 
 
 def perturb(
@@ -148,67 +175,125 @@ def receptive_fields(model: Any) -> Tensor:
         Top, left, bottom (exclusive) and right (exclusive) of each place, in pixels, int64 ``[H', W', 4]``. What the
         network pads does not count, and a field that a global operation widens is the whole image.
     """
-    parameter = next(model.parameters())
     with _evaluating(model, gradients=True):
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.rand(8, model.in_chans, *model.img_size, generator=generator)
-        x = noise.to(parameter).requires_grad_()
+        x = _noise(model)
         features = model.forward_features(x)
-        height, width = features.shape[2:]
-        fields = torch.empty(height, width, 4, dtype=torch.int64)
-        # A place's rows are those of its whole row of places, and its columns those of its column.
-        rows = [_extent(features[:, :, i].abs().sum(), x, 0) for i in range(height)]
-        columns = [_extent(features[:, :, :, j].abs().sum(), x, 1) for j in range(width)]
-    for i, (top, bottom) in enumerate(rows):
-        for j, (left, right) in enumerate(columns):
-            fields[i, j] = torch.tensor([top, left, bottom, right])
-    return fields
+        grids = [(features.shape[2], features.shape[3])]
+        if has_couplings(model) and isinstance(model, HasRoutedCapsules):
+            maps, _ = model.capsule_places()
+            if sum(map(math.prod, maps)) == math.prod(grids[0]):
+                grids = maps  # which the map of features has one after the other
+        values = features.flatten(2).transpose(1, 2)
+        profiles = _profiles(values, torch.arange(values.shape[1]), grids, x)
+    fields = []
+    for axes in profiles:
+        (tops, bottoms), (lefts, rights) = (_extents(axis) for axis in axes)
+        for top, bottom in zip(tops, bottoms, strict=True):
+            fields += [torch.stack((top, left, bottom, right)) for left, right in zip(lefts, rights, strict=True)]
+    return torch.stack(fields).unflatten(0, features.shape[2:])
 
 
-def _extent(value: Tensor, x: Tensor, axis: int) -> tuple[int, int]:
-    """First and one past the last row (axis 0) or column (1) of the image that a value depends on."""
-    (gradient,) = torch.autograd.grad(value, x, retain_graph=True)
-    seen = (gradient != 0).any(dim=0).any(dim=0).any(dim=1 - axis).nonzero().flatten()
-    return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, x.shape[2 + axis])
+def _noise(model: Any) -> Tensor:
+    """Images to take derivatives at: eight, so that rectifiers hide nothing, and fewer large ones."""
+    height, width = model.img_size
+    count = min(8, max(2, 8 * 32 * 32 // (height * width)))
+    noise = torch.rand(count, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(0))
+    return noise.to(next(model.parameters())).requires_grad_()
 
 
-def part_maps(model: Any, x: Tensor, iteration: int = -1) -> Tensor:
-    """Couplings laid over the image: how much the capsules that look at a pixel vote for each class.
-
-    A capsule counts by its length, and most in the middle of its receptive field.
+def _profiles(values: Tensor, places: Tensor, grids: list[tuple[int, int]], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """How much capsules look at each row and at each column of the image: absolute derivatives.
 
     Args:
-        model: A model with couplings, whose capsules below the classes are those of its map of features.
-        x: Images ``[B, C, H, W]``.
-        iteration: Of routing, from 0; -1 for the last.
+        values: Of the capsules, ``[B, I, ...]``.
+        places: Of the capsules in the maps, ``[I]``.
+        grids: Height and width of each map.
+        x: The images ``[B, C, H, W]`` that the values were computed of.
 
     Returns:
-        ``[B, J, H, W]``: at each pixel a weighted mean of couplings, 0 where all capsules there have length 0.
+        For each map ``[height, H]`` and ``[width, W]``. A place's rows are those of its whole row of places, and its
+        columns those of its column.
+    """
+    found, first = [], 0
+    for height, width in grids:
+        inside = (places >= first) & (places < first + height * width)
+        axes = []
+        for axis, (count, line) in enumerate(((height, (places - first) // width), (width, (places - first) % width))):
+            rows = []
+            for number in range(count):
+                chosen = (inside & (line == number)).nonzero().flatten().to(values.device)
+                (gradient,) = torch.autograd.grad(values[:, chosen].abs().sum(), x, retain_graph=True)
+                rows.append(gradient.abs().sum(dim=(0, 1, 3 - axis)))
+            axes.append(torch.stack(rows).cpu())
+        found.append((axes[0], axes[1]))
+        first += height * width
+    return found
+
+
+def _extents(profile: Tensor) -> tuple[Tensor, Tensor]:
+    """First and one past the last pixel that places look at, of ``[places, pixels]``; all where nothing is seen."""
+    seen = profile > 0
+    seen |= ~seen.any(dim=1, keepdim=True)
+    first = seen.int().argmax(dim=1)
+    return first, seen.shape[1] - seen.flip(1).int().argmax(dim=1)
+
+
+def _windows(profile: Tensor) -> Tensor:
+    """Weights ``[places, pixels]`` of the pixels along an axis, which add up to 1 for each place.
+
+    They are those of a Hann window over the receptive field. Where padding lets borders cut fields off, what is left
+    of them is no longer around the place, and may be the whole image for all: then the derivatives are the weights.
+    """
+    first, end = _extents(profile)
+    sizes, pixels = end - first, profile.shape[1]
+    if len(profile) > 1 and (bool((sizes != sizes[0]).any()) or int(sizes[0]) == pixels):
+        weights = profile + (profile.sum(dim=1, keepdim=True) == 0)
+    else:
+        weights = torch.zeros(profile.shape)
+        for row, start, size in zip(weights, first.tolist(), sizes.tolist(), strict=True):
+            row[start : start + size] = torch.hann_window(size + 2, periodic=False)[1:-1]
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def part_maps(model: Any, x: Tensor, iteration: int | None = -1) -> Tensor:
+    """Couplings laid over the image: how much the capsules that look at a pixel vote for each class.
+
+    A capsule counts by its length or activation, in families without either all count alike, and most in the middle of
+    its receptive field; in networks that pad their maps, where its derivatives are largest (the effective receptive
+    field of Luo et al. 2016).
+
+    Args:
+        model: A model with couplings of the capsules of a map.
+        x: Images ``[B, C, H, W]``.
+        iteration: Of routing, from 0; -1 for the last, None for all.
+
+    Returns:
+        ``[B, J, H, W]``, or ``[R, B, J, H, W]`` of all iterations: at each pixel a weighted mean of couplings, 0 where
+        all capsules there have length 0.
 
     Raises:
-        InspectionError: If the model has no couplings, or a pruned network keeps single capsules of its map.
+        InspectionError: If the model has no couplings, or routes capsules of the whole image, which have no place.
     """
     with _evaluating(model):
-        couplings = _couplings(model, x)[iteration]
+        couplings = _couplings(model, x)
         features = model.forward_features(x)
-        batch, _, height, width = features.shape
-        capsules = model.to_capsules(features)
-        types, rest = divmod(capsules.shape[1], height * width)
-        if rest or len(getattr(model, "keep_capsules", ())):
-            raise InspectionError("this model keeps single capsules of its map: no image has a place for the others")
-        lengths = capsules.flatten(2).norm(dim=2).view(batch, types, height * width)
-        shares = couplings.view(batch, types, height * width, -1)
-        votes = torch.einsum("btp,btpj->bjp", lengths, shares)
-        places = lengths.sum(dim=1, keepdim=True)
-    fields = receptive_fields(model).flatten(0, 1)
-    image_height, image_width = x.shape[2:]
-    windows = torch.zeros(len(fields), image_height, image_width, dtype=votes.dtype)
-    for window, (top, left, bottom, right) in zip(windows, fields.tolist(), strict=True):
-        rows, columns = (torch.hann_window(size + 2, periodic=False)[1:-1] for size in (bottom - top, right - left))
-        window[top:bottom, left:right] = torch.outer(rows, columns)
-    windows = windows.flatten(1).to(votes.device)
-    total = (places @ windows).clamp(min=torch.finfo(votes.dtype).tiny)
-    return (votes @ windows / total).unflatten(2, (image_height, image_width))
+        capsules, activations = _routed_capsules(model, features)
+        grids, places = _places(model, (features.shape[2], features.shape[3]), capsules.shape[1])
+        if activations is None:
+            activations = couplings.new_ones(capsules.shape[:2])
+        couplings = couplings if iteration is None else couplings[iteration]
+    with _evaluating(model, gradients=True):
+        noise = _noise(model)
+        values, _ = _routed_capsules(model, model.forward_features(noise))
+        profiles = _profiles(values, places, grids, noise)
+    windows = []
+    for rows, columns in profiles:
+        windows.append(torch.einsum("iy,jx->ijyx", _windows(rows), _windows(columns)).flatten(0, 1).flatten(1))
+    looks = torch.cat(windows).to(couplings)[places.to(couplings.device)]  # [I, H*W]
+    activations = activations.to(couplings)
+    total = (activations @ looks).clamp(min=torch.finfo(looks.dtype).tiny)
+    votes = (couplings * activations.unsqueeze(2)).transpose(-1, -2) @ looks
+    return (votes / total.unsqueeze(1)).unflatten(-1, x.shape[2:])
 
 
 def attribution(model: nn.Module, x: Tensor, target: Tensor | None = None, steps: int = 32) -> Tensor:
@@ -241,10 +326,10 @@ def attribution(model: nn.Module, x: Tensor, target: Tensor | None = None, steps
 
 
 def dead_capsules(model: Any, batches: Iterable[Any], threshold: float = 0.05) -> Tensor:
-    """Primary capsules that no image makes longer than a threshold: they could be pruned.
+    """Capsules below the classes that no image makes longer, or more active, than a threshold: they could be pruned.
 
     Args:
-        model: A model with `to_capsules`, whose primary capsules have lengths from 0 to 1.
+        model: A model whose capsules have lengths or activations from 0 to 1.
         batches: Images ``[B, C, H, W]``, or pairs of images and labels as a :class:`capszoo.data.Loader` gives them.
         threshold: The length.
 
@@ -252,13 +337,18 @@ def dead_capsules(model: Any, batches: Iterable[Any], threshold: float = 0.05) -
         bool ``[I]``.
 
     Raises:
-        InspectionError: If there are no images.
+        InspectionError: If there are no images, or the model has no capsules that can be dead.
     """
     longest: Tensor | None = None
     with _evaluating(model):
         for batch in batches:
             x = batch if isinstance(batch, Tensor) else batch[0]
-            lengths = model.to_capsules(model.forward_features(x)).flatten(2).norm(dim=2).amax(dim=0)
+            _, lengths = _routed_capsules(model, model.forward_features(x))
+            if lengths is None:
+                raise InspectionError(
+                    f"capsules of {type(model).__name__} have neither lengths nor activations: none of them can be dead"
+                )
+            lengths = lengths.amax(dim=0)
             longest = lengths if longest is None else torch.maximum(longest, lengths)
     if longest is None:
         raise InspectionError("there are no images to look for dead capsules with: give batches of them")

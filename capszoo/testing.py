@@ -10,7 +10,15 @@ import torch
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from .contract import Explorable, HasCapsules, HasCriterion, HasPrimaryCapsules, decoder_of
+from .contract import (
+    Explorable,
+    HasCapsules,
+    HasCriterion,
+    HasPrimaryCapsules,
+    HasRoutedCapsules,
+    decoder_of,
+    has_couplings,
+)
 from .engine.task import CapsuleTask
 from .registry import check_arguments, create_model, family_of, list_models, load_model, save_model
 
@@ -52,6 +60,7 @@ def check_model(name: str, **kwargs: Any) -> None:
         with torch.no_grad():
             _check_scores(model, images)
             _check_capsules(model, images)
+            _check_couplings(model, images)
             _check_file(model, images)
         _check_training(model, images)
         with torch.no_grad():
@@ -141,6 +150,33 @@ def _check_capsules(model: nn.Module, images: Tensor) -> None:
     if isinstance(model, HasPrimaryCapsules):
         primary = model.primary_capsules(model.forward_features(images))
         _check(primary.ndim == 3 and len(primary) == _BATCH, "primary_capsules(features) are not [B, I, K]")
+
+
+def _check_couplings(model: nn.Module, images: Tensor) -> None:
+    if not has_couplings(model):
+        return
+    every = model.couplings(images, iteration=None)
+    _check(every.ndim == 4, f"couplings(x, iteration=None) have shape {tuple(every.shape)}, expected [R, B, I, J]")
+    shape = (_BATCH, every.shape[2], model.num_classes)
+    _check_shape("couplings(x, iteration=None)", every, len(every), *shape)
+    last = model.couplings(images)
+    _check_shape("couplings(x)", last, *shape)
+    _check(torch.allclose(last, every[-1]), "couplings(x) are not the last of couplings(x, iteration=None)")
+    sums = every.sum(dim=-1)
+    # Learned priors are the same for all images and iterations, whatever they add up to.
+    alike = torch.allclose(sums, sums[:1, :1].expand_as(sums), atol=1e-4)
+    _check(alike, "couplings(x) add up neither to 1 over the classes nor, with priors, to the same for all images")
+    if isinstance(model, HasRoutedCapsules):
+        capsules, activations = model.routed_capsules(model.forward_features(images))
+        expected = (_BATCH, every.shape[2])
+        _check_shape("the capsules of routed_capsules(features)", capsules, *expected, *capsules.shape[2:])
+        if activations is not None:
+            _check_shape("the activations of routed_capsules(features)", activations, *expected)
+        grids, places = model.capsule_places()
+        count = sum(height * width for height, width in grids)
+        if grids:
+            _check(places.shape == (every.shape[2],), f"capsule_places() has {len(places)} places of {every.shape[2]}")
+            _check(bool(((places >= 0) & (places < count)).all()), f"capsule_places() has places outside of {grids}")
 
 
 def _check_file(model: nn.Module, images: Tensor) -> None:

@@ -7,16 +7,18 @@ loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them
 
 from . import reference
 from .couplings import routing_couplings
-from .inverted_attention import inverted_attention_routing
+from .inverted_attention import inverted_attention_couplings, inverted_attention_routing
 from .ops import dynamic_routing, squash
-from .self_attention import self_attention_routing
+from .self_attention import self_attention_couplings, self_attention_routing
 from .weighted_votes import weighted_votes
 
 __all__ = [
     "dynamic_routing",
+    "inverted_attention_couplings",
     "inverted_attention_routing",
     "reference",
     "routing_couplings",
+    "self_attention_couplings",
     "self_attention_routing",
     "squash",
     "weighted_votes",

@@ -30,9 +30,16 @@ def routing_couplings(
     dtype = compute_dtype(x, weight)
     totals = cpu.squash(sums.to(dtype), approximate_squash)[:-1].cumsum(0)
     couplings = x.new_full((num_iters, *x.shape[:2], weight.shape[2]), 1 / max(1, weight.shape[2]), dtype=dtype)
-    types = x.to(dtype).unflatten(1, (weight.shape[0], -1)) if cpu.has_votes(x, weight) else None
-    for iteration, total in enumerate(totals, start=1) if types is not None else ():
-        with no_autocast(x):
-            projections = torch.einsum("tkjd,bjd->btkj", weight.to(dtype), total)
-            couplings[iteration] = (types @ projections).softmax(-1).flatten(1, 2)
+    for iteration, total in enumerate(totals, start=1):
+        couplings[iteration] = softmax_of_agreement(x, weight, total)
     return couplings
+
+
+def softmax_of_agreement(x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+    """Softmax over the classes of u_ij . V_j, `[B, I, J]` in the dtype of V `[B, J, D]`, without the votes u."""
+    if not cpu.has_votes(x, weight):
+        return total.new_full((*x.shape[:2], weight.shape[2]), 1 / max(1, weight.shape[2]))
+    with no_autocast(x):
+        projections = torch.einsum("tkjd,bjd->btkj", weight.to(total.dtype), total)
+        types = x.to(total.dtype).unflatten(1, (weight.shape[0], -1))
+        return (types @ projections).softmax(-1).flatten(1, 2)

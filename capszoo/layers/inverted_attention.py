@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import _assert
 from torch import Tensor, nn
 
+from capszoo.kernels import inverted_attention_couplings
 from capszoo.kernels.inverted_attention import reference
 
 from .config import FollowsFusedRouting
@@ -185,11 +186,14 @@ class InvertedAttentionCaps(_InvertedAttention):
         # They are the capsules of a map of one position.
         return self._route(x.unsqueeze(4).unsqueeze(5), self.weight.unsqueeze(0).unsqueeze(0), parents)
 
+    @torch.jit.ignore
+    def couplings(self, x: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Couplings ``[B, I, J]`` of a pass of :meth:`forward`, by the operator's own arithmetic."""
+        x = x.permute(0, 1, 4, 5, 2, 3).flatten(1, 3).to(self.weight.dtype)
+        parents = None if parents is None else parents.to(self.weight.dtype)
+        found = inverted_attention_couplings(x[..., None, None], self.weight[None, None], parents)
+        return found.squeeze(4).squeeze(3)
+
     def extra_repr(self) -> str:
         num_capsules, pose_size, _, num_classes = self.weight.shape
         return f"num_capsules={num_capsules}, num_classes={num_classes}, pose_size={pose_size}"
-
-
-def _reset_matrices(weight: Tensor) -> None:
-    *children, side, _, num_parents = weight.shape
-    nn.init.normal_(weight, std=math.sqrt(num_parents / max(1, side * math.prod(children))))

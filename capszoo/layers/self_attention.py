@@ -6,6 +6,7 @@ import torch
 from timm.layers import _assert
 from torch import Tensor, nn
 
+from capszoo.kernels import self_attention_couplings
 from capszoo.kernels.self_attention import reference
 
 from .config import FollowsFusedRouting
@@ -117,15 +118,10 @@ class SelfAttentionRouting(FollowsFusedRouting, nn.Module):
         return exponential_squash(s)
 
     @torch.jit.ignore
-    @torch.no_grad()
     def couplings(self, x: Tensor) -> Tensor:
         """Couplings of capsules ``[B, I, K]`` to the classes, with their priors, ``[1, B, I, J]``."""
-        x = x.to(self.weight.dtype)
-        if not self.attention:
-            return (self.bias + 1 / self.bias.shape[1]).expand(1, len(x), -1, -1)
-        totals = torch.einsum("bik,ikjd->bjd", x, self.weight)
-        logits = torch.einsum("bik,ikjd,bjd->bij", x, self.weight, totals) / math.sqrt(self.weight.shape[3])
-        return (logits.softmax(dim=2) + self.bias).unsqueeze(0)
+        found = self_attention_couplings(x.to(self.weight.dtype), self.weight, self.bias, self.attention)
+        return found.unsqueeze(0)
 
     def extra_repr(self) -> str:
         num_capsules, caps_dim, num_classes, class_dim = self.weight.shape

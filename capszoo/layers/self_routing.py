@@ -69,14 +69,19 @@ def self_routing_scores(
     Returns:
         log a_j ``[B, J]``, in float32 at least.
     """
-    # A product of its own for each capsule, [B, K] by [K, J], in half precision under autocast. Then images come last:
-    # a softmax over few classes, each beside the next in memory, takes a CPU 20 times as long.
-    logits = torch.bmm(poses.transpose(0, 1), weight.transpose(1, 2)).transpose(1, 2) + bias.unsqueeze(2)
-    logits = logits.to(torch.promote_types(weight.dtype, torch.float32))
+    logits = routing_logits(poses, weight, bias)
     shares = log_activations.to(logits.dtype).log_softmax(dim=1).t().contiguous().unsqueeze(1)  # log (a_i / sum_i a_i)
     if couplings == "uniform":
         return (shares.exp() * logits).sum(dim=0).log_softmax(dim=0).t()
     return (shares + logits.log_softmax(dim=1)).logsumexp(dim=0).t()
+
+
+def routing_logits(poses: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The logits w_ij . p_i + b_ij of the couplings of :func:`self_routing_scores`, ``[I, J, B]``."""
+    # A product of its own for each capsule, [B, K] by [K, J], in half precision under autocast. Then images come last:
+    # a softmax over few classes, each beside the next in memory, takes a CPU 20 times as long.
+    logits = torch.bmm(poses.transpose(0, 1), weight.transpose(1, 2)).transpose(1, 2) + bias.unsqueeze(2)
+    return logits.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 class PoseCaps(nn.Module):
@@ -257,7 +262,7 @@ class SelfRouting(nn.Module):
     ):
         super().__init__()
         check_couplings(couplings)
-        self.num_types, self.couplings = num_types, couplings
+        self.num_types, self.uniform = num_types, couplings == "uniform"
         self.num_capsules = num_types * grid_size[0] * grid_size[1]
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(self.num_capsules, num_classes, caps_dim, **dd))
@@ -269,19 +274,32 @@ class SelfRouting(nn.Module):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def to_capsules(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``[B, A*(1 + K), H, W]`` to its poses ``[B, I, K]`` and logarithms of activations ``[B, I]``."""
+        poses, log_activations = split_capsules(x.to(self.weight.dtype), self.num_types)
+        return poses.flatten(1, 3), log_activations.flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map capsules ``[B, A*(1 + K), H, W]``, see :func:`split_capsules`, to log-probabilities ``[B, J]``."""
-        poses, log_activations = split_capsules(x.to(self.weight.dtype), self.num_types)
-        poses, log_activations = poses.flatten(1, 3), log_activations.flatten(1)
+        poses, log_activations = self.to_capsules(x)
         _assert(
             poses.shape[1] == self.num_capsules,
             f"class capsules of {self.num_capsules} capsules got {poses.shape[1]}: make the model for this img_size",
         )
-        scores = self_routing_scores(poses, log_activations, self.weight, self.bias, self.couplings)
+        couplings = "uniform" if self.uniform else "self"
+        scores = self_routing_scores(poses, log_activations, self.weight, self.bias, couplings)
         return scores.to(self.weight.dtype)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def couplings(self, x: Tensor) -> Tensor:
+        """Couplings r_ij of the capsules of a map to the classes, ``[1, B, I, J]``, 1 / J where they are uniform."""
+        poses, _ = self.to_capsules(x)
+        if self.uniform:
+            return poses.new_full((1, len(poses), *self.bias.shape), 1 / self.bias.shape[1])
+        return routing_logits(poses, self.weight, self.bias).softmax(dim=1).permute(2, 0, 1).unsqueeze(0)
 
     def extra_repr(self) -> str:
         num_capsules, num_classes, caps_dim = self.weight.shape
-        return (
-            f"num_capsules={num_capsules}, caps_dim={caps_dim}, num_classes={num_classes}, couplings={self.couplings!r}"
-        )
+        couplings = "uniform" if self.uniform else "self"
+        return f"num_capsules={num_capsules}, caps_dim={caps_dim}, num_classes={num_classes}, couplings={couplings!r}"

@@ -29,7 +29,7 @@ from capszoo.layers import (
 )
 from capszoo.layers.backbone import LEAST_MAP
 from capszoo.losses import CrossEntropyLoss
-from capszoo.models import _stem
+from capszoo.models import _couplings, _stem
 
 from .efficient_capsnet import ConvNorm, DepthwiseCaps
 from .inverted_attention import InvertedAttentionCapsNet
@@ -54,15 +54,20 @@ class VectorHead(nn.Module):
         num_types: T, the types of primary capsules.
         caps_dim: K, their dimension.
         class_caps: The layer from capsules ``[B, T*H*W, K]`` to class capsules ``[B, J, D]``.
+        grid_size: (H, W) of their map.
     """
 
     num_types, caps_dim, least_map = 32, 8, LEAST_MAP
     criterion: Callable[[], nn.Module] | None = None
     returns_logits = False
 
-    def __init__(self, num_types: int, caps_dim: int, class_caps: nn.Module):
+    couplings_of = _couplings.couplings_of_vectors
+    routed_capsules = _couplings.routed_vectors
+    capsule_places = _couplings.places_by_type
+
+    def __init__(self, num_types: int, caps_dim: int, class_caps: nn.Module, grid_size: tuple[int, int]):
         super().__init__()
-        self.shape = (num_types, caps_dim)
+        self.shape, self.routed_size = (num_types, caps_dim), grid_size
         self.class_caps = class_caps
 
     @torch.jit.ignore
@@ -70,10 +75,13 @@ class VectorHead(nn.Module):
         """Layers that route, by name."""
         return {"class_caps": self.class_caps}
 
+    def to_capsules(self, x: Tensor) -> Tensor:
+        """Reorder a map ``[B, T*K, H, W]`` into capsules ``[B, T*H*W, K]``, type-major."""
+        return x.unflatten(1, self.shape).permute(0, 1, 3, 4, 2).flatten(1, 3)
+
     def capsules(self, x: Tensor) -> Tensor:
         """Map primary capsules ``[B, T*K, H, W]`` to class capsules ``[B, J, D]``."""
-        x = x.unflatten(1, self.shape).permute(0, 1, 3, 4, 2).flatten(1, 3)  # type-major
-        return self.class_caps(x)
+        return self.class_caps(self.to_capsules(x))
 
     def scores(self, capsules: Tensor) -> Tensor:
         """Map class capsules to their lengths ``[B, J]``."""
@@ -109,7 +117,8 @@ class DynamicHead(VectorHead):
         num_types, caps_dim = primary.num_types, primary.caps_dim
         num_capsules = num_types * grid_size[0] * grid_size[1]
         more: dict[str, Any] = dict(num_weights=num_types if share_weights else num_capsules, num_routing=num_routing)
-        super().__init__(num_types, caps_dim, ClassCaps(num_capsules, caps_dim, num_classes, class_dim, **more, **dd))
+        class_caps = ClassCaps(num_capsules, caps_dim, num_classes, class_dim, **more, **dd)
+        super().__init__(num_types, caps_dim, class_caps, grid_size)
 
     @staticmethod
     def primary(in_chans: int, map_size: tuple[int, int], num_types: int, caps_dim: int, **dd: Any) -> nn.Module:
@@ -160,7 +169,7 @@ class SelfAttentionHead(VectorHead):
     ):
         num_types, caps_dim = primary.caps.num_types, primary.caps.caps_dim
         class_caps = SelfAttentionRouting(num_types, caps_dim, num_classes, class_dim, couplings, **dd)
-        super().__init__(num_types, caps_dim, class_caps)
+        super().__init__(num_types, caps_dim, class_caps, grid_size)
 
     @staticmethod
     def primary(in_chans: int, map_size: tuple[int, int], num_types: int, caps_dim: int, **dd: Any) -> nn.Module:
@@ -197,6 +206,9 @@ class InvertedAttentionHead(nn.Module):
     _route_sequentially = InvertedAttentionCapsNet._route_sequentially
     _route_concurrently = InvertedAttentionCapsNet._route_concurrently
     _next_poses = InvertedAttentionCapsNet._next_poses
+    couplings_of = _couplings.couplings_of_passes
+    routed_capsules = _couplings.routed_poses
+    capsule_places = _couplings.places_by_type
 
     def __init__(
         self,
@@ -222,6 +234,7 @@ class InvertedAttentionHead(nn.Module):
                 f"head='inverted_attention' needs a map of 7x7, the backbone's is {grid_size[0]}x{grid_size[1]}: set "
                 f"backbone_level or resize the images"
             )
+        self.routed_size = top
         self.class_caps = InvertedAttentionCaps(num_types * top[0] * top[1], num_classes, side, **dd)
         self.fc = nn.Linear(side**2, 1, **dd)
 
@@ -243,10 +256,14 @@ class InvertedAttentionHead(nn.Module):
         """Layers that route, by name."""
         return {**{f"caps.{i}": layer for i, layer in enumerate(self.caps)}, "class_caps": self.class_caps}
 
+    def route_in_passes(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Poses of each pass, see :meth:`capszoo.models.InvertedAttentionCapsNet.route_in_passes`."""
+        x = x.unflatten(1, self.shape)
+        return self._route_concurrently(x) if self.concurrent else self._route_sequentially(x)
+
     def capsules(self, x: Tensor) -> Tensor:
         """Map primary capsules ``[B, T*P*P, H, W]`` to class capsules ``[B, J, P*P]``."""
-        x = x.unflatten(1, self.shape)
-        capsules = self._route_concurrently(x) if self.concurrent else self._route_sequentially(x)
+        _, capsules = self.route_in_passes(x)[-1]
         return capsules.flatten(2)
 
     def scores(self, capsules: Tensor) -> Tensor:
@@ -272,12 +289,17 @@ class SelfRoutingHead(nn.Module):
     criterion: Callable[[], nn.Module] | None = CrossEntropyLoss
     returns_logits = True
 
+    couplings_of = _couplings.couplings_of_map
+    routed_capsules = _couplings.routed_with_activations
+    capsule_places = _couplings.places_by_place
+
     def __init__(
         self, primary: PoseCaps, grid_size: tuple[int, int], num_classes: int, couplings: str = "self", **dd: Any
     ):
         super().__init__()
         num_types = primary.num_types
         caps_dim = primary.conv.out_channels // num_types - 1
+        self.routed_size = grid_size
         self.class_caps = SelfRouting(num_types, caps_dim, num_classes, grid_size, couplings, **dd)
 
     @staticmethod

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import Backbone
-from capszoo.models import _builder, _heads, _stem
+from capszoo.models import _builder, _couplings, _heads, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["CapsNetHead"]
@@ -150,6 +150,7 @@ class CapsNetHead(nn.Module):
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
+    couplings = _couplings.couplings
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -177,6 +178,21 @@ class CapsNetHead(nn.Module):
         if not self.num_classes:
             return {}
         return {f"head.{key}": layer for key, layer in self.head.capsule_layers().items()}
+
+    @torch.jit.ignore
+    def couplings_of(self, features: Tensor) -> Tensor:
+        """Couplings ``[R, B, I, J]`` of primary capsules ``[B, num_features, H', W']``."""
+        return self.head.couplings_of(features)
+
+    @torch.jit.ignore
+    def routed_capsules(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Capsules that the class capsules take, and their lengths or activations, see `capszoo.contract`."""
+        return self.head.routed_capsules(features)
+
+    @torch.jit.ignore
+    def capsule_places(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """Where these are, see `capszoo.contract`."""
+        return self.head.capsule_places()
 
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:

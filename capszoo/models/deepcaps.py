@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, ConvCaps, ConvDynamicRouting, DeconvDecoder, capsule_lengths
-from capszoo.models import _builder, _stem
+from capszoo.models import _builder, _couplings, _stem
 from capszoo.models._checkpointing import checkpoint_once
-from capszoo.models._couplings import couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["DeepCaps"]
@@ -132,6 +131,7 @@ class DeepCaps(nn.Module):
         num_positions = sum(rows * columns for rows, columns in grids[3:])
         _builder.check_capsules(num_types * num_positions, height, width, "set num_types")
         self.grid_size = (num_positions, 1)
+        self._joined_grids = [grids[4], grids[3]]
         self.num_features, self.head_hidden_size = chans, chans * num_positions
         # Of capsules of length 1/2 these matrices make class capsules of about that length.
         self._class_caps_args: dict[str, Any] = dict(
@@ -164,7 +164,9 @@ class DeepCaps(nn.Module):
     reconstruct = _builder.reconstruct
     auxiliary_modules = _builder.auxiliary_modules
     get_classifier = _builder.get_classifier
-    couplings = couplings
+    couplings = _couplings.couplings
+    couplings_of = _couplings.couplings_of_vectors
+    routed_capsules = _couplings.routed_vectors
 
     def forward_intermediates(
         self,
@@ -196,6 +198,11 @@ class DeepCaps(nn.Module):
     def capsule_layers(self) -> dict[str, nn.Module]:
         """Layers that route."""
         return {"cell4.skip": self.cell4.skip, "class_caps": self.class_caps} if self.num_classes else {}
+
+    @torch.jit.ignore
+    def capsule_places(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """The maps of the last two cells, and the place of each capsule, counted from one map on to the next."""
+        return self._joined_grids, torch.arange(self.grid_size[0]).repeat(self.num_types)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

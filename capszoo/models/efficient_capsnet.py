@@ -248,6 +248,7 @@ class EfficientCapsNet(nn.Module):
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
     couplings = _couplings.couplings
+    couplings_of = _couplings.couplings_of_vectors
     reconstruct = _builder.reconstruct
     auxiliary_modules = _builder.auxiliary_modules
     capsule_layers = _builder.capsule_layers

@@ -22,7 +22,7 @@ from capszoo.arguments import SearchedArgument
 from capszoo.layers import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps, conv_caps_size
 from capszoo.layers.stems import create_stem
 from capszoo.losses import CrossEntropyLoss
-from capszoo.models import _builder
+from capszoo.models import _builder, _couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["InvertedAttentionCapsNet"]
@@ -142,6 +142,7 @@ class InvertedAttentionCapsNet(nn.Module):
             dict(num_types=num_types, num_parents=num_types, kernel_size=_KERNEL_SIZE, stride=stride)
             for stride in _STRIDES
         ]
+        self.routed_size = top
         self._num_capsules, self._num_hidden = num_types * top[0] * top[1], num_hidden
         self._pose_size = pose_size
         self._build_head(num_classes, **dd)
@@ -171,6 +172,9 @@ class InvertedAttentionCapsNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     get_classifier = _builder.get_classifier
+    couplings = _couplings.couplings
+    couplings_of = _couplings.couplings_of_passes
+    routed_capsules = _couplings.routed_poses
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
@@ -193,6 +197,13 @@ class InvertedAttentionCapsNet(nn.Module):
         if not self.num_classes:
             return {}
         return {**{f"caps.{i}": layer for i, layer in enumerate(self.caps)}, "class_caps": self.class_caps}
+
+    @torch.jit.ignore
+    def capsule_places(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """The map below the class capsules, and the place there of each capsule; none with hidden capsules."""
+        if self._num_hidden:
+            return [], torch.arange(0)
+        return _couplings.places_by_type(self)
 
     @torch.jit.ignore
     def default_criterion(self) -> nn.Module:
@@ -250,22 +261,28 @@ class InvertedAttentionCapsNet(nn.Module):
         """Poses of the class capsules ``[B, J, P*P]`` from the primary capsules ``[B, T*P*P, H', W']``."""
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
-        primary = self.primary_caps.to_capsules(x)
-        capsules = self._route_concurrently(primary) if self.concurrent else self._route_sequentially(primary)
+        _, capsules = self.route_in_passes(x)[-1]
         return capsules.flatten(2)
 
-    def _route_sequentially(self, x: Tensor) -> Tensor:
+    def route_in_passes(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each pass the poses below the class capsules that it took, and theirs after it; `x` as `forward_head`."""
+        primary = self.primary_caps.to_capsules(x)
+        return self._route_concurrently(primary) if self.concurrent else self._route_sequentially(primary)
+
+    def _route_sequentially(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         for layer in self.caps:
             below = x
             x = layer(below, None)
             for _ in range(1, self.num_passes):
                 x = layer(below, x)
         capsules = self.class_caps(x, None)
+        passes = [(x, capsules)]
         for _ in range(1, self.num_passes):
             capsules = self.class_caps(x, capsules)
-        return capsules
+            passes.append((x, capsules))
+        return passes
 
-    def _route_concurrently(self, primary: Tensor) -> Tensor:
+    def _route_concurrently(self, primary: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Procedure 2 of the paper, without the passes that cannot reach the class capsules.
 
         A new pose moves up by one layer a pass: of two passes the second is that of the class capsules alone.
@@ -275,10 +292,12 @@ class InvertedAttentionCapsNet(nn.Module):
             below = layer(below, None)
             poses.append(below)
         capsules = self.class_caps(below, None)
+        passes = [(below, capsules)]
         for number in range(1, self.num_passes):
             capsules = self.class_caps(poses[-1], capsules)
+            passes.append((poses[-1], capsules))
             poses = self._next_poses(poses, self.num_passes - number)
-        return capsules
+        return passes
 
     def _next_poses(self, poses: list[Tensor], num_left: int) -> list[Tensor]:
         """One pass of all layers below the class capsules; those too far from them for the passes left stay."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from capszoo.arguments import SearchedArgument
 from capszoo.layers.self_routing import COUPLINGS, ConvSelfRouting, PoseCaps, SelfRouting
 from capszoo.losses import CrossEntropyLoss
-from capszoo.models import _builder, _stem
+from capszoo.models import _builder, _couplings, _stem
 from capszoo.models._checkpointing import checkpoint_once
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -159,7 +159,7 @@ class SelfRoutingNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight)
-        self.grid_size = grid
+        self.grid_size = self.routed_size = grid
         self.num_features = chans
         self.head_hidden_size = chans * grid[0] * grid[1]
         self._class_caps_args = dict(num_types=num_types, caps_dim=caps_dim, grid_size=grid, couplings=couplings)
@@ -183,6 +183,10 @@ class SelfRoutingNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     get_classifier = _builder.get_classifier
+    couplings = _couplings.couplings
+    couplings_of = _couplings.couplings_of_map
+    routed_capsules = _couplings.routed_with_activations
+    capsule_places = _couplings.places_by_place
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is measured for a report, in one pass over the images and some more over a few of them."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capszoo import inspect
-from capszoo.contract import HasCapsules, HasCouplings, decoder_of, to_probabilities
+from capszoo.contract import HasCapsules, decoder_of, has_couplings, to_probabilities
 from capszoo.engine.robustness import transform
 from capszoo.engine.task import Normalization
 from capszoo.errors import InspectionError
@@ -221,13 +222,10 @@ def _look_inside(found: Findings, model: Any, x: Tensor) -> None:
         if decoder_of(model) is not None and isinstance(model, HasCapsules):
             found.sweep_values = tuple(value / 20 for value in range(-5, 6))
             found.sweep = inspect.perturb(model, x[:2], values=found.sweep_values).cpu()
-        if isinstance(model, HasCouplings):
+        if has_couplings(model):
             found.entropy = tuple(inspect.coupling_entropy(model, x).tolist())
-            try:
-                maps = [inspect.part_maps(model, x, iteration) for iteration in range(len(found.entropy))]
-            except InspectionError:  # of a pruned network's capsules some have no place
-                return
-            found.part_maps = torch.stack(maps).cpu()
+            with contextlib.suppress(InspectionError):  # capsules of the whole image have no place in it
+                found.part_maps = inspect.part_maps(model, x, iteration=None).cpu()
 
 
 def _robustness(model: Any, normalization: Normalization, x: Tensor, labels: Tensor) -> list[Curve]:

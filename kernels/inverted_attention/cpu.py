@@ -20,6 +20,8 @@ need not be reordered. The children of a few samples are gathered from the map a
 added into the map place by place of the kernel.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -53,18 +55,35 @@ def forward(x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> Tensor:
     """
     if not has_votes(x, weight, parents):
         return parents.new_zeros(parents.shape)
-    side, matrices, poses = weight.shape[3], _matrices(weight), _types_last(parents)
+    poses = _types_last(parents)
     sums = torch.zeros_like(poses)
-    tiles = _Tiles(x, weight, parents)
+    for batch, positions, _, found, (votes, products) in _routed_tiles(x, weight, poses, stride):
+        torch.mul(votes, found, out=products)
+        sums[batch].flatten(0, 2)[positions] += products.sum(0)
+    return _types_first(sums, weight.shape[3])
+
+
+def couplings(x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> Tensor:
+    """Couplings r `[C, B, H', W', J]`, of what `forward` takes; as many numbers as it never stores."""
+    r = x.new_zeros(weight.shape[:3].numel(), *parents.shape[:4])
+    if has_votes(x, weight, parents):
+        for batch, positions, children, found, _ in _routed_tiles(x, weight, _types_last(parents), stride):
+            r[:, batch].flatten(1, 3)[children, positions] = found.squeeze(2)
+    return r
+
+
+def _routed_tiles(
+    x: Tensor, weight: Tensor, poses: Tensor, stride: int
+) -> Iterator[tuple[slice, slice, slice, Tensor, tuple[Tensor, Tensor]]]:
+    """Of each tile: its samples, positions among theirs, children, couplings `[c, n, 1, J]`, and `_Tiles.votes`."""
+    side, matrices = weight.shape[3], _matrices(weight)
+    tiles = _Tiles(x, weight, poses)
     for batch in tiles.groups:
-        children = _children(x[batch], weight, stride)
-        group, group_sums = poses[batch].flatten(0, 2), sums[batch].flatten(0, 2)
+        children, group = _children(x[batch], weight, stride), poses[batch].flatten(0, 2)
         for positions, types in tiles.of(children):
             votes, products = tiles.votes(children[types, positions], matrices[types])
-            couplings = _sum_of_products(votes, group[positions], products).div_(side).softmax(3)
-            torch.mul(votes, couplings, out=products)
-            group_sums[positions] += products.sum(0)
-    return _types_first(sums, side)
+            found = _sum_of_products(votes, group[positions], products).div_(side).softmax(3)
+            yield batch, positions, types, found, (votes, products)
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:

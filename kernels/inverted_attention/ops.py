@@ -144,6 +144,30 @@ def uniform_routing(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return sums.unflatten(0, [x.shape[0], side]).unflatten(2, [num_parents, side]).transpose(1, 2)
 
 
+def check_inputs(x: Tensor, weight: Tensor, parents: Tensor | None, stride: int) -> None:
+    """Check what `inverted_attention_routing` takes; its errors."""
+    if x.dim() != 6:
+        raise ValueError(f"x must have shape [B, I, P, P, H, W], but it has {x.dim()} dimensions: reshape it")
+    if weight.dim() != 6 or weight.shape[0] != weight.shape[1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}, it must be [k, k, I, P, P, J]: reshape it")
+    k, num_types, side, num_parents = weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[5]
+    if list(x.shape[1:4]) != [num_types, side, side] or weight.shape[4] != side:
+        raise ValueError(
+            f"x has poses [I, P, P] = {list(x.shape[1:4])}, weight takes {list(weight.shape[2:5])}: make them equal"
+        )
+    if stride < 1:
+        raise ValueError(f"stride={stride}: it must be 1 or more")
+    if k < 1 or x.shape[4] < k or x.shape[5] < k:
+        raise ValueError(f"x has a map of {x.shape[4]}x{x.shape[5]} positions, the kernel needs {k}x{k}: enlarge it")
+    check_types(x, weight, x if parents is None else parents, "parents")
+    if parents is None:
+        return
+    height, width = (x.shape[4] - k) // stride + 1, (x.shape[5] - k) // stride + 1
+    expected = [x.shape[0], num_parents, side, side, height, width]
+    if list(parents.shape) != expected:
+        raise ValueError(f"parents have shape {list(parents.shape)}, x and weight need {expected}")
+
+
 def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None = None, stride: int = 1) -> Tensor:
     """Weigh the votes of children by their agreement with the parents' poses of the pass before, and add them up.
 
@@ -170,27 +194,10 @@ def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None
     """
     if has_torch_function_variadic(x, weight):
         return handle_torch_function(inverted_attention_routing, (x, weight), x, weight, parents, stride)
-    if x.dim() != 6:
-        raise ValueError(f"x must have shape [B, I, P, P, H, W], but it has {x.dim()} dimensions: reshape it")
-    if weight.dim() != 6 or weight.shape[0] != weight.shape[1]:
-        raise ValueError(f"weight has shape {list(weight.shape)}, it must be [k, k, I, P, P, J]: reshape it")
-    k, num_types, side, num_parents = weight.shape[0], weight.shape[2], weight.shape[3], weight.shape[5]
-    if list(x.shape[1:4]) != [num_types, side, side] or weight.shape[4] != side:
-        raise ValueError(
-            f"x has poses [I, P, P] = {list(x.shape[1:4])}, weight takes {list(weight.shape[2:5])}: make them equal"
-        )
-    if stride < 1:
-        raise ValueError(f"stride={stride}: it must be 1 or more")
-    if k < 1 or x.shape[4] < k or x.shape[5] < k:
-        raise ValueError(f"x has a map of {x.shape[4]}x{x.shape[5]} positions, the kernel needs {k}x{k}: enlarge it")
-    check_types(x, weight, x if parents is None else parents, "parents")
+    check_inputs(x, weight, parents, stride)
     if parents is None:
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         return uniform_routing(x.to(dtype), weight.to(dtype), stride).to(x.dtype)
-    height, width = (x.shape[4] - k) // stride + 1, (x.shape[5] - k) // stride + 1
-    expected = [x.shape[0], num_parents, side, side, height, width]
-    if list(parents.shape) != expected:
-        raise ValueError(f"parents have shape {list(parents.shape)}, x and weight need {expected}")
     inputs = x.permute(0, 4, 5, 1, 2, 3), weight, parents.permute(0, 4, 5, 1, 2, 3)
     if not torch.jit.is_scripting():
         if has_tangent(x, weight, parents):
