@@ -19,7 +19,7 @@ from capszoo.contract import (
     decoder_of,
     keeps_contract,
 )
-from capszoo.models import CapsNet, CNNBaseline
+from capszoo.models import CapsNet, CapsNetHead, CNNBaseline
 from capszoo.models._builder import build_model, digits_cfg
 from capszoo.models.cnn_baseline import checkpoint_filter_fn
 from capszoo.testing import check_model
@@ -112,6 +112,41 @@ def test_capsules_without_forward_capsules(broken):
     broken.setattr(Broken, "capsule_layers", lambda self: {"fc": self.fc}, raising=False)
     with pytest.raises(AssertionError, match=r"needs forward_capsules\(x\)"):
         check_model("broken_net", conv_dim=4, img_size=20)
+
+
+COUPLING_FAULTS = {
+    "no iterations": (lambda every, x: every[-1], "have shape .*, expected .R, B, I, J."),
+    "other classes": (lambda every, x: every[..., :-1], "couplings.x, iteration=None. has shape"),
+    "not finite": (lambda every, x: every / 0, "is not finite"),
+    "other sums": (
+        lambda every, x: every * x.mean((1, 2, 3))[:, None, None],
+        "add up neither to 1 over the classes nor",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", COUPLING_FAULTS)
+def test_couplings_that_cannot_be(monkeypatch, fault):
+    own, (change, message) = CapsNet.couplings, COUPLING_FAULTS[fault]
+
+    def changed(self, x, iteration=-1):
+        every = change(own(self, x, None), x)
+        return every if iteration is None else every[iteration]
+
+    monkeypatch.setattr(CapsNet, "couplings", changed)
+    with pytest.raises(AssertionError, match=message):
+        check_model("capsnet", **SMALL["capsnet"])
+
+
+def test_routed_capsules_that_are_not_those_of_the_couplings(monkeypatch):
+    small = dict(backbone="stem", backbone_level=0, num_types=2, caps_dim=4, class_dim=4, img_size=20)
+    routed = CapsNetHead.routed_capsules
+    monkeypatch.setattr(CapsNetHead, "capsule_places", lambda self: ([(1, 1)], torch.arange(18)))
+    with pytest.raises(AssertionError, match="capsule_places.. has "):
+        check_model("capsnet_head", **small)
+    monkeypatch.setattr(CapsNetHead, "routed_capsules", lambda self, f: (routed(self, f)[0][:, 1:], None))
+    with pytest.raises(AssertionError, match="the capsules of routed_capsules.features. has shape"):
+        check_model("capsnet_head", **small)
 
 
 def test_scores_beyond_the_margin_loss(broken):

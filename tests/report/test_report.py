@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from families import sizes_of
 from PIL import Image
 
 import capszoo
@@ -87,6 +88,28 @@ def test_show_images_of_which_the_class_is_not_known(run_folder, tmp_path, monke
     assert show.main([str(run_folder / "best.safetensors"), "--device", "cpu", "."]) == 0
     text = (tmp_path / "best.html").read_text()
     assert "3 images" in text and "<h2>Images</h2>" in text and "Confusion" not in text and "accuracy" not in text
+
+
+FAMILIES = {
+    "efficient_capsnet": {},
+    "capsnet_resnet_ia": {},
+    "capsnet_resnet_sr": {},
+    "deepcaps": {},
+    "capsnet_head": {"head": "self_routing"},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_show_a_network_of_each_family(name, tmp_path, monkeypatch, capsys):
+    """By `capszoo show`, on images of unknown classes: what its capsules and its routing have, and no more."""
+    torch.manual_seed(0)
+    model = capszoo.create_model(name, in_chans=1, num_classes=3, img_size=20, **sizes_of(name), **FAMILIES[name])
+    capszoo.save_model(tmp_path / "model.safetensors", model)
+    Image.new("L", (20, 20), 90).save(tmp_path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    assert show.main(["model.safetensors", "--device", "cpu", "0.png"]) == 0
+    headings = re.findall("<h2>(.*?)</h2>", (tmp_path / "model.html").read_text())
+    assert headings == ["Images", "Couplings over the image", "What routing decides"]
 
 
 @pytest.mark.parametrize(
