@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.gaussian_routing import by_moments
+from capszoo.kernels.gaussian_routing import reference as gaussian_reference
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "squash"]
+__all__ = ["capsule_lengths", "dynamic_routing", "em_routing", "squash", "vb_routing"]
 
 
 @register_notrace_function
@@ -41,6 +43,57 @@ def dynamic_routing(
     if use_fused_routing():
         return kernels.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
     return kernels.reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+@register_notrace_function
+def em_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    offset: Tensor | None = None,
+    stride: int = 1,
+    num_iters: int = 3,
+    final_lambda: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """Route maps of matrix capsules by EM, see :func:`capszoo.kernels.em_routing`."""
+    if has_torch_function_variadic(poses, activations, weight, beta_u, beta_a):
+        tensors = (poses, activations, weight, beta_u, beta_a)
+        return handle_torch_function(
+            em_routing, tensors, poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+        )
+    if not torch.jit.is_scripting():
+        if use_fused_routing():
+            return by_moments.em_routing(
+                poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+            )
+    return gaussian_reference.em_routing(
+        poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+    )
+
+
+@register_notrace_function
+def vb_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    offset: Tensor | None = None,
+    stride: int = 1,
+    num_iters: int = 3,
+) -> tuple[Tensor, Tensor]:
+    """Route maps of matrix capsules by variational Bayes, see :func:`capszoo.kernels.vb_routing`."""
+    if has_torch_function_variadic(poses, activations, weight, beta_u, beta_a):
+        tensors = (poses, activations, weight, beta_u, beta_a)
+        return handle_torch_function(
+            vb_routing, tensors, poses, activations, weight, beta_u, beta_a, offset, stride, num_iters
+        )
+    if not torch.jit.is_scripting():
+        if use_fused_routing():
+            return by_moments.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
+    return gaussian_reference.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:

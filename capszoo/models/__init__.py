@@ -3,5 +3,6 @@
 from .capsnet import CapsNet
 from .cnn_baseline import CNNBaseline
 from .efficient_capsnet import EfficientCapsNet
+from .matrix_capsnet import MatrixCapsNet
 
-__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet"]
+__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet", "MatrixCapsNet"]

@@ -193,7 +193,7 @@ def prune_intermediate_layers(
         The levels, counted from the first.
     """
     taken, last = feature_take_indices(len(self._levels()), indices)
-    if last == 0 or (last == 1 and prune_norm):
+    if last == 0 or (last == 1 and (prune_norm or not getattr(self, "_last_level_is_norm", True))):
         self._cut(last)
     if prune_head or last == 0:
         self.reset_classifier(0, "")
