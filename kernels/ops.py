@@ -19,6 +19,7 @@ from . import cpu
 from .derivatives import (
     compute_dtype,
     no_autocast,
+    register_for_transforms,
     routing_backward_transformed,
     routing_reference,
     routing_transformed,
@@ -183,15 +184,10 @@ dynamic_routing_op.register_autograd(_routing_gradients, setup_context=_save_rou
 dynamic_routing_backward_op.register_autograd(_routing_second_gradients, setup_context=_save_routing_backward)
 
 
-# Where a transform of torch.func is active (grad, vmap, jvp ...), the dispatcher asks at this key first. Were it
-# renamed, grad would raise an error, vmap go sample by sample, and jvp show its tangents to the functions below.
-_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
-_library = torch.library.Library("capszoo", "FRAGMENT")
-if hasattr(torch._C.DispatchKey, _TRANSFORMS):
-    _library.impl("squash", squash_reference, _TRANSFORMS)
-    _library.impl("squash_backward", squash_backward_transformed, _TRANSFORMS)
-    _library.impl("dynamic_routing", routing_transformed, _TRANSFORMS)
-    _library.impl("dynamic_routing_backward", routing_backward_transformed, _TRANSFORMS)
+register_for_transforms("squash", squash_reference)
+register_for_transforms("squash_backward", squash_backward_transformed)
+register_for_transforms("dynamic_routing", routing_transformed)
+register_for_transforms("dynamic_routing_backward", routing_backward_transformed)
 
 
 def squash(x: Tensor, approximate: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.derivatives import no_autocast
 from capszoo.kernels.gaussian_routing import by_moments
 from capszoo.kernels.gaussian_routing import reference as gaussian_reference
 
@@ -63,14 +64,16 @@ def em_routing(
         return handle_torch_function(
             em_routing, tensors, poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
         )
-    if not torch.jit.is_scripting():
-        if use_fused_routing():
-            return by_moments.em_routing(
-                poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
-            )
-    return gaussian_reference.em_routing(
-        poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
-    )
+    if torch.jit.is_scripting():
+        return by_moments.em_routing(
+            poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+        )
+    if use_fused_routing():
+        return kernels.em_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda)
+    with no_autocast(poses):
+        return gaussian_reference.em_routing(
+            poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+        )
 
 
 @register_notrace_function
@@ -90,10 +93,12 @@ def vb_routing(
         return handle_torch_function(
             vb_routing, tensors, poses, activations, weight, beta_u, beta_a, offset, stride, num_iters
         )
-    if not torch.jit.is_scripting():
-        if use_fused_routing():
-            return by_moments.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
-    return gaussian_reference.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
+    if torch.jit.is_scripting():
+        return by_moments.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
+    if use_fused_routing():
+        return kernels.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
+    with no_autocast(poses):
+        return gaussian_reference.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:

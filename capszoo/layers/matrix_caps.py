@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from capszoo.kernels.gaussian_routing import reference
+
+from .config import FollowsFusedRouting
 from .functional import em_routing, vb_routing
 
 __all__ = ["ClassMatrixCaps", "ConvMatrixCaps", "MatrixPrimaryCaps", "join_capsules", "split_capsules"]
@@ -72,7 +75,7 @@ class MatrixPrimaryCaps(nn.Module):
         return join_capsules(poses, self.norm_activations(activations).sigmoid())
 
 
-class _MatrixRouting(nn.Module):
+class _MatrixRouting(FollowsFusedRouting, nn.Module):
     """Matrices and routing parameters of a layer whose children compete for parents, by EM or variational Bayes."""
 
     def __init__(
@@ -84,6 +87,7 @@ class _MatrixRouting(nn.Module):
         pose_size: int,
         method: str,
         num_routing: int,
+        final_lambda: float,
         **dd: Any,
     ):
         super().__init__()
@@ -92,7 +96,10 @@ class _MatrixRouting(nn.Module):
         if num_routing < 1:
             raise ValueError(f"num_routing={num_routing} is not possible: give 1 (uniform couplings) or more")
         self.in_types, self.out_types, self.pose_size, self.stride = in_types, out_types, pose_size, stride
-        self.method, self.num_routing = method, num_routing
+        self.method, self.num_routing, self.final_lambda = method, num_routing, final_lambda
+        # Lambda in the last iteration of EM. Divided by it, beta_a is a part of the logit of an activation: itself it
+        # would have to become thousands, for which an optimizer's steps are too small.
+        self.last_lambda = final_lambda * (1 - 0.95**num_routing)
         self.weight = nn.Parameter(torch.empty(in_types, *kernel_shape, out_types, pose_size, pose_size, **dd))
         self.beta_u = nn.Parameter(torch.empty(out_types, **dd))
         self.beta_a = nn.Parameter(torch.empty(out_types, **dd))
@@ -107,17 +114,28 @@ class _MatrixRouting(nn.Module):
         bound = math.sqrt(6 / fans)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.beta_u)
-        nn.init.zeros_(self.beta_a)
+        nn.init.constant_(self.beta_a, -2.0 if self.method == "em" else 0.0)
 
     def route(self, poses: Tensor, activations: Tensor, weight: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Route poses ``[B, I, P, P, h, w]`` and activations ``[B, I, h, w]`` by matrices ``[I, Kh, Kw, J, P, P]``."""
         if self.method == "em":
+            beta_a = self.beta_a / self.last_lambda
+            num_routing, final_lambda = self.num_routing, self.final_lambda
+            if torch.jit.is_scripting() and not self.fused:
+                return reference.em_routing(
+                    poses, activations, weight, self.beta_u, beta_a, offset, self.stride, num_routing, final_lambda
+                )
             return em_routing(
+                poses, activations, weight, self.beta_u, beta_a, offset, self.stride, num_routing, final_lambda
+            )
+        if torch.jit.is_scripting() and not self.fused:
+            poses, scores = reference.vb_routing(
                 poses, activations, weight, self.beta_u, self.beta_a, offset, self.stride, self.num_routing
             )
-        poses, scores = vb_routing(
-            poses, activations, weight, self.beta_u, self.beta_a, offset, self.stride, self.num_routing
-        )
+        else:
+            poses, scores = vb_routing(
+                poses, activations, weight, self.beta_u, self.beta_a, offset, self.stride, self.num_routing
+            )
         shape = poses.shape
         return self.norm_poses(poses.flatten(2, 3)).view(shape), self.norm_scores(scores).sigmoid()
 
@@ -142,6 +160,7 @@ class ConvMatrixCaps(_MatrixRouting):
         pose_size: P, the side of a pose matrix.
         method: 'em' or 'vb'.
         num_routing: Iterations; with 1 the couplings are uniform, which is the layer without routing.
+        final_lambda: What lambda tends to in 'em': the weight of the votes' cost in the logit of an activation.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -158,12 +177,22 @@ class ConvMatrixCaps(_MatrixRouting):
         pose_size: int = 4,
         method: str = "em",
         num_routing: int = 3,
+        final_lambda: float = 0.01,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         kernel = (kernel_size, kernel_size)
         super().__init__(
-            in_types, out_types, kernel, stride, pose_size, method, num_routing, device=device, dtype=dtype
+            in_types,
+            out_types,
+            kernel,
+            stride,
+            pose_size,
+            method,
+            num_routing,
+            final_lambda,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,6 +214,7 @@ class ClassMatrixCaps(_MatrixRouting):
         pose_size: P, at least 2.
         method: 'em' or 'vb'.
         num_routing: Iterations; with 1 the couplings are uniform.
+        final_lambda: As in `ConvMatrixCaps`.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -196,10 +226,13 @@ class ClassMatrixCaps(_MatrixRouting):
         pose_size: int = 4,
         method: str = "em",
         num_routing: int = 3,
+        final_lambda: float = 0.01,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_types, num_classes, (), 1, pose_size, method, num_routing, device=device, dtype=dtype)
+        super().__init__(
+            in_types, num_classes, (), 1, pose_size, method, num_routing, final_lambda, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map capsules ``[B, I * P * P + I, h, w]`` to poses ``[B, J, P, P]`` and activations ``[B, J]`` of classes."""

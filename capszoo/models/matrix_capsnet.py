@@ -70,6 +70,7 @@ class MatrixCapsNet(nn.Module):
         global_pool: str = "flat",
         routing: str = "em",
         num_routing: int = 3,
+        final_lambda: float = 0.01,
         conv_dim: int = 32,
         num_types: tuple[int, int, int] = (32, 32, 32),
         pose_size: int = 4,
@@ -86,6 +87,7 @@ class MatrixCapsNet(nn.Module):
             global_pool: 'flat' flattens the last map of capsules where there are no class capsules, '' keeps it.
             routing: 'em', or 'vb' with its BatchNorm.
             num_routing: Routing iterations; with 1 couplings are uniform, the ablation without routing.
+            final_lambda: What lambda of EM tends to: the fewer children a parent has, the larger it should be.
             conv_dim: Filters of the convolution.
             num_types: Types of capsules: primary, and of the two convolutions of capsules.
             pose_size: Side of a pose matrix, at least 2.
@@ -120,7 +122,9 @@ class MatrixCapsNet(nn.Module):
 
         primary, middle, last = num_types
         numbers = pose_size * pose_size + 1
-        routed: dict[str, Any] = dict(pose_size=pose_size, method=routing, num_routing=num_routing)
+        routed: dict[str, Any] = dict(
+            pose_size=pose_size, method=routing, num_routing=num_routing, final_lambda=final_lambda
+        )
         self.stem = Stem(in_chans, conv_dim, routing == "vb", **dd)
         self.primary_caps = MatrixPrimaryCaps(conv_dim, primary, pose_size, routing == "vb", **dd)
         self.blocks = nn.Sequential(
@@ -298,7 +302,7 @@ def capsnet_em_small(pretrained: bool = False, **kwargs: Any) -> MatrixCapsNet:
 @register_model
 def capsnet_em_mini(pretrained: bool = False, **kwargs: Any) -> MatrixCapsNet:
     """A network for a CPU."""
-    model_args = dict(routing="em", conv_dim=32, num_types=(4, 4, 8))
+    model_args = dict(routing="em", num_routing=2, final_lambda=0.1, conv_dim=32, num_types=(4, 4, 8))
     return _create_matrix_capsnet("capsnet_em_mini", pretrained, **dict(model_args, **kwargs))
 
 
@@ -319,5 +323,5 @@ def capsnet_vb_small(pretrained: bool = False, **kwargs: Any) -> MatrixCapsNet:
 @register_model
 def capsnet_vb_mini(pretrained: bool = False, **kwargs: Any) -> MatrixCapsNet:
     """A network for a CPU."""
-    model_args = dict(routing="vb", conv_dim=32, num_types=(4, 4, 8))
+    model_args = dict(routing="vb", num_routing=2, conv_dim=32, num_types=(4, 4, 8))
     return _create_matrix_capsnet("capsnet_vb_mini", pretrained, **dict(model_args, **kwargs))

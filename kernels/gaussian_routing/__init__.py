@@ -1,5 +1,6 @@
 """Routing of matrix capsules by mixtures of Gaussians: EM (Hinton et al. 2018) and variational Bayes (Ribeiro 2020)."""
 
-from . import by_moments, ops, reference
+from . import reference
+from .ops import em_routing, vb_routing
 
-__all__ = ["by_moments", "ops", "reference"]
+__all__ = ["em_routing", "reference", "vb_routing"]

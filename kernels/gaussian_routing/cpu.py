@@ -17,9 +17,8 @@ s1 = sum of w u and s2 = sum of w u^2 first:
     du = w ds1 + 2 u (w ds2 - dlogits precision);  dpose = matrix times du, dmatrix = pose times du over the rows
     dlog_prior = sum of dlogits;  dprecision = - sum of dlogits u^2;  dmean = 2 precision sum of dlogits u
 
-Equal couplings, those of the first iteration, need no votes: the first moment is a product of the poses and the
-matrices over the rows, the second one of the poses' products of two numbers and the matrices'. In float64, since here
-it is V that is squared.
+Equal couplings, those of the first iteration, take the same steps around the average, which is a matrix product over
+the rows, the matrices and the child types: as votes are linear in poses, those weighted by the shares have it.
 """
 
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from torch import Tensor
 EPSILON = 1e-8
 
 # Bytes of the votes of a tile; a few buffers of this size are at work.
-TILE_BYTES = 2**19
+TILE_BYTES = 2**21
 
 
 def moments(
@@ -65,18 +64,22 @@ def moments(
     matrices = _rows_of_columns(weight)
     for batch in _tiles(B, weight, H * W, poses):
         active = _Places(activations[:, batch], weight, stride)
-        if precision is None:
-            outputs = (mass[:, batch], average[..., batch, :, :], scatter[..., batch, :, :])
-            _equal_moments(poses[:, :, :, batch], active, weight, *outputs)
-            continue
-        center, factor = _by_rows(mean, batch), _by_rows(precision, batch)
-        prior = log_prior[:, batch].reshape(J, -1)
-        first, second, total = torch.zeros_like(center), torch.zeros_like(center), torch.zeros_like(prior)
+        if mean is None:
+            equal = active.equal_couplings(J)
+            center = _equal_average(poses[:, :, :, batch], active, equal, matrices, J)
+        else:
+            center, factor = _by_rows(mean, batch), _by_rows(precision, batch)
+            prior = log_prior[:, batch].reshape(J, -1)
+        first, second, total = torch.zeros_like(center), torch.zeros_like(center), center.new_zeros(J, center.shape[3])
+        u, work = center.new_empty(2, matrices.shape[1], *center.shape)
         for i in range(num_types):
-            u = torch.bmm(matrices[i], active.seen(poses[i][:, :, batch])).view(len(matrices[i]), *center.shape)
+            torch.bmm(matrices[i], active.seen(poses[i][:, :, batch]), out=u.view(len(u), matrices.shape[2], -1))
             u -= center
-            work = u.square().mul_(factor)
-            w = active.couplings(prior - work.sum(dim=(2, 3))).mul_(active.values[i].unsqueeze(1))
+            if mean is None:
+                w = equal * active.values[i].unsqueeze(1)
+            else:
+                logits = prior - torch.mul(u, u, out=work).mul_(factor).sum(dim=(2, 3))
+                w = active.couplings(logits).mul_(active.values[i].unsqueeze(1))
             total += w.sum(0)
             torch.mul(u, w[:, :, None, None], out=work)
             first += work.sum(0)
@@ -116,149 +119,76 @@ def moments_backward(
     dprecision, dlog_prior = torch.empty_like(dmean), torch.empty_like(mass) if mean is not None else mass.new_empty(0)
     matrices = _rows_of_columns(weight)
     dmatrices = torch.zeros_like(matrices)
-    dweight = torch.zeros_like(weight)
     # An average of no mass is no constant: EPSILON takes a part of it.
     inverse = 1 / (mass + EPSILON)
     by_average = (daverage - 2 * EPSILON * average * dscatter) * inverse[:, None, None]
     for batch in _tiles(B, weight, H * W, poses):
         active = _Places(activations[:, batch], weight, stride)
         shift, ds1, ds2 = (_by_rows(x, batch) for x in (average, by_average, dscatter))
-        center = 0 if mean is None else _by_rows(mean, batch)
+        dtotal = dmass[:, batch].reshape(J, -1)
         if mean is None:
-            shift, ds1, ds2 = shift.double(), ds1.double(), ds2.double()
-        shift -= center
-        dtotal = dmass[:, batch].reshape(J, -1) + (shift * (ds2 * shift - ds1)).sum(dim=(1, 2))
-        ds1.addcmul_(ds2, shift, value=-2)
-        if mean is None:
-            tile = (poses[:, :, :, batch], active, weight, dposes[:, :, :, batch], dactivations[:, batch], dweight)
-            _equal_moments_backward(dtotal, ds1, ds2, *tile)
-            continue
-        factor, prior = _by_rows(precision, batch), log_prior[:, batch].reshape(J, -1)
-        twice_factor = 2 * factor
-        by_u, by_square, by_prior = torch.zeros_like(center), torch.zeros_like(center), torch.zeros_like(prior)
+            center, equal = shift, active.equal_couplings(J)
+        else:
+            center, factor, prior = (
+                _by_rows(mean, batch),
+                _by_rows(precision, batch),
+                log_prior[:, batch].reshape(J, -1),
+            )
+            shift -= center
+            dtotal = dtotal + (shift * (ds2 * shift - ds1)).sum(dim=(1, 2))
+            ds1.addcmul_(ds2, shift, value=-2)
+            twice_factor = 2 * factor
+            by_u, by_square, by_prior = torch.zeros_like(center), torch.zeros_like(center), torch.zeros_like(prior)
+        u, du, work, half = center.new_empty(4, matrices.shape[1], *center.shape)  # fresh memory costs more than a pass
+        factors = du.view(len(u), matrices.shape[2], -1)
         for i in range(num_types):
             seen = active.seen(poses[i][:, :, batch])
-            u = torch.bmm(matrices[i], seen).view(len(matrices[i]), *center.shape)
+            torch.bmm(matrices[i], seen, out=u.view_as(factors))
             u -= center
-            work = u.square().mul_(factor)
-            r = active.couplings(prior - work.sum(dim=(2, 3)))
+            if mean is None:
+                r = equal
+            else:
+                r = active.couplings(prior - torch.mul(u, u, out=work).mul_(factor).sum(dim=(2, 3)))
             w = r * active.values[i].unsqueeze(1)
-            half = torch.mul(u, ds2, out=work)
-            du = half + ds1
-            dw = (du * u).sum(dim=(2, 3)).add_(dtotal)
+            torch.mul(u, ds2, out=half)
+            torch.add(half, ds1, out=du)
+            dw = torch.mul(du, u, out=work).sum(dim=(2, 3)).add_(dtotal)
             du += half
+            du *= w[:, :, None, None]
             dactive = active.add_up((r * dw).sum(1))
             dactivations[i, batch] = dactive
-            dlogits = (dw - active.at_places(dactive).unsqueeze(1)).mul_(w)
-            by_prior += dlogits.sum(0)
-            torch.mul(u, dlogits[:, :, None, None], out=work)
-            by_u += work.sum(0)
-            by_square += u.mul_(work).sum(0)
-            du.mul_(w[:, :, None, None]).sub_(work.mul_(twice_factor))
-            du = du.view(len(u), -1, seen.shape[2])
-            dmatrices[i].baddbmm_(du, seen.transpose(1, 2))
-            active.add_poses(torch.bmm(matrices[i].transpose(1, 2), du), dposes[i][:, :, batch])
+            if mean is not None:
+                dlogits = (dw - active.at_places(dactive).unsqueeze(1)).mul_(w)
+                by_prior += dlogits.sum(0)
+                torch.mul(u, dlogits[:, :, None, None], out=work)
+                by_u += work.sum(0)
+                by_square += u.mul_(work).sum(0)
+                du -= work.mul_(twice_factor)
+            dmatrices[i].baddbmm_(factors, seen.transpose(1, 2))
+            active.add_poses(torch.bmm(matrices[i].transpose(1, 2), factors), dposes[i][:, :, batch])
+        if mean is None:
+            continue
         shape = (J, P, P, -1, H, W)
         dlog_prior[:, batch] = by_prior.view(J, -1, H, W)
         dprecision[..., batch, :, :] = -by_square.view(shape).transpose(1, 2)
         dmean[..., batch, :, :] = by_u.mul_(twice_factor).view(shape).transpose(1, 2)
-    if precision is not None:
-        dweight = dmatrices.unflatten(2, (J, P)).transpose(3, 4).unflatten(1, weight.shape[1:3]).contiguous()
+    dweight = dmatrices.unflatten(2, (J, P)).transpose(3, 4).unflatten(1, weight.shape[1:3])
     return (
         dposes[:, :, :num_columns].contiguous(), dactivations, dweight[..., :num_columns, :].contiguous(),
         dmean, dprecision, dlog_prior,
     )  # fmt: skip
 
 
-def _equal_moments(
-    poses: Tensor, active: "_Places", weight: Tensor, mass: Tensor, average: Tensor, scatter: Tensor
-) -> None:
-    """Writes the moments for equal couplings, those of the first iteration."""
-    J, P = weight.shape[3], weight.shape[5]
-    shares = active.equal_shares(J)  # [I * T, rows]
-    first, second = _features(poses, active, shares)
-    by_first, by_second = _matrix_features(weight)
-    total = shares.sum(0)
-    s1 = (by_first.t() @ first).view(J, P, P, -1)  # [J, q, p, rows]
-    s2 = (by_second.t() @ second).view(J, P, P, -1)
-    mean = s1 / (total + EPSILON)
-    s2 -= 2 * mean * s1 - total * mean.square()
-    mass.copy_(total.view(mass.shape[1:]).expand_as(mass))
-    average.copy_(mean.view(J, P, P, *mass.shape[1:]).transpose(1, 2))
-    scatter.copy_(s2.clamp_(min=0).view(J, P, P, *mass.shape[1:]).transpose(1, 2))
-
-
-def _equal_moments_backward(
-    dtotal: Tensor,
-    ds1: Tensor,
-    ds2: Tensor,
-    poses: Tensor,
-    active: "_Places",
-    weight: Tensor,
-    dposes: Tensor,
-    dactivations: Tensor,
-    dweight: Tensor,
-) -> None:
-    """From the gradients by sums of w, of w V and of w V^2, by rows; adds to the last three."""
-    num_types, Kh, Kw, J, K, P = weight.shape
-    ds1, ds2 = ds1.flatten(0, 1).flatten(1), ds2.flatten(0, 1).flatten(1)  # [J * q, p * rows]
-    by_first, by_second = _matrix_features(weight)
-    share, factor = active.equal_shares(J), active.equal_factor(J)
-    seen = torch.stack([active.seen(poses[i]) for i in range(num_types)]).double()  # [I, T, K, p * rows]
-    seen = seen.view(num_types * Kh * Kw, K, P, -1)
-    dfirst = (by_first @ ds1).view(-1, K, P, seen.shape[3])
-    dsecond = (by_second @ ds2).view(len(seen), -1, P, seen.shape[3])
-    products = _products_of_pairs(seen, seen)
-    dshare = (dfirst * seen).sum(dim=(1, 2)) + (dsecond * products).sum(dim=(1, 2)) + dtotal.double().sum(0)
-    dseen = _add_pairs(dfirst, dsecond, seen)
-    dseen *= share[:, None, None]
-    dseen = dseen.view(num_types, Kh * Kw, K, -1).to(poses.dtype)
-    dvalues = (dshare.view(num_types, Kh * Kw, -1) * factor).to(poses.dtype)
-    for i in range(num_types):
-        active.add_poses(dseen[i], dposes[i])
-        dactivations[i] = active.add_up(dvalues[i])
-    weighted, products = seen * share[:, None, None], products.mul_(share[:, None, None])
-    dby_first = weighted.flatten(2).flatten(0, 1) @ ds1.t()  # [N * K, J * q]
-    dby_second = (products.flatten(2).flatten(0, 1) @ ds2.t()).view(len(seen), -1, J, P)
-    columns = weight.flatten(0, 2).transpose(1, 2).double()  # [N, K, J, q]
-    dcolumns = _add_pairs(dby_first.view_as(columns), dby_second.mul_(_pair_counts(K, weight)), columns)
-    dweight += dcolumns.transpose(1, 2).reshape(weight.shape).to(weight.dtype)
-
-
-def _features(poses: Tensor, active: "_Places", shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the poses, `[N * K, P * rows]`, and products of two of a row, `[N * pairs, P * rows]`, times shares."""
-    seen = torch.stack([active.seen(pose) for pose in poses])  # [I, T, K, P * rows]
-    K, P = poses.shape[2], poses.shape[1]
-    seen = seen.view(len(shares), K, P, -1).double()
-    weighted = seen * shares[:, None, None]
-    return weighted.flatten(2).flatten(0, 1), _products_of_pairs(weighted, seen).flatten(2).flatten(0, 1)
-
-
-def _matrix_features(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the matrices and products of two of a column: `[N * K, J * P]`, `[N * pairs, J * P]`, in float64."""
-    columns = weight.flatten(0, 2).transpose(1, 2).double()  # [N, K, J, q]
-    products = _products_of_pairs(columns, columns).mul_(_pair_counts(weight.shape[4], weight))
-    return columns.flatten(2).flatten(0, 1), products.flatten(2).flatten(0, 1)
-
-
-def _products_of_pairs(x: Tensor, y: Tensor) -> Tensor:
-    """Products x_k y_l, k <= l, of two `[N, K, ...]` (one a multiple of the other) as `[N, K (K + 1) / 2, ...]`."""
-    return torch.cat([x[:, k : k + 1] * y[:, k:] for k in range(x.shape[1])], dim=1)
-
-
-def _add_pairs(dx: Tensor, dproducts: Tensor, x: Tensor) -> Tensor:
-    """Adds to the gradient by x that through its products of pairs."""
-    sizes = list(range(x.shape[1], 0, -1))
-    for k, dpairs in enumerate(dproducts.split(sizes, dim=1)):
-        dx[:, k] += (dpairs * x[:, k:]).sum(1)
-        dx[:, k:] += dpairs * x[:, k : k + 1]
-    return dx
-
-
-def _pair_counts(size: int, like: Tensor) -> Tensor:
-    """How often each pair occurs among the ordered ones, `[pairs, 1, 1]`."""
-    counts = [1.0 if k == other else 2.0 for k in range(size) for other in range(k, size)]
-    return torch.tensor(counts, dtype=torch.float64, device=like.device)[:, None, None]
+def _equal_average(poses: Tensor, active: "_Places", equal: Tensor, matrices: Tensor, num_types: int) -> Tensor:
+    """Average of the votes with equal couplings, `[J, q, p, rows]`."""
+    size = matrices.shape[2] // num_types
+    average = 0
+    shares = equal.squeeze(1) * active.values
+    for pose, share, columns in zip(poses, shares, matrices, strict=True):
+        seen = active.seen(pose).unflatten(2, (size, -1)) * share[:, None, None]
+        average = average + torch.bmm(columns, seen.flatten(2)).sum(0)
+    average = average.view(num_types, size, size, -1)
+    return average / (shares.sum(dim=(0, 1)) + EPSILON)
 
 
 class _Places:
@@ -298,14 +228,10 @@ class _Places:
         total = self._fold(couplings.sum(1), torch.add, 0.0)
         return couplings.div_(self.at_places(total).unsqueeze(1))
 
-    def equal_factor(self, num_types: int) -> Tensor:
-        """The coupling of each child with each of its parents where all are equal, `[T, rows]`, in float64."""
-        ones = self.values.new_ones(self.values.shape[1:], dtype=torch.float64)
-        return 1 / (num_types * self.at_places(self.add_up(ones)))
-
-    def equal_shares(self, num_types: int) -> Tensor:
-        """Activations times equal couplings, `[I * T, rows]`, in float64."""
-        return (self.values * self.equal_factor(num_types)).flatten(0, 1)
+    def equal_couplings(self, num_types: int) -> Tensor:
+        """The coupling of each child with each of its parents where all are equal, `[T, 1, rows]`."""
+        ones = torch.ones_like(self.values[0])
+        return 1 / (num_types * self.at_places(self.add_up(ones))).unsqueeze(1)
 
     def _fold(self, x: Tensor, combine: Callable[..., Tensor], start: float) -> Tensor:
         """Combine what is about the places of each child: `[T, rows]` to `[B, h, w]`."""

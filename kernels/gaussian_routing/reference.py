@@ -30,7 +30,7 @@ def em_routing(
     dtype = compute_dtype(poses, weight)
     grid, kernel = (activations.shape[2], activations.shape[3]), (weight.shape[1], weight.shape[2])
     votes = cast_votes(poses.to(dtype), weight.to(dtype), offset, stride)
-    active = patches(activations.to(dtype), kernel, stride).flatten(1, 3).flatten(2).unsqueeze(2)  # [B, N, 1, L]
+    active = at_votes(activations.to(dtype), kernel, stride)  # [B, N, 1, L]
     beta_u, beta_a = beta_u.to(dtype)[:, None], beta_a.to(dtype)[:, None]
     logits = torch.zeros_like(votes[:, :, :, 0])  # [B, N, J, L]
     mean, score = votes[:, 0], votes[:, 0, :, 0]
@@ -67,7 +67,7 @@ def vb_routing(
     dtype = compute_dtype(poses, weight)
     grid, kernel = (activations.shape[2], activations.shape[3]), (weight.shape[1], weight.shape[2])
     votes = cast_votes(poses.to(dtype), weight.to(dtype), offset, stride)
-    active = patches(activations.to(dtype), kernel, stride).flatten(1, 3).flatten(2).unsqueeze(2)
+    active = at_votes(activations.to(dtype), kernel, stride)
     beta_u, beta_a = beta_u.to(dtype)[:, None], beta_a.to(dtype)[:, None]
     D = votes.shape[3]
     degrees = torch.arange(D, device=votes.device, dtype=dtype)[:, None]
@@ -112,7 +112,7 @@ def moments(
     grid, kernel = (poses.shape[4], poses.shape[5]), (weight.shape[1], weight.shape[2])
     H, W = map_size(grid, kernel, stride)
     votes = cast_votes(poses.permute(3, 0, 1, 2, 4, 5), weight, offset, stride)
-    active = patches(activations.transpose(0, 1), kernel, stride).flatten(1, 3).flatten(2).unsqueeze(2)
+    active = at_votes(activations.transpose(0, 1), kernel, stride)
     logits = torch.zeros_like(votes[:, :, :, 0])
     if mean is not None and precision is not None and log_prior is not None:
         center, factor = [x.permute(3, 0, 1, 2, 4, 5).flatten(4).flatten(2, 3).unsqueeze(1) for x in (mean, precision)]
@@ -136,15 +136,27 @@ def cast_votes(poses: Tensor, weight: Tensor, offset: Tensor | None, stride: int
         stride: Stride of the kernel.
     """
     seen = patches(poses, (weight.shape[1], weight.shape[2]), stride)
-    votes = torch.einsum("biyxpkhw,iyxjkq->biyxjpqhw", seen, weight)
+    votes = torch.einsum("biyxpkhw,iyxjkq->biyxjpqhw", seen, weight).to(weight.dtype)
     if offset is not None:
         votes = votes + offset.detach().to(votes.dtype)[:, :, None, :, :, None, None]
-    return votes.flatten(7, 8).flatten(5, 6).flatten(1, 3)
+    B, num_types, Kh, Kw, J, P, _, H, W = votes.shape
+    return votes.reshape(B, num_types * Kh * Kw, J, P * P, H * W)
+
+
+def at_votes(activations: Tensor, kernel: tuple[int, int], stride: int) -> Tensor:
+    """What is about children, `[B, I, h, w]`, for each of their votes, `[B, N, 1, L]`."""
+    seen = patches(activations, kernel, stride)
+    B, num_types, Kh, Kw, H, W = seen.shape
+    return seen.reshape(B, num_types * Kh * Kw, 1, H * W)
 
 
 def patches(x: Tensor, kernel: tuple[int, int], stride: int) -> Tensor:
-    """What a kernel covers at each of its places: `[B, I, ..., h, w]` as `[B, I, Kh, Kw, ..., H, W]`."""
-    return x.unfold(-2, kernel[0], stride).unfold(-2, kernel[1], stride).movedim((-2, -1), (2, 3))
+    """What a kernel covers: `[B, I, h, w]` as `[B, I, Kh, Kw, H, W]`, `[B, I, P, P, h, w]` likewise."""
+    x = x.unfold(x.dim() - 2, kernel[0], stride)
+    x = x.unfold(x.dim() - 2, kernel[1], stride)
+    if x.dim() == 6:
+        return x.permute(0, 1, 4, 5, 2, 3)
+    return x.permute(0, 1, 6, 7, 2, 3, 4, 5)
 
 
 def couplings(logits: Tensor, grid: tuple[int, int], kernel: tuple[int, int], stride: int) -> Tensor:
@@ -161,11 +173,13 @@ def couplings(logits: Tensor, grid: tuple[int, int], kernel: tuple[int, int], st
     """
     index, reached = reached_positions(grid, kernel, stride, logits.device)
     taps = kernel[0] * kernel[1]
-    by_child = logits.unflatten(1, (-1, taps)).transpose(2, 3).flatten(3).index_select(3, index.flatten())
-    by_child = by_child.unflatten(3, (grid[0], grid[1], -1))  # [B, I, J, h, w, G]
+    by_child = (
+        logits.unflatten(1, (logits.shape[1] // taps, taps)).transpose(2, 3).flatten(3).index_select(3, index.flatten())
+    )
+    by_child = by_child.unflatten(3, (grid[0], grid[1], reached.shape[2]))  # [B, I, J, h, w, G]
     by_child = torch.where(reached, by_child, -1e30)  # finite, so that a child without parents has a finite sum
-    total = patches(by_child.logsumexp(dim=(2, 5)), kernel, stride)  # [B, I, Kh, Kw, H, W]
-    return (logits - total.flatten(4).flatten(1, 3).unsqueeze(2)).exp()
+    total = at_votes(by_child.logsumexp(dim=(2, 5)), kernel, stride)  # [B, N, 1, L]
+    return (logits - total).exp()
 
 
 def reached_positions(
