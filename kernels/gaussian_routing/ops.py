@@ -9,8 +9,13 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..derivatives import no_autocast, register_for_transforms, second_gradients
-from ..dispatch import has_tangent, kernel
+from ..dispatch import TRITON_PROBLEM, has_tangent, kernel, runs_triton
 from . import by_moments, cpu, reference
+
+if TRITON_PROBLEM is None:
+    from . import launch as triton_moments
+else:
+    triton_moments = None
 
 
 @kernel
@@ -55,6 +60,27 @@ mixture_moments_op = torch.library.custom_op("capszoo::mixture_moments", _moment
 mixture_moments_backward_op = torch.library.custom_op(
     "capszoo::mixture_moments_backward", _moments_backward, mutates_args=()
 )
+
+
+@mixture_moments_op.register_kernel("cuda")
+@kernel
+def _moments_cuda(poses, activations, weight, offset, mean, precision, log_prior, stride):
+    if poses.numel() == 0 or not runs_triton(poses.device, poses.dtype):
+        return _moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
+    return triton_moments.moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
+
+
+@mixture_moments_backward_op.register_kernel("cuda")
+@kernel
+def _moments_backward_cuda(
+    dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average, stride
+):
+    arguments = (
+        dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average, stride,
+    )  # fmt: skip
+    if poses.numel() == 0 or not runs_triton(poses.device, poses.dtype):
+        return _moments_backward(*arguments)
+    return triton_moments.moments_backward(*arguments)
 
 
 @mixture_moments_op.register_fake
