@@ -162,10 +162,13 @@ def pytest_configure():
 def operators_of_the_gpu():
     """Register for the CPU's tensors what is registered for CUDA's."""
     from capszoo.kernels import ops
+    from capszoo.kernels.gaussian_routing import ops as gaussian
 
     for name in ("squash", "squash_backward", "dynamic_routing", "dynamic_routing_backward"):
         kernel = getattr(ops, f"_{name.replace('dynamic_', '')}_cuda")
         getattr(ops, f"{name}_op").register_kernel("cpu")(kernel)
+    gaussian.mixture_moments_op.register_kernel("cpu")(gaussian._moments_cuda)
+    gaussian.mixture_moments_backward_op.register_kernel("cpu")(gaussian._moments_backward_cuda)
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +176,7 @@ def cuda_on_cpu(request, monkeypatch):
     """Run a test on the CPU, and let it think that it is on a GPU."""
     from capszoo.benchmark import steps
     from capszoo.kernels import dispatch, ops
+    from capszoo.kernels.gaussian_routing import ops as gaussian
 
     pretend_graphs(monkeypatch)
     peaks = (2**10 * 32**n for n in itertools.count())  # what is measured first takes the least
@@ -204,6 +208,8 @@ def cuda_on_cpu(request, monkeypatch):
     monkeypatch.setattr(dispatch.triton_squash, "squash_backward", ops._squash_backward)
     monkeypatch.setattr(dispatch.triton_routing, "dynamic_routing", ops._routing)
     monkeypatch.setattr(dispatch.triton_routing, "dynamic_routing_backward", routing_backward)
+    monkeypatch.setattr(gaussian.triton_moments, "moments", gaussian._moments)
+    monkeypatch.setattr(gaussian.triton_moments, "moments_backward", gaussian._moments_backward)
 
     if hasattr(request.module, "make_inputs"):
         monkeypatch.setattr(request.module, "make_inputs", smaller_inputs(request.module.make_inputs))

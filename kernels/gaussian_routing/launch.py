@@ -21,7 +21,7 @@ class _Problem:
     """Sizes that the kernels take, and tensors as they take them: capsules last, contiguous."""
 
     def __init__(self, poses: Tensor, activations: Tensor, weight: Tensor, offset: Tensor | None, stride: int):
-        self.I, self.P, _, self.B, self.h, self.w = poses.shape
+        self.num_types, self.P, _, self.B, self.h, self.w = poses.shape
         _, self.Kh, self.Kw, self.J, _, _ = weight.shape
         self.H, self.W = (self.h - self.Kh) // stride + 1, (self.w - self.Kw) // stride + 1
         # With one position of the kernel any stride is the same, and this one gives a child one place to look at.
@@ -40,7 +40,7 @@ class _Problem:
         self.rows = triton.cdiv(self.B * self.H * self.W, BLOCK_R)
         self.types = triton.cdiv(self.J, BLOCK_J)
         children = self.B * triton.cdiv(self.h, self.SY) * triton.cdiv(self.w, self.SX)
-        self.by_child = (triton.cdiv(children, BLOCK_R), self.I, self.SY * self.SX)
+        self.by_child = (triton.cdiv(children, BLOCK_R), self.num_types, self.SY * self.SX)
 
     def parents(self, x: Tensor) -> Tensor:
         """`[J, P, P, B, H, W]` or `[J, B, H, W]` with capsules last."""
@@ -61,7 +61,7 @@ class _Problem:
 
     def sums(self, mean: Tensor, precision: Tensor | None, prior: Tensor | None, lse: Tensor, *backward: Tensor):
         """Of w or dlogits, by those times u and u^2: `[B, H, W, J]`, twice `[B, H, W, J, P, P]`."""
-        num_votes = self.I * self.Kh * self.Kw
+        num_votes = self.num_types * self.Kh * self.Kw
         num_parts = max(1, min(num_votes, NUM_PROGRAMS // max(1, self.rows * self.types)))
         mass = self.x.new_empty(num_parts, *mean.shape[:4])
         first, second = self.x.new_empty(2, num_parts, *mean.shape)
@@ -69,7 +69,8 @@ class _Problem:
         moments_kernel[(self.rows, self.types, num_parts)](
             self.x, self.a, self.weight, self.offset, mean, mean if precision is None else precision,
             mean if prior is None else prior, lse, *(backward or unused), mass, first, second,
-            I=self.I, num_parts=num_parts, EQUAL=precision is None, BACKWARD=bool(backward), num_warps=4, **self.sizes,
+            num_types=self.num_types, num_parts=num_parts, EQUAL=precision is None, BACKWARD=bool(backward),
+            num_warps=4, **self.sizes,
         )  # fmt: skip
         return mass.sum(0), first.sum(0), second.sum(0)
 
@@ -138,11 +139,11 @@ def moments_backward(
                   center if equal else prior, lse, dtotal, ds1, ds2, da)  # fmt: skip
         sizes = dict(EQUAL=equal, num_warps=4, **problem.sizes)
         dchildren_kernel[problem.by_child](*inputs, dx, **sizes)
-        places = problem.I * problem.Kh * problem.Kw
+        places = problem.num_types * problem.Kh * problem.Kw
         num_parts = max(1, min(problem.rows, NUM_PROGRAMS // (places * problem.types)))
         dweight = poses.new_empty(num_parts, *weight.shape)
         dweight_kernel[(places, problem.types, num_parts)](
-            *inputs, dweight, I=problem.I, num_parts=num_parts, **sizes
+            *inputs, dweight, num_types=problem.num_types, num_parts=num_parts, **sizes
         )
         priors = (poses.new_empty(0) for _ in range(3))
         if not equal:

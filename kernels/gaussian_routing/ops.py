@@ -76,7 +76,8 @@ def _moments_backward_cuda(
     dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average, stride
 ):
     arguments = (
-        dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average, stride,
+        dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average,
+        stride,
     )  # fmt: skip
     if poses.numel() == 0 or not runs_triton(poses.device, poses.dtype):
         return _moments_backward(*arguments)

@@ -84,8 +84,8 @@ def vb_routing(
         mean = (mass / kappa).unsqueeze(2) * average
         inverse_scale = 1 + scatter + (mass / kappa).unsqueeze(2) * average.square()
         # Expectations of the logarithms of the mixture's weights and of the determinants of the precisions.
-        log_pi = torch.digamma(alpha) - torch.digamma(alpha.sum(dim=1, keepdim=True))
-        log_det = torch.digamma((nu.unsqueeze(2) - degrees) / 2).sum(dim=2) + D * math.log(2)
+        log_pi = digamma(alpha) - digamma(alpha.sum(dim=1, keepdim=True))
+        log_det = digamma((nu.unsqueeze(2) - degrees) / 2).sum(dim=2) + D * math.log(2)
         log_det = log_det - inverse_scale.log().sum(dim=2)
         entropy = (D * math.log(2 * math.pi * math.e) - log_det) / 2
         score = beta_a - (log_pi.exp() * entropy + beta_u)
@@ -210,6 +210,20 @@ def _reached_on_side(size: int, kernel: int, stride: int, device: torch.device) 
 def map_size(grid: tuple[int, int], kernel: tuple[int, int], stride: int) -> tuple[int, int]:
     """(H, W), the positions of a kernel on a map of (h, w)."""
     return (grid[0] - kernel[0]) // stride + 1, (grid[1] - kernel[1]) // stride + 1
+
+
+def digamma(x: Tensor) -> Tensor:
+    """psi(x) for x >= 1. ONNX has none: it gets the asymptotic series at x + 8, right to 12 digits."""
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            y = x + 8
+            square = 1 / (y * y)
+            series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square / 132))))
+            steps = 1 / x
+            for step in range(1, 8):
+                steps = steps + 1 / (x + step)
+            return y.log() - 0.5 / y - series - steps
+    return torch.digamma(x)
 
 
 def not_zero(mass: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ def children_kernel(
                 )  # fmt: skip
                 b_u -= _parents(p_mean, parent, i_j, m_row, J, P, BLOCK_P)
                 b_precision = _parents(p_precision, parent, i_j, m_row, J, P, BLOCK_P)
-                b_logits = _parent_scalars(p_prior, parent, i_j, m_row, J, 0.0) - tl.sum(b_precision * b_u * b_u, axis=2)
+                b_logits = _parent_scalars(p_prior, parent, i_j, m_row, J, 0.0) - tl.sum(
+                    b_precision * b_u * b_u, axis=2
+                )
                 b_logits = tl.where(m_row[:, None] & (i_j < J)[None, :], b_logits, -1e30)
                 b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1))
                 b_total = b_total * tl.exp(b_max - b_new_max) + tl.sum(tl.exp(b_logits - b_new_max[:, None]), axis=1)
@@ -109,7 +111,7 @@ def children_kernel(
 @triton.jit
 def moments_kernel(
     p_x, p_a, p_w, p_offset, p_mean, p_precision, p_prior, p_lse, p_dmass, p_ds1, p_ds2, p_da,
-    p_mass, p_first, p_second, B, I, J, h, w, H, W, Kh, Kw, SY, SX, num_parts,
+    p_mass, p_first, p_second, B, num_types, J, h, w, H, W, Kh, Kw, SY, SX, num_parts,
     P: tl.constexpr, OFFSET: tl.constexpr, EQUAL: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +137,7 @@ def moments_kernel(
         b_ds2 = _parents(p_ds2, parent, i_j, m_row, J, P, BLOCK_P)
     b_mass = tl.zeros([BLOCK_R, BLOCK_J], tl.float32)
     b_first, b_second = tl.zeros_like(b_mean), tl.zeros_like(b_mean)
-    num_votes = I * Kh * Kw
+    num_votes = num_types * Kh * Kw
     per_part = tl.cdiv(num_votes, num_parts)
     for n in range(i_part * per_part, tl.minimum(num_votes, (i_part + 1) * per_part)):
         i_i, place = n // (Kh * Kw), n % (Kh * Kw)

@@ -91,7 +91,7 @@ def dchildren_kernel(
 @triton.jit
 def dweight_kernel(
     p_x, p_a, p_w, p_offset, p_mean, p_precision, p_prior, p_lse, p_dmass, p_ds1, p_ds2, p_da, p_dw,
-    B, I, J, h, w, H, W, Kh, Kw, SY, SX, num_parts,
+    B, num_types, J, h, w, H, W, Kh, Kw, SY, SX, num_parts,
     P: tl.constexpr, OFFSET: tl.constexpr, EQUAL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def dweight_kernel(
             )
             b_by_row = tl.reshape(tl.sum(b_du * b_x[:, None, :], axis=0), [BLOCK_J, BLOCK_P, BLOCK_P])
             b_dw += tl.sum(b_by_row, axis=1)[:, None, :] * tl.where(o_p == k, 1.0, 0.0)[None, :, None]
-    offsets = ((tl.cast(i_part, tl.int64) * I * Kh * Kw + n) * J + i_j)[:, None, None] * (P * P)
+    offsets = ((tl.cast(i_part, tl.int64) * num_types * Kh * Kw + n) * J + i_j)[:, None, None] * (P * P)
     offsets += o_p[None, :, None] * P + o_p[None, None, :]
     mask = (i_j < J)[:, None, None] & (o_p < P)[None, :, None] & (o_p < P)[None, None, :]
     tl.store(p_dw + offsets, b_dw, mask=mask)
