@@ -7,7 +7,7 @@
 Importing capszoo also registers its models with timm, so that `timm.create_model("capsnet_ws")` works.
 """
 
-from . import _moved
+from . import _moved, inspect
 from ._version import __version__
 from .costs import ModelInfo, model_info
 from .layers import set_fourier_conv, set_fused_routing
@@ -21,6 +21,7 @@ __all__ = [
     "Prediction",
     "__version__",
     "create_model",
+    "inspect",
     "is_model",
     "list_models",
     "list_pretrained",

@@ -16,7 +16,6 @@ _MOVED = {
     "capszoo.plots": "capszoo.figures",
     "capszoo.readers": "capszoo.data.readers",
     "capszoo.robustness": "capszoo.engine.robustness",
-    "capszoo.report": "capszoo.figures.page",
     "capszoo.task": "capszoo.engine.task",
     "capszoo.training": "capszoo.engine.options",
     "capszoo.watch": "capszoo.engine.watch",

@@ -15,6 +15,7 @@ __all__ = [
     "CapsuleModel",
     "Explorable",
     "HasCapsules",
+    "HasCouplings",
     "HasCriterion",
     "HasPrimaryCapsules",
     "Prunable",
@@ -78,6 +79,15 @@ class HasCapsules(Protocol):
 
     def forward_capsules(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map images ``[B, C, H, W]`` to class capsules ``[B, J, ...]`` and the scores ``[B, J]`` of `forward`."""
+
+
+@runtime_checkable
+class HasCouplings(Protocol):
+    """A model that can be asked what its routing decides."""
+
+    def couplings(self, x: Tensor, iteration: int | None = -1) -> Tensor:
+        """Shares ``[B, I, J]`` of each capsule below the classes in each class, of an iteration of routing from 0, or
+        ``[R, B, I, J]`` of all."""
 
 
 @runtime_checkable

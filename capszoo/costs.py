@@ -49,7 +49,11 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
     was_training = model.training
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.capszoo.dynamic_routing: _routing_flops})
+    counted = {
+        torch.ops.capszoo.dynamic_routing: _routing_flops,
+        torch.ops.capszoo.self_attention_routing: _self_attention_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=counted)
     model.eval()
     try:
         with set_fused_routing(True), torch.no_grad(), counter:
@@ -78,3 +82,17 @@ def _routing_flops(
     B, I, K = x_shape  # noqa: E741
     _, _, J, D = weight_shape
     return 2 * B * I * J * D * (K + (num_iters - 1) + num_iters)
+
+
+def _self_attention_flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    prior_shape: Sequence[int],
+    attention: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """As of dynamic routing: votes, agreements, and one weighted sum of votes."""
+    B, I, K = x_shape  # noqa: E741
+    _, _, J, D = weight_shape
+    return 2 * B * I * J * D * (K + int(attention) + 1)

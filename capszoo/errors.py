@@ -42,6 +42,10 @@ class RanksError(CapszooError):
     """Processes that cannot train together; the message says why and what to do."""
 
 
+class InspectionError(CapszooError):
+    """A model that does not have what is to be looked at; the message says what does."""
+
+
 class Stopped(Exception):
     """A measurement was given up, because the run is asked to stop."""
 

@@ -52,6 +52,7 @@ def margin_loss(
         reduction: 'none' for the loss of each image times its factor, 'sum' for the sum of these, 'mean' for the sum
             divided by the sum of the images' factors, the batch size without `weight`. (For a target ``[B, J]``
             `cross_entropy` divides by the batch size always; here it is the same for indices and their one-hot form.)
+            'batchmean' divides by the batch size, so that factors count as much in small batches as in large ones.
 
     Returns:
         The loss, a scalar or ``[B]``, in float32 at least.
@@ -85,7 +86,7 @@ def spread_loss(
         target: Class indices ``[B]`` or weights of the classes ``[B, J]``, as :func:`margin_loss` takes them.
         margin: m; its schedule (0.2 growing to 0.9 in the paper) is the caller's.
         weight: A factor for each class ``[J]``, as in :func:`margin_loss`.
-        reduction: 'none', 'sum' or 'mean', as in :func:`margin_loss`.
+        reduction: 'none', 'sum', 'mean' or 'batchmean', as in :func:`margin_loss`.
 
     Returns:
         The loss, a scalar or ``[B]``, in float32 at least.
@@ -124,7 +125,7 @@ def cross_entropy_loss(
         target: Class indices ``[B]`` or weights of the classes ``[B, J]`` that add up to 1, as of mixed labels.
         label_smoothing: T becomes (1 - s) T + s / J (Szegedy et al. 2016, section 7).
         weight: A factor for each class ``[J]``, as in :func:`margin_loss`.
-        reduction: 'none', 'sum' or 'mean', as in :func:`margin_loss`.
+        reduction: 'none', 'sum', 'mean' or 'batchmean', as in :func:`margin_loss`.
 
     Returns:
         The loss, a scalar or ``[B]``, in float32 at least.
@@ -149,7 +150,7 @@ def reconstruction_loss(images: Tensor, target: Tensor, reduction: str = "mean")
     Args:
         images: Reconstructed images ``[B, C, H, W]``, floating; any shape from ``[B, ...]`` will do.
         target: Images to reconstruct, of the same shape, floating.
-        reduction: 'none' for each image's loss, 'sum', or 'mean' over the batch.
+        reduction: 'none' for each image's loss, 'sum', or 'mean' ('batchmean') over the batch.
 
     Returns:
         The loss, a scalar or ``[B]``, in float32 at least; the paper weighs it by 0.0005.
@@ -197,7 +198,7 @@ def _reduce(losses: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.mean() if weights is None else losses.sum() / weights.sum()
+    return losses.mean() if weights is None or reduction == "batchmean" else losses.sum() / weights.sum()
 
 
 def _check_margins(m_plus: float, m_minus: float, lambda_: float) -> None:
@@ -226,8 +227,8 @@ def _check_weight(weight: Tensor | None, num_classes: int) -> None:
 
 
 def _check_reduction(reduction: str) -> None:
-    if reduction != "none" and reduction != "mean" and reduction != "sum":
-        raise ValueError(f"unknown reduction '{reduction}'. Known: none, mean, sum")
+    if reduction != "none" and reduction != "mean" and reduction != "sum" and reduction != "batchmean":
+        raise ValueError(f"unknown reduction '{reduction}'. Known: none, mean, sum, batchmean")
 
 
 def check_target(scores: Tensor, target: Tensor) -> None:

@@ -1,7 +1,8 @@
 """From images of any kind to classes: what a trained model says of a file, a picture, an array or a tensor."""
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .contract import decoder_of, to_probabilities
 from .data.decoding import decode, not_an_image
 from .data.folders import is_image_name
+from .data.readers import ArrayReader
 from .errors import DataError
 
 __all__ = ["Prediction", "class_names_of", "predict", "reconstruct", "to_pixels"]
@@ -52,13 +54,16 @@ def to_pixels(image: Any, model: Any) -> Tensor:
 
     Args:
         image: A path, a PIL image, an array `[H, W]`, `[H, W, C]` or a tensor `[C, H, W]`; of uint8, or of floats in
-            [0, 1]. Other sizes are resized (bilinear), colour becomes grey or grey colour, as the model wants.
+            [0, 1]. Other sizes are resized (bilinear), colour becomes grey or grey colour, as the model wants. A model
+            of other channels (2 are stereo) takes arrays and tensors of as many.
         model: The model; its `in_chans` and `img_size` count.
 
     Raises:
         DataError: If it is none of these, or cannot be read.
     """
-    size = tuple(model.img_size)
+    size, channels = tuple(model.img_size), model.in_chans
+    if channels not in (1, 3) and isinstance(image, (str, os.PathLike, Image.Image)):
+        raise DataError(f"the model takes images of {channels} channels, which no file has: give an array [H, W, C]")
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         if not path.is_file():
@@ -79,10 +84,10 @@ def to_pixels(image: Any, model: Any) -> Tensor:
         array = image[:, :, None] if image.ndim == 2 else image
     else:
         raise DataError(f"{type(image).__name__!r} is not an image: give a path, a PIL image, an array or a tensor")
-    if array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape:
-        raise DataError(
-            f"an image of shape {list(image.shape)} is not possible: give one grey or three colour channels"
-        )
+    possible = (1, 3) if channels in (1, 3) else (channels,)
+    if array.ndim != 3 or array.shape[2] not in possible or 0 in array.shape:
+        wanted = "one grey or three colour channels" if channels in (1, 3) else f"the model's {channels} channels"
+        raise DataError(f"an image of shape {list(image.shape)} is not possible: give {wanted}")
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.floating):
             raise DataError(f"pixels of type {array.dtype} are not possible: give uint8, or floats in [0, 1]")
@@ -91,6 +96,9 @@ def to_pixels(image: Any, model: Any) -> Tensor:
         if array.shape == (*size, model.in_chans):
             return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).float()
         array = (array * 255).round().astype(np.uint8)
+    if channels not in (1, 3):  # PIL has no such images
+        pixels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)[None]
+        return ArrayReader(pixels, size).read([0])[0].float() / 255
     return (
         decode(Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array), model.in_chans, size).float() / 255
     )
@@ -186,3 +194,17 @@ def images_below(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and path.is_file() and is_image_name(path):
             yield path
+
+
+def named_images(names: Iterable[str]) -> Iterator[tuple[str, DataError | None]]:
+    """The files that the command line names, and what is wrong with a name."""
+    for name in names:
+        if name == "-":
+            yield from named_images(line.rstrip("\n") for line in sys.stdin if line.strip())
+        elif Path(name).is_dir():
+            paths = list(images_below(Path(name)))
+            if not paths:
+                yield name, DataError(f"folder {name!r} holds no images: check the path")
+            yield from ((str(path), None) for path in paths)
+        else:
+            yield name, None

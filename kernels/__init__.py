@@ -1,6 +1,4 @@
-"""The operators of capsule networks, fused and recomputing, on any device.
-
-`squash` and `dynamic_routing`; `em_routing` and `vb_routing` of matrix capsules, in `gaussian_routing`.
+"""The operators of capsule networks: `squash` and routings, fused and recomputing, on any device.
 
 `reference` holds the same functions in plain PyTorch, to read and to compare with. Importing this package registers the
 operators `torch.ops.capszoo.*`; files saved by torch.export or torch.jit need that before they are
@@ -8,7 +6,19 @@ loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them
 """
 
 from . import reference
+from .couplings import routing_couplings
 from .gaussian_routing import em_routing, vb_routing
+from .inverted_attention import inverted_attention_routing
 from .ops import dynamic_routing, squash
+from .self_attention import self_attention_routing
 
-__all__ = ["dynamic_routing", "em_routing", "reference", "squash", "vb_routing"]
+__all__ = [
+    "dynamic_routing",
+    "em_routing",
+    "inverted_attention_routing",
+    "reference",
+    "routing_couplings",
+    "self_attention_routing",
+    "squash",
+    "vb_routing",
+]

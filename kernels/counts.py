@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import all_classes, per_class
+from .inverted_attention.ops import launchers as inverted_attention
 from .ops import triton_routing as routing
 from .ops import triton_squash as squash
 
@@ -87,6 +88,22 @@ def launches_on_rows() -> list[Launch]:
         *rows_launches(squash.squash_kernel, BLOCK_N=64),
         *rows_launches(squash.squash_backward_kernel, BLOCK_N=64),
     ]
+
+
+def launches_of_inverted_attention() -> list[Launch]:
+    """The kernels at the sizes of its networks for CIFAR-10 and CIFAR-100: convolutional and class capsules of each."""
+    found = []
+    for side, types, num_parents in ((4, 32, 32), (4, 800, 10), (6, 32, 32), (6, 20, 100)):
+        size, k, places = (16, 3, 7) if types == 32 else (1, 1, 1)
+        x = torch.empty(128, size, size, types, side, side, device="meta")
+        weight = x.new_empty(k, k, types, side, side, num_parents)
+        parents = x.new_empty(128, places, places, num_parents, side, side)
+        for name in ("sum_kernel", "poses_kernel", "weight_kernel"):
+            _, _, chosen = inverted_attention.launch(x, weight, parents, stride=2, backward=name != "sum_kernel")
+            config = triton.Config({}, num_warps=chosen["num_warps"])
+            constants = {name: chosen[name] for name in ("KERNEL", "S", "BLOCK_N", "BLOCK_S", "BLOCK_J")}
+            found.append(Launch(getattr(inverted_attention, name), config, constants))
+    return found
 
 
 PASSES = [

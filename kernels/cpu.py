@@ -43,6 +43,9 @@ from torch import Tensor
 # again. At the sizes above, with 2 MB of L2 cache for each core, 1 to 6 MB differ by 4 %.
 TILE_BYTES = 3 * 2**20
 
+# Slices of the types, of their rows t * K and of positions, for each tile; and the memory that all tiles use.
+Tiling = tuple[list[tuple[slice, slice, slice]], list[Tensor]]
+
 # Samples in a tile: enough to make the matrix products wide, few enough that a tile holds several capsules.
 TILE_SAMPLES = 256
 
@@ -133,24 +136,44 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate:
     """Returns v^R, writes sums."""
     weight_rows = weight.flatten(0, 1)  # [T * K, J, D]
     matrices = weight_rows.transpose(0, 1)  # not copied: BLAS takes matrices with gaps between their rows
-    poses = _samples_last(x, weight.shape[0])
+    poses = samples_last(x, weight.shape[0])
     J, B = weight.shape[2], x.shape[0]
-    sums[0] = (_over_positions(poses).t() @ weight_rows.flatten(1) / J).view_as(sums[0]) + bias
+    sums[0] = (over_positions(poses).t() @ weight_rows.flatten(1) / J).view_as(sums[0]) + bias
     total = bias.new_zeros(J, bias.shape[1], B)  # V^r
-    tiles, buffers = _tiles(poses, J, num_factors=1)
+    tiling = tiles_of_poses(poses, J, num_factors=1)
     for iteration in range(1, len(sums)):
         total += squash(sums[iteration - 1], approximate).permute(1, 2, 0)
         s = bias.unsqueeze(2).repeat(1, 1, B)
-        for types, rows, positions in tiles:
-            poses_tile, matrices_tile = poses[types, :, positions], matrices[:, rows]
-            projections, products = _tile_buffers(buffers, 1, J, poses_tile)
-            torch.bmm(matrices_tile, total, out=projections.view(J, -1, B))
-            torch.mul(projections, poses_tile, out=products)
-            couplings = products.sum(3, keepdim=True).softmax(1)
-            torch.mul(couplings, poses_tile, out=products)
-            s.baddbmm_(matrices_tile.transpose(1, 2), _over_positions(products).view(J, -1, B))
+        add_weighted_votes(s, total, poses, matrices, tiling)
         sums[iteration] = s.permute(2, 0, 1)
     return squash(sums[-1], approximate)
+
+
+def add_weighted_votes(
+    s: Tensor, total: Tensor, poses: Tensor, matrices: Tensor, tiling: Tiling, prior: Tensor | None = None
+) -> None:
+    """Add to `s` the sum over i of c_ij u_ij, c from V; `s` and V `[J, D, B]`.
+
+    Args:
+        s: Sums.
+        total: V.
+        poses: `[T, K, P, B]`.
+        matrices: `[J, T * K, D]`.
+        tiling: From `tiles_of_poses` with one factor.
+        prior: Added to the couplings of each type, `[J, T]`.
+    """
+    J, B = s.shape[0], s.shape[2]
+    tiles, buffers = tiling
+    for types, rows, positions in tiles:
+        poses_tile, matrices_tile = poses[types, :, positions], matrices[:, rows]
+        projections, products = _tile_buffers(buffers, 1, J, poses_tile)
+        torch.bmm(matrices_tile, total, out=projections.view(J, -1, B))
+        torch.mul(projections, poses_tile, out=products)
+        couplings = products.sum(3, keepdim=True).softmax(1)
+        if prior is not None:
+            couplings += prior[:, types, None, None, None]
+        torch.mul(couplings, poses_tile, out=products)
+        s.baddbmm_(matrices_tile.transpose(1, 2), over_positions(products).view(J, -1, B))
 
 
 def _backward(
@@ -166,58 +189,88 @@ def _backward(
     """Writes dx, adds to dweight and dbias."""
     weight_rows, dweight_rows = weight.flatten(0, 1), dweight.flatten(0, 1)
     matrices, dmatrices = weight_rows.transpose(0, 1), dweight_rows.transpose(0, 1)
-    poses = _samples_last(x, weight.shape[0])
+    poses = samples_last(x, weight.shape[0])
     dposes = torch.zeros_like(poses)
-    J, B = weight.shape[2], x.shape[0]
+    J = weight.shape[2]
     s = sums.permute(0, 2, 3, 1)  # [R, J, D, B]
     totals = squash(s[:-1], approximate, dim=2).cumsum(0)  # V^1..V^(R-1)
     dtotal = torch.zeros_like(s[0], memory_format=torch.contiguous_format)  # Vbar
     dv = grad.permute(1, 2, 0)
-    tiles, buffers = _tiles(poses, J, num_factors=2)
+    tiling = tiles_of_poses(poses, J, num_factors=2)
     for iteration in range(len(sums) - 1, 0, -1):
-        total = totals[iteration - 1]
         ds = squash_backward(dv, s[iteration], approximate, dim=1)
         dbias += ds.sum(2)
-        for types, rows, positions in tiles:
-            poses_tile, matrices_tile = poses[types, :, positions], matrices[:, rows]
-            projections, products = _tile_buffers(buffers, 2, J, poses_tile)
-            torch.bmm(matrices_tile, total, out=projections[0].view(J, -1, B))
-            torch.bmm(matrices_tile, ds, out=projections[1].view(J, -1, B))
-            torch.mul(projections, poses_tile, out=products)
-            factors = products.sum(3, keepdim=True)  # the logits and dc, whose places dl and c take
-            dlogits, couplings = factors[0], factors[1]
-            dcouplings = couplings.clone()
-            torch.softmax(dlogits, 0, out=couplings)
-            torch.ops.aten._softmax_backward_data.out(dcouplings, couplings, 0, x.dtype, grad_input=dlogits)
-
-            torch.mul(factors, poses_tile, out=products)
-            by_dlogits, by_couplings = _over_positions(products).view(2, J, -1, B)
-            dtotal.baddbmm_(matrices_tile.transpose(1, 2), by_dlogits)
-            dmatrices_tile = torch.bmm(by_dlogits, total.transpose(1, 2))
-            dmatrices[:, rows] += dmatrices_tile.baddbmm_(by_couplings, ds.transpose(1, 2))
-            torch.mul(factors, projections, out=products)
-            dposes[types, :, positions] += products.flatten(0, 1).sum(0)
+        add_gradients(dtotal, dposes, dmatrices, totals[iteration - 1], ds, poses, matrices, tiling)
         dv = dtotal
 
     ds = squash_backward(dv, s[0], approximate, dim=1)
     dbias += ds.sum(2)
-    ds = ds.flatten(0, 1) / J
-    dweight_rows.flatten(1).addmm_(_over_positions(poses), ds.t())
-    for types, rows, positions in tiles:  # by tiles, since fresh memory of the size of x costs more than the product
-        dposes[types, :, positions] += (weight_rows[rows].flatten(1) @ ds).view(-1, poses.shape[1], 1, B)
+    add_uniform_gradients(dposes, dweight_rows, ds.flatten(0, 1) / J, poses, weight_rows, tiling)
     dx.unflatten(1, (weight.shape[0], -1)).copy_(dposes.permute(3, 0, 2, 1))
+
+
+def add_gradients(
+    dtotal: Tensor,
+    dposes: Tensor,
+    dmatrices: Tensor,
+    total: Tensor,
+    ds: Tensor,
+    poses: Tensor,
+    matrices: Tensor,
+    tiling: Tiling,
+    prior: Tensor | None = None,
+    dprior: Tensor | None = None,
+) -> None:
+    """Add what `add_weighted_votes` gives back to Vbar, dx, dW and the prior, in their shapes, from ds `[J, D, B]`.
+
+    The tiling is that of two factors.
+    """
+    J, B = ds.shape[0], ds.shape[2]
+    tiles, buffers = tiling
+    for types, rows, positions in tiles:
+        poses_tile, matrices_tile = poses[types, :, positions], matrices[:, rows]
+        projections, products = _tile_buffers(buffers, 2, J, poses_tile)
+        torch.bmm(matrices_tile, total, out=projections[0].view(J, -1, B))
+        torch.bmm(matrices_tile, ds, out=projections[1].view(J, -1, B))
+        torch.mul(projections, poses_tile, out=products)
+        factors = products.sum(3, keepdim=True)  # the logits and dc, whose places dl and c take
+        dlogits, couplings = factors[0], factors[1]
+        dcouplings = couplings.clone()
+        torch.softmax(dlogits, 0, out=couplings)
+        torch.ops.aten._softmax_backward_data.out(dcouplings, couplings, 0, ds.dtype, grad_input=dlogits)
+        if prior is not None:
+            dprior[:, types] += dcouplings.sum((2, 3, 4))
+            couplings += prior[:, types, None, None, None]
+
+        torch.mul(factors, poses_tile, out=products)
+        by_dlogits, by_couplings = over_positions(products).view(2, J, -1, B)
+        dtotal.baddbmm_(matrices_tile.transpose(1, 2), by_dlogits)
+        dmatrices_tile = torch.bmm(by_dlogits, total.transpose(1, 2))
+        dmatrices[:, rows] += dmatrices_tile.baddbmm_(by_couplings, ds.transpose(1, 2))
+        torch.mul(factors, projections, out=products)
+        dposes[types, :, positions] += products.flatten(0, 1).sum(0)
+
+
+def add_uniform_gradients(
+    dposes: Tensor, dweight_rows: Tensor, dvotes: Tensor, poses: Tensor, weight_rows: Tensor, tiling: Tiling
+) -> None:
+    """Add to dx and to dW `[T * K, J, D]` what is due to one gradient `[J * D, B]` of all votes of a sample."""
+    dweight_rows.flatten(1).addmm_(over_positions(poses), dvotes.t())
+    for types, rows, positions in tiling[0]:  # since fresh memory of the size of x costs more than the product
+        by_types = (weight_rows[rows].flatten(1) @ dvotes).view(-1, poses.shape[1], 1, poses.shape[3])
+        dposes[types, :, positions] += by_types
 
 
 def _forward_by_votes(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate: bool) -> Tensor:
     """As `_forward`, for few samples."""
-    poses, matrices = _types_first(x, weight.shape[0]), weight.flatten(2)
-    tiles = _tiles_of_votes(poses, matrices)
-    kept = _votes(poses, weight, x) if len(tiles) == 1 else None
+    poses, matrices = types_first(x, weight.shape[0]), weight.flatten(2)
+    tiles = tiles_of_votes(poses, matrices)
+    kept = votes_of(poses, weight, x) if len(tiles) == 1 else None
     total = sums.new_zeros(sums.shape[1:])  # V^r
     for iteration in range(len(sums)):
         sums[iteration] = bias
         for types in tiles:
-            votes = _votes(poses[types], weight[types], x) if kept is None else kept
+            votes = votes_of(poses[types], weight[types], x) if kept is None else kept
             couplings = (votes * total).sum(3, keepdim=True).softmax(2)
             sums[iteration] += (couplings * votes).sum(0)
         v = squash(sums[iteration], approximate)
@@ -236,10 +289,10 @@ def _backward_by_votes(
     dbias: Tensor,
 ) -> None:
     """As `_backward`, for few samples."""
-    poses, matrices, dmatrices = _types_first(x, weight.shape[0]), weight.flatten(2), dweight.flatten(2)
+    poses, matrices, dmatrices = types_first(x, weight.shape[0]), weight.flatten(2), dweight.flatten(2)
     dposes = torch.zeros_like(poses)
-    tiles = _tiles_of_votes(poses, matrices)
-    kept = _votes(poses, weight, x) if len(tiles) == 1 else None
+    tiles = tiles_of_votes(poses, matrices)
+    kept = votes_of(poses, weight, x) if len(tiles) == 1 else None
     dkept = None if kept is None else torch.zeros_like(kept)
 
     def add_products(types: slice, dvotes: Tensor) -> None:
@@ -255,7 +308,7 @@ def _backward_by_votes(
         ds = squash_backward(grad if iteration == len(sums) - 1 else dtotal, sums[iteration], approximate)
         dbias += ds.sum(0)
         for types in tiles:
-            votes = _votes(poses[types], weight[types], x) if kept is None else kept
+            votes = votes_of(poses[types], weight[types], x) if kept is None else kept
             couplings = (votes * total).sum(3, keepdim=True).softmax(2)
             dcouplings = (votes * ds).sum(3, keepdim=True)
             dlogits = couplings * (dcouplings - (couplings * dcouplings).sum(2, keepdim=True))
@@ -269,7 +322,7 @@ def _backward_by_votes(
     dx.copy_(dposes.view(-1, len(x), x.shape[2]).transpose(0, 1))
 
 
-def _votes(poses: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+def votes_of(poses: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """Votes `[t * P, B, J, D]` of poses `[t, P * B, K]` and matrices `[t, K, J, D]`."""
     return torch.bmm(poses, weight.flatten(2)).view(-1, len(x), *weight.shape[2:])
 
@@ -279,28 +332,28 @@ def _tile_bytes() -> int:
     return TILE_BYTES * min(torch.get_num_threads(), 16)
 
 
-def _types_first(x: Tensor, num_types: int) -> Tensor:
+def types_first(x: Tensor, num_types: int) -> Tensor:
     """`[B, I, K]` as `[T, P * B, K]`."""
     return x.transpose(0, 1).reshape(num_types, -1, x.shape[2])
 
 
-def _tiles_of_votes(poses: Tensor, matrices: Tensor) -> list[slice]:
+def tiles_of_votes(poses: Tensor, matrices: Tensor) -> list[slice]:
     types = max(1, _tile_bytes() // (poses.shape[1] * matrices.shape[2] * poses.element_size()))
     return [slice(t, t + types) for t in range(0, len(poses), types)]
 
 
-def _samples_last(x: Tensor, num_types: int) -> Tensor:
+def samples_last(x: Tensor, num_types: int) -> Tensor:
     """`[B, I, K]` as `[T, K, P, B]`."""
     return x.unflatten(1, (num_types, -1)).permute(1, 3, 2, 0).contiguous()
 
 
-def _over_positions(products: Tensor) -> Tensor:
+def over_positions(products: Tensor) -> Tensor:
     """`[..., t, K, P, B]` summed over the capsules of a type: `[..., t * K, B]`."""
     summed = products.squeeze(-2) if products.shape[-2] == 1 else products.sum(-2)
     return summed.flatten(-3, -2)
 
 
-def _tiles(poses: Tensor, num_classes: int, num_factors: int) -> tuple[list[tuple[slice, slice, slice]], list[Tensor]]:
+def tiles_of_poses(poses: Tensor, num_classes: int, num_factors: int) -> Tiling:
     """Slices of the types, of their rows t * K and of positions, and memory for `_tile_buffers`."""
     T, K, P, B = poses.shape
     capsules = max(1, _tile_bytes() // (num_factors * num_classes * K * B * poses.element_size()))

@@ -4,6 +4,7 @@ They store the votes, as the reference does.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -11,26 +12,17 @@ from torch import Tensor
 
 from . import reference
 
-# Where a transform of torch.func is active (grad, vmap, jvp ...), the dispatcher asks at this key first. Were it
-# renamed, grad would raise an error, vmap go sample by sample, and jvp show its tangents to the kernels.
-_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
-_library = torch.library.Library("capszoo", "FRAGMENT")
-
-
-def register_for_transforms(name: str, function: Callable) -> None:
-    """Register what computes the operator `capszoo::name` where a transform of torch.func is active."""
-    if hasattr(torch._C.DispatchKey, _TRANSFORMS):
-        _library.impl(name, function, _TRANSFORMS)
-
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Half precision is stored as it comes and computed in float32."""
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager:
     """An operator chooses its precision itself; the matrix products in it are not for autocast to lower."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has none
+    device = "cpu" if x.is_meta else x.device.type  # the meta device has none
+    # To enter and leave it takes 20 us, which counts where few samples are routed.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def squash_reference(x: Tensor, approximate: bool) -> Tensor:
@@ -64,9 +56,27 @@ def second_gradients(function: Callable, cotangents: tuple[Tensor, ...], *tensor
         return torch.autograd.grad(gradients, views, cotangents, create_graph=create_graph, materialize_grads=True)
 
 
+# Where a transform of torch.func is active (grad, vmap, jvp ...), the dispatcher asks at this key first. Were it
+# renamed, grad would raise an error, vmap go sample by sample, and jvp show its tangents to the kernels, which refuse.
+_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+_library = torch.library.Library("capszoo", "FRAGMENT")
+
+
+def register_transforms(**functions: Callable) -> None:
+    """Register what takes the place of the operators of these names where a transform is active."""
+    if hasattr(torch._C.DispatchKey, _TRANSFORMS):
+        for name, function in functions.items():
+            _library.impl(name, function, _TRANSFORMS)
+
+
+def transformed_gradients(function: Callable, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `function` by all inputs, as transforms can see through."""
+    _, pull_back = torch.func.vjp(function, *inputs)
+    return pull_back(grad)
+
+
 def squash_backward_transformed(grad, x, approximate):
-    _, pull_back = torch.func.vjp(partial(squash_reference, approximate=approximate), x)
-    return pull_back(grad)[0]
+    return transformed_gradients(partial(squash_reference, approximate=approximate), grad, x)[0]
 
 
 def routing_transformed(x, weight, bias, num_iters, approximate_squash, tf32=False):
@@ -77,5 +87,4 @@ def routing_transformed(x, weight, bias, num_iters, approximate_squash, tf32=Fal
 
 def routing_backward_transformed(grad, x, weight, bias, sums, approximate_squash, tf32):
     options = {"num_iters": sums.shape[0], "approximate_squash": approximate_squash}
-    _, pull_back = torch.func.vjp(partial(routing_reference, **options), x, weight, bias)
-    return pull_back(grad)
+    return transformed_gradients(partial(routing_reference, **options), grad, x, weight, bias)

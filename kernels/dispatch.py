@@ -1,23 +1,33 @@
 """What operators ask before they compute: whether Triton can run there, and whether a tangent would be lost."""
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-try:
-    # Imported here and not at first use: importing a submodule puts it into the package under its name, where the
-    # functions of the same names must come after it.
-    from . import dynamic_routing as triton_routing
-    from . import squash as triton_squash
-except (ImportError, AttributeError, TypeError) as error:  # no Triton, or one without what the kernels use
-    triton_routing = triton_squash = None
-    TRITON_PROBLEM = f"Triton cannot be used here ({error})"
-else:
-    TRITON_PROBLEM = None
+# Why Triton's kernels could not be imported, if so.
+TRITON_PROBLEM: str | None = None
+
+
+def triton_module(name: str) -> ModuleType | None:
+    """Import a module of Triton kernels, named from this package as in ".squash"; None where Triton cannot be used."""
+    global TRITON_PROBLEM
+    try:
+        return importlib.import_module(name, __package__)
+    except (ImportError, AttributeError, TypeError) as error:  # no Triton, or one without what the kernels use
+        TRITON_PROBLEM = f"Triton cannot be used here ({error})"
+        return None
+
+
+# Imported here and not at first use: importing a submodule puts it into the package under its name, where the functions
+# of the same names must come after it.
+triton_routing = triton_module(".dynamic_routing")
+triton_squash = triton_module(".squash")
 
 # Triton has no code for GPUs before it.
 LEAST_CAPABILITY = (7, 0)

@@ -147,8 +147,8 @@ def dynamic_routing(
     v = x.new_empty(B, J, D)
     sums = x.new_empty(num_iters, B, J, D, dtype=torch.float32)
     grid, rows = _rows(B * J, D, ROWS_SIZE_OF_PARTS)
-    sizes = _sizes(x, weight, tf32)
-    form = _form(sizes)
+    sizes = problem_sizes(x, weight, tf32)
+    form = form_for(sizes)
     with torch.cuda.device_of(x):
         total = torch.empty_like(sums[0])  # V^r
         for r in range(num_iters):
@@ -167,8 +167,8 @@ def dynamic_routing_backward(
     `dynamic_routing` took and returned."""
     grad, x, weight, sums = grad.contiguous(), x.contiguous(), weight.contiguous(), sums.contiguous()
     R, B, J, D = sums.shape
-    sizes = _sizes(x, weight, tf32)
-    form = _form(sizes, R)
+    sizes = problem_sizes(x, weight, tf32)
+    form = form_for(sizes, R)
     with torch.cuda.device_of(x):
         totals, dsums = torch.empty_like(sums[1:]), torch.empty_like(sums)  # V^1..V^(R-1) and ds^1..ds^R
         grid, rows = _rows(B * J, D, ROWS_SIZE)
@@ -189,7 +189,7 @@ def dynamic_routing_backward(
     return dx, dweight, dbias
 
 
-def _form(sizes: dict, num_iters: int = 1) -> ModuleType:
+def form_for(sizes: dict, num_iters: int = 1) -> ModuleType:
     """Whose kernels take sums and gradients: `num_iters` where gradients are to come."""
     return all_classes if all_classes.fits(sizes, num_iters) else per_class
 
@@ -201,7 +201,7 @@ def _rows(N: int, D: int, size: int) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(N, BLOCK_N),), {"N": N, "D": D, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}
 
 
-def _sizes(x: Tensor, weight: Tensor, tf32: bool) -> dict[str, int | str]:
+def problem_sizes(x: Tensor, weight: Tensor, tf32: bool) -> dict[str, int | str]:
     """What all kernels over tiles take."""
     B, T, P = x.shape[0], weight.shape[0], x.shape[1] // weight.shape[0]
     K, J, D = weight.shape[1:]

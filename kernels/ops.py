@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import cpu
+from .checks import check_capsules, check_types
 from .derivatives import (
     compute_dtype,
     no_autocast,
-    register_for_transforms,
+    register_transforms,
     routing_backward_transformed,
     routing_reference,
     routing_transformed,
@@ -184,10 +185,12 @@ dynamic_routing_op.register_autograd(_routing_gradients, setup_context=_save_rou
 dynamic_routing_backward_op.register_autograd(_routing_second_gradients, setup_context=_save_routing_backward)
 
 
-register_for_transforms("squash", squash_reference)
-register_for_transforms("squash_backward", squash_backward_transformed)
-register_for_transforms("dynamic_routing", routing_transformed)
-register_for_transforms("dynamic_routing_backward", routing_backward_transformed)
+register_transforms(
+    squash=squash_reference,
+    squash_backward=squash_backward_transformed,
+    dynamic_routing=routing_transformed,
+    dynamic_routing_backward=routing_backward_transformed,
+)
 
 
 def squash(x: Tensor, approximate: bool = False) -> Tensor:
@@ -251,15 +254,7 @@ def dynamic_routing(
     """
     if has_torch_function_variadic(x, weight, bias):
         return handle_torch_function(dynamic_routing, (x, weight, bias), x, weight, bias, num_iters, approximate_squash)
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape [B, I, K], but it has {x.dim()} dimensions: flatten its capsules")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must have shape [T, K, J, D], but it has {weight.dim()} dimensions: reshape it")
-    if weight.shape[1] != x.shape[2]:
-        raise ValueError(
-            f"x has capsules of K={x.shape[2]} numbers, weight takes K={weight.shape[1]}: "
-            "make x.shape[2] and weight.shape[1] equal"
-        )
+    check_capsules(x, weight)
     if x.shape[1] != 0 and (weight.shape[0] == 0 or x.shape[1] % weight.shape[0] != 0):
         raise ValueError(
             f"weight has T={weight.shape[0]} types, which does not divide the I={x.shape[1]} capsules of x: "
@@ -271,14 +266,7 @@ def dynamic_routing(
         )
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: routing needs at least 1 iteration")
-    if not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
-        raise ValueError(
-            f"routing needs floating-point tensors, but x is {x.dtype}, weight {weight.dtype}, bias {bias.dtype}"
-        )
-    if x.device != weight.device or x.device != bias.device:
-        raise ValueError(
-            f"x is on {x.device}, weight on {weight.device}, bias on {bias.device}: move them to one device"
-        )
+    check_types(x, weight, bias, "bias")
     # Autocast asks for speed at 8 or 11 bits. It is over when the backward pass runs, so it is told to the operator.
     tf32 = False
     if not torch.jit.is_scripting():

@@ -45,7 +45,7 @@ import capszoo
 from capszoo.benchmark.measuring import PRECISIONS, explain, measure, measure_epoch, release, right_precisions
 from capszoo.benchmark.planning import SUBJECTS, Scope, plan
 from capszoo.benchmark.reporting import COLUMNS, describe_machine, draw, print_summary, print_table
-from capszoo.benchmark.variants import routing_shape
+from capszoo.benchmark.variants import routes_dynamically, routing_shape
 from capszoo.command_line import OptionParser, run
 from capszoo.data import load_data
 from capszoo.errors import DataError, UsageError, first_line
@@ -86,7 +86,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.rounds = (15 if on_gpu(args) else 7) if args.rounds is None else args.rounds
     args.batch_sizes = args.batch_sizes or ([2**i for i in range(11)] if on_gpu(args) else [1, 16, 128])
     args.subjects = args.subjects or (SUBJECTS if on_gpu(args) else SUBJECTS[:4])
-    args.models = args.models or (capszoo.list_models("capsnet*") if on_gpu(args) else ["capsnet", "capsnet_ws"])
+    capsnets = [name for name in capszoo.list_models("capsnet*") if routes_dynamically(name)]
+    args.models = args.models or (capsnets if on_gpu(args) else ["capsnet", "capsnet_ws"])
     if args.rounds < 1 or min(args.batch_sizes + args.compile_batch_sizes) < 1:
         raise UsageError("--rounds, --batch-sizes and --compile-batch-sizes must be 1 or more")
     if "large" in args.subjects and not on_gpu(args):

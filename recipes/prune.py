@@ -108,7 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     data = open_data(options, opened.model)
     if options.training.policy == "lr_finder":
         raise UsageError("--policy lr_finder trains nothing: use it in recipes/train.py")
-    make_policy(options.training, len(data.train))  # says what is impossible before there is a folder
+    policy = make_policy(options.training, len(data.train))  # says what is impossible before there is a folder
+    train = data.train
+    options.training.augmentation.check_images(
+        train.image_shape, train.multi_label, train.images is None, train.parts is not None
+    )
+    options.training.augmentation.check_batches(policy.batch_size(epoch) for epoch in range(policy.epochs))
     training = fill_in(options.training, len(data.train))
     options = replace(options, training=training)
     create_optimizer(training, opened.model)

@@ -250,11 +250,37 @@ def train(
     console.print(
         f"test {accuracy} {result['test_top1']:.4f} "
         + ("" if precision is None else f"mean average precision {precision:.4f} ")
+        + (f"k longest {result['test_exact_top_k']:.4f} " if data.multi_label else "")
         + f"({chosen}), {result['total_seconds']:.1f} s of training, {folder}",
     )
+    if options.report:
+        report_run(trainer, options, data, folder, result, console)
     if not options.quiet:
-        console.print(f"next: capszoo validate {folder}, or capszoo predict {folder} IMAGE...")
+        console.print(f"next: capszoo validate {folder}, capszoo show {folder}, or capszoo predict {folder} IMAGE...")
     return 0
+
+
+def report_run(
+    trainer: Trainer, options: TrainingOptions, data: DataSplits, folder: Path, result: dict, console: Console
+) -> None:
+    """Write report.html; what hinders it is one line, and no reason for a trained network to fail."""
+    from capszoo.report import write_run_report
+
+    facts = {
+        "model": options.model,
+        "parameters": f"{result['parameters']:,}",
+        "data set": f"{options.dataset}, {len(data.train):,} training images",
+        "policy": options.policy,
+        "test accuracy": f"{result['test_top1']:.2%}",
+        "training time": f"{result['total_seconds']:.1f} s on {result['device']}",
+    }
+    try:
+        page = write_run_report(folder, trainer.task.kept_model, data, trainer.device, facts, folder.name)
+    except (ImportError, OSError, ValueError) as error:
+        console.print(f"no report.html: {first_line(error)}")
+        return
+    if not options.quiet:
+        console.print(f"report: {page}")
 
 
 if __name__ == "__main__":

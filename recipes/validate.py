@@ -9,8 +9,10 @@
 `--all` writes a table for each data set, results-DATASET.csv. `param_count` and `macs` are those of the
 class scores, without the decoder, and so is `images_per_second`; `top1_rotate_15` and the like are the accuracies on
 changed images (capszoo/engine/robustness.py says how). Where images show several classes, top1 is the exact-match
-accuracy (the fraction of images of which just those are predicted), and the mean average precision is measured, too.
-The margin loss has the margins that the header of the weights names, the paper's where it names none.
+accuracy (the fraction of images of which just those are predicted); measured, too, are the mean average precision, and
+as `exact_top_k` the fraction of images whose k classes have the k highest scores. Where one class has twice the images
+of another, the balanced accuracy (the mean of the classes' own) is printed. The margin loss has the margins that the
+header of the weights names, the paper's where it names none; weights of the classes that training had are left out.
 """
 
 import argparse
@@ -40,7 +42,9 @@ from capszoo.precision import autocast, choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
 
 # Of data sets whose images show several classes.
-PRECISION = "mean_average_precision"
+OF_SEVERAL = ("mean_average_precision", "exact_top_k")
+# From this ratio of the largest class to the smallest on, the balanced accuracy is printed beside the accuracy.
+UNBALANCED = 2
 COLUMNS = (
     "model",
     "top1",
@@ -105,6 +109,12 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
     return table
 
 
+def is_unbalanced(evaluation: Evaluation) -> bool:
+    """Whether some class has so many more images than another that the accuracy is mostly that class's."""
+    counts = evaluation.confusion.sum(dim=1)
+    return int(counts.max()) >= UNBALANCED * int(counts.min())
+
+
 def class_table(evaluation: Evaluation, class_names: list[str]) -> Table:
     """Of each class, where images show several: how many show it, how many of them are found, and the precisions."""
     table = Table(title="each class", show_lines=False)
@@ -148,10 +158,10 @@ def measure(
     model.to(device, memory_format=torch.channels_last)
     split.mean, split.std = image_statistics(model)
 
-    def loader() -> Loader:
-        return Loader(split, args.batch_size, device, num_workers=args.workers)
+    def loader(with_parts: bool = False) -> Loader:
+        return Loader(split, args.batch_size, device, num_workers=args.workers, with_parts=with_parts)
 
-    evaluation = evaluate(CapsuleTask(model, criterion, device=device, verbose=False), loader(), amp)
+    evaluation = evaluate(CapsuleTask(model, criterion, device=device, verbose=False), loader(with_parts=True), amp)
     total = sum(p.numel() for p in model.parameters())
     auxiliary = [module for module in auxiliary_modules(model).values() if module is not None]
     decoder = sum(p.numel() for module in auxiliary for p in module.parameters())
@@ -159,7 +169,7 @@ def measure(
     row = {
         "model": name,
         "top1": evaluation.top1,
-        **({} if evaluation.confusion is not None else {PRECISION: evaluation.mean_average_precision}),
+        **({} if evaluation.confusion is not None else {key: getattr(evaluation, key) for key in OF_SEVERAL}),
         "margin_loss": evaluation.loss,
         "reconstruction_error": evaluation.reconstruction_error,
         "param_count": total - decoder,
@@ -204,6 +214,9 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
         accuracy = f"exact match {result.top1:.4f}"
         if result.mean_average_precision is not None:
             accuracy += f"  mean average precision {result.mean_average_precision:.4f}"
+        accuracy += f"  k longest {result.exact_top_k:.4f}"
+    elif is_unbalanced(result):
+        accuracy += f"  balanced accuracy {result.balanced_accuracy:.4f}"
     console.print(
         f"{name} on {dataset} {args.split} ({len(split):,} images)\n"
         f"{accuracy}  margin loss {result.margin_loss:.5f}  reconstruction error "
@@ -218,12 +231,17 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     if data.multi_label:
         precisions = [None if math.isnan(value) else value for value in result.average_precision.tolist()]
         by_class = {
-            PRECISION: result.mean_average_precision,
+            **{key: getattr(result, key) for key in OF_SEVERAL},
             "average_precision": dict(zip(data.class_names, precisions, strict=True)),
             "class_confusion": dict(zip(data.class_names, result.class_confusion.tolist(), strict=True)),
         }
     else:
-        by_class = {"confusion": result.confusion.tolist()}
+        recall = [None if math.isnan(value) else value for value in result.recall.tolist()]
+        by_class = {
+            "balanced_accuracy": result.balanced_accuracy,
+            "recall": dict(zip(data.class_names, recall, strict=True)),
+            "confusion": result.confusion.tolist(),
+        }
     if args.json:
         write_json(
             Path(args.json),
@@ -280,7 +298,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
             console.print(f"{name} on {dataset} {args.split}: top1 {row['top1']:.4f}")
             rows.append(row)
         path = folder / f"results-{Path(dataset).name}.csv"
-        columns = (*COLUMNS[:2], PRECISION, *COLUMNS[2:]) if PRECISION in rows[0] else COLUMNS
+        columns = (*COLUMNS[:2], *OF_SEVERAL, *COLUMNS[2:]) if OF_SEVERAL[0] in rows[0] else COLUMNS
         write_csv(path, columns, sorted(rows, key=lambda row: (-row["top1"], row["model"])))
         console.print(f"{path}")
 

@@ -5,10 +5,12 @@ import gc
 import importlib.util
 import json
 import os
+import struct
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm.models._registry
 import torch
@@ -66,10 +68,39 @@ def load_module(path, name):
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reports_are_left_out():
+    """Drawing a report takes longer than the training of most tests; see tests/report for those that draw one."""
+    import capszoo.report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capszoo.report, "write_run_report", lambda folder, *_: folder / "report.html")
+        yield
+
+
 @pytest.fixture(scope="session")
 def recipe():
     """A recipe as a module."""
     return lambda name: load_module(ROOT / "recipes" / f"{name}.py", f"recipe_{name}")
+
+
+@pytest.fixture(scope="session")
+def write_mnist():
+    def write_mnist(root, folder="MNIST", train=40, test=20):
+        """Write a tiny set in MNIST's format whose images all differ."""
+        raw = root / folder / "raw"
+        raw.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for prefix, count in (("train", train), ("t10k", test)):
+            images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+            labels = (np.arange(count) % 10).astype(np.uint8)
+            (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+                struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes()
+            )
+            (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
+        return root
+
+    return write_mnist
 
 
 @pytest.fixture
@@ -130,7 +161,7 @@ def ship(weights_dir, recipe, make_run, monkeypatch):
             monkeypatch.setattr(timm.models._registry, key, copy.deepcopy(getattr(timm.models._registry, key)))
 
     def register():
-        for family in ("capsnet", "cnn_baseline", "efficient_capsnet"):
+        for family in ("capsnet", "cnn_baseline", "efficient_capsnet", "matrix_capsnet"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # timm says that names are registered a second time
                 load_module(ROOT / "capszoo/models" / f"{family}.py", f"registered_anew.{family}")

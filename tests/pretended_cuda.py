@@ -158,25 +158,59 @@ def pytest_configure():
     torch.cuda.is_available = lambda: True  # asked when the tests are collected
 
 
+def operators():
+    """Each operator, and its kernel for CUDA."""
+    from capszoo.kernels import ops
+    from capszoo.kernels.gaussian_routing import ops as gaussian_routing
+    from capszoo.kernels.inverted_attention import ops as inverted_attention
+    from capszoo.kernels.self_attention import ops as self_attention
+
+    return [
+        (ops.squash_op, ops._squash_cuda),
+        (ops.squash_backward_op, ops._squash_backward_cuda),
+        (ops.dynamic_routing_op, ops._routing_cuda),
+        (ops.dynamic_routing_backward_op, ops._routing_backward_cuda),
+        (gaussian_routing.mixture_moments_op, gaussian_routing._moments_cuda),
+        (gaussian_routing.mixture_moments_backward_op, gaussian_routing._moments_backward_cuda),
+        (inverted_attention.forward_op, inverted_attention._forward_cuda),
+        (inverted_attention.backward_op, inverted_attention._backward_cuda),
+        (self_attention.forward_op, self_attention._forward_cuda),
+        (self_attention.backward_op, self_attention._backward_cuda),
+    ]
+
+
+def launchers():
+    """Modules of Triton kernels, the names of their launchers, and the PyTorch operators that take their places."""
+    from capszoo.kernels import dispatch, ops
+    from capszoo.kernels.gaussian_routing import ops as gaussian_routing
+    from capszoo.kernels.inverted_attention import ops as inverted_attention
+    from capszoo.kernels.self_attention import ops as self_attention
+
+    return [
+        (dispatch.triton_squash, "squash_forward", ops._squash),
+        (dispatch.triton_squash, "squash_backward", ops._squash_backward),
+        (dispatch.triton_routing, "dynamic_routing", ops._routing),
+        (dispatch.triton_routing, "dynamic_routing_backward", routing_backward),
+        (gaussian_routing.launchers, "moments", gaussian_routing._moments),
+        (gaussian_routing.launchers, "moments_backward", gaussian_routing._moments_backward),
+        (inverted_attention.launchers, "forward", inverted_attention._forward),
+        (inverted_attention.launchers, "backward", inverted_attention._backward),
+        (self_attention.launchers, "forward", self_attention._forward),
+        (self_attention.launchers, "backward", self_attention._backward),
+    ]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def operators_of_the_gpu():
     """Register for the CPU's tensors what is registered for CUDA's."""
-    from capszoo.kernels import ops
-    from capszoo.kernels.gaussian_routing import ops as gaussian
-
-    for name in ("squash", "squash_backward", "dynamic_routing", "dynamic_routing_backward"):
-        kernel = getattr(ops, f"_{name.replace('dynamic_', '')}_cuda")
-        getattr(ops, f"{name}_op").register_kernel("cpu")(kernel)
-    gaussian.mixture_moments_op.register_kernel("cpu")(gaussian._moments_cuda)
-    gaussian.mixture_moments_backward_op.register_kernel("cpu")(gaussian._moments_backward_cuda)
+    for operator, kernel in operators():
+        operator.register_kernel("cpu")(kernel)
 
 
 @pytest.fixture(autouse=True)
 def cuda_on_cpu(request, monkeypatch):
     """Run a test on the CPU, and let it think that it is on a GPU."""
     from capszoo.benchmark import steps
-    from capszoo.kernels import dispatch, ops
-    from capszoo.kernels.gaussian_routing import ops as gaussian
 
     pretend_graphs(monkeypatch)
     peaks = (2**10 * 32**n for n in itertools.count())  # what is measured first takes the least
@@ -204,12 +238,8 @@ def cuda_on_cpu(request, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
 
     # The operators take the path of a GPU as far as to the launchers of the kernels.
-    monkeypatch.setattr(dispatch.triton_squash, "squash_forward", ops._squash)
-    monkeypatch.setattr(dispatch.triton_squash, "squash_backward", ops._squash_backward)
-    monkeypatch.setattr(dispatch.triton_routing, "dynamic_routing", ops._routing)
-    monkeypatch.setattr(dispatch.triton_routing, "dynamic_routing_backward", routing_backward)
-    monkeypatch.setattr(gaussian.triton_moments, "moments", gaussian._moments)
-    monkeypatch.setattr(gaussian.triton_moments, "moments_backward", gaussian._moments_backward)
+    for module, name, replacement in launchers():
+        monkeypatch.setattr(module, name, replacement)
 
     if hasattr(request.module, "make_inputs"):
         monkeypatch.setattr(request.module, "make_inputs", smaller_inputs(request.module.make_inputs))

@@ -408,7 +408,7 @@ def test_captured_steps_take_every_batch_and_rate(few, pretended_graphs):
     captured.step.cuda_graphs = True
     captured.fit()
     # 50 images: three full batches and one of two in each epoch; the fourth full one is captured.
-    assert captured.step.cuda_graphs and len(pretended_graphs) == 1 and captured.step.captured.images.shape[0] == 16
+    assert captured.step.cuda_graphs and len(pretended_graphs) == 1 and captured.step.captured.batch[0].shape[0] == 16
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(captured)[key], value, rtol=1e-4, atol=1e-6)
     for row, expected in zip(captured.history, plain.history, strict=True):

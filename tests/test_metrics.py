@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from capszoo.engine.metrics import average_precision, right_answers
+from capszoo.engine.metrics import average_precision, right_answers, right_sets
 
 
 def test_right_answers():
@@ -16,6 +16,24 @@ def test_right_answers():
     assert right_answers(scores, several).tolist() == [True, False, True]
     assert right_answers(scores, several.bool()).tolist() == [True, False, True]
     assert right_answers(scores[:0], several[:0]).shape == (0,)
+
+
+def test_right_sets():
+    labels = torch.tensor([[0.0, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    scores = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.8, 0.7], [0.2, 0.3, 0.1], [0.9] * 3, [0.1] * 3, [0.2, 0.2, 0.1]])
+    assert right_sets(scores, labels).tolist() == [True, False, True, True, True, False]  # the last has a tie
+    assert right_sets(scores[:0], labels[:0]).shape == (0,)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_right_sets_are_those_of_the_highest_scores(seed, k):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(20, 5, generator=generator, dtype=torch.float64)
+    labels = torch.zeros(20, 5).scatter(1, torch.rand(20, 5, generator=generator).topk(k).indices, 1.0)
+    highest = torch.zeros(20, 5).scatter(1, scores.topk(k).indices, 1.0)
+    expected = (highest == labels).all(dim=1).tolist()
+    assert right_sets(scores, labels).tolist() == expected
 
 
 @given(

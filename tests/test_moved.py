@@ -19,3 +19,10 @@ def test_names_that_moved(module):
         assert getattr(old, name) is getattr(importlib.import_module(new), name)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = old.nothing
+
+
+def test_a_module_whose_name_is_a_package_now():
+    from capszoo.figures import write_report
+    from capszoo.report import write_report as former
+
+    assert former is write_report

@@ -66,6 +66,23 @@ def test_colour_and_size_become_those_of_the_model(digits):
     assert capszoo.predict(colour, red).class_name in ("0", "1")
 
 
+def test_stereo_images(tmp_path):
+    stereo = capszoo.create_model("capsnet_tiny", in_chans=2, img_size=20, num_classes=2)
+    pixels = torch.rand(2, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(to_pixels(pixels, stereo), pixels)
+    array = (pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    assert torch.equal(to_pixels(array, stereo), torch.from_numpy(array).permute(2, 0, 1) / 255)
+    large = np.zeros((40, 40, 2), np.uint8)
+    large[:, :, 1] = 51
+    assert torch.equal(to_pixels(large, stereo)[:, 3, 7], torch.tensor([0.0, 0.2]))
+    Image.new("L", (20, 20)).save(tmp_path / "grey.png")
+    for image in (tmp_path / "grey.png", Image.new("L", (20, 20))):
+        with pytest.raises(DataError, match="takes images of 2 channels, which no file has: give an array"):
+            to_pixels(image, stereo)
+    with pytest.raises(DataError, match="is not possible: give the model's 2 channels"):
+        to_pixels(np.zeros((20, 20, 3), np.uint8), stereo)
+
+
 def test_images_are_normalised(digits, tmp_path):
     torch.manual_seed(0)
     model = capszoo.create_model("capsnet_tiny", num_classes=3).eval()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from families import CAPSNETS, sizes_of
 from PIL import Image
 from timm.models import save_for_hf
 from timm.utils.model import unwrap_model
@@ -20,7 +21,7 @@ from capszoo.models import CapsNet
 from capszoo.prune import prune
 from capszoo.registry import check_arguments
 
-every_model = pytest.mark.parametrize("name", capszoo.list_models("capsnet*"))
+every_model = pytest.mark.parametrize("name", CAPSNETS)
 SMALL = dict(conv_dim=8, img_size=20)
 
 # Per capsule of the first convolution's map and of the primary capsules, as the paper's table of shapes gives them.
@@ -343,12 +344,9 @@ def same_model(path, model, **kwargs):
 def test_save_model(name, tmp_path):
     """Round trips: as made, of other images, after each reset of the head, wrapped, pruned, in other dtypes."""
     path = tmp_path / "model.safetensors"
-    of_family = {
-        "capsnet": {"conv_dim": 8, "decoder": True, "num_routing": 2, "squash": "approx"},
-        "cnn": {"conv_dim": 8},
-        "efficient": {"conv_dims": [4, 5, 6], "decoder": True, "couplings": "uniform"},
-    }
-    own = of_family[name.partition("_")[0]]
+    own = {"decoder": True, "num_routing": 2, "squash": "approx", "couplings": "uniform", "num_passes": 3}
+    known = capszoo.registry.model_keywords(name)
+    own = {**sizes_of(name), **{key: value for key, value in own.items() if key in known}}
     model = capszoo.create_model(name, num_classes=4, in_chans=3, img_size=(20, 21), drop_rate=0.1, **own)
     capszoo.save_model(path, model, class_names=list("abcd"), accuracy=0.5)
     loaded = same_model(path, model)
@@ -356,7 +354,9 @@ def test_save_model(name, tmp_path):
     header = read_metadata(path)
     assert json.loads(header["class_names"]) == list("abcd") and header["accuracy"] == "0.5"
     assert header["model"] == name and header["capszoo_version"] == capszoo.__version__
-    assert json.loads(header["mean"]) == [0.0] and json.loads(header["std"]) == [1.0]
+    assert [json.loads(header[key]) for key in ("mean", "std")] == [
+        list(model.pretrained_cfg[k]) for k in ("mean", "std")
+    ]
 
     for classes, pool in (7, None), (0, None), (0, ""), (3, "flat"):
         model.reset_classifier(classes, pool)

@@ -51,6 +51,42 @@ def test_losses(weight):
     assert not result["reconstruction_loss"].requires_grad
 
 
+def pairs(size=4):
+    """Images of two classes each, and the two images that each is composed of."""
+    parts = torch.rand(size, 2, 1, 20, 20, generator=torch.Generator().manual_seed(1))
+    target = torch.zeros(size, 10).scatter(1, torch.tensor([[7, 2], [0, 9], [3, 4], [5, 1]])[:size], 1.0)
+    return parts.sum(dim=1).clamp(max=1), target, parts
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_part_is_reconstructed_from_the_capsule_of_its_class(compiled):
+    images, target, parts = pairs()
+    task = make_task(reconstruction_weight=0.01)
+    if compiled:
+        task.compile(backend="eager")
+    result = task(images, target, parts)
+    loss = sum(
+        reconstruction_loss(task.model.reconstruct(images, torch.tensor(classes)), parts[:, place])
+        for place, classes in enumerate([(2, 0, 3, 1), (7, 9, 4, 5)])  # of each image the lower one, then the higher
+    )
+    torch.testing.assert_close(result["reconstruction_loss"], loss.detach())
+    margin = margin_loss(task.model(images), target)
+    torch.testing.assert_close(result["margin_loss"], margin.detach())
+    torch.testing.assert_close(result["loss"], margin + 0.01 * loss)
+    result["loss"].backward()
+    assert all(parameter.grad is not None for parameter in task.model.parameters())
+    torch.testing.assert_close(task(images, target.bool(), parts)["reconstruction_loss"], loss.detach())
+
+
+def test_parts_without_decoder_or_classes():
+    images, target, parts = pairs()
+    assert make_task(make(decoder=False))(images, target, parts)["reconstruction_loss"] == 0
+    with pytest.raises(ValueError, match=r"images of 2 parts.*shape \[4\].*give weights"):
+        make_task()(images, torch.arange(4), parts)
+    empty = make_task()(images[:0], target[:0], parts[:0])
+    assert empty["output"].shape == (0, 10)
+
+
 def test_paper_weight_is_the_default():
     assert make_task().reconstruction_weight == 0.0005
 

@@ -31,6 +31,7 @@ __all__ = ["main", "routing_backend"]
 RECIPES = {
     "train": "train a capsule network",
     "validate": "measure a checkpoint, or shipped weights",
+    "show": "look into a trained network: one HTML report",
     "prune": "prune a trained network, and train what is left",
     "explore": "search for the Pareto-optimal ways to train",
     "benchmark": "time routing, training and inference on this machine",

@@ -47,7 +47,7 @@ class OptionParser(argparse.ArgumentParser):
             for key, value in values.items():
                 if value is not None:
                     setattr(given, key, True)
-        return self.parse_args(argv), set(vars(given))
+        return self._parse_known(argv)[0], set(vars(given))
 
     def set_values(self, values: Mapping[str, Any], source: str | Path) -> None:
         """Make values, as YAML files hold them, the defaults; null leaves the default as it is.
@@ -69,7 +69,7 @@ class OptionParser(argparse.ArgumentParser):
         for action in self._actions:
             action.default = argparse.SUPPRESS
         try:
-            given, unknown = self.parse_known_args(argv)
+            given, unknown = self._parse_known(argv)
         finally:
             for action, default in kept.items():
                 action.default, action.required = default, required[action]
@@ -77,6 +77,12 @@ class OptionParser(argparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             raise UsageError(unknown_name("option", argument.split("=")[0], options, "see --help"))
         return given
+
+    def _parse_known(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        # A list that may be empty is taken for empty at the first option, unless words are read after all options.
+        if any(action.nargs == "*" and not action.option_strings for action in self._actions):
+            return self.parse_known_intermixed_args(argv)
+        return self.parse_known_args(argv)
 
     def words(self, key: str, value: Any) -> list[str]:
         """The words of a command line that give an option this value; none where that takes leaving it out."""

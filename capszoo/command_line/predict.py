@@ -18,7 +18,7 @@ from capszoo.errors import DataError, UsageError, WriteError, first_line
 from capszoo.files import write_atomically
 from capszoo.opening import open_model
 from capszoo.precision import choose_device
-from capszoo.prediction import Prediction, images_below, predict_pixels, reconstruct, to_pixels
+from capszoo.prediction import Prediction, named_images, predict_pixels, reconstruct, to_pixels
 
 from .parser import OptionParser
 
@@ -40,20 +40,6 @@ def build_parser() -> OptionParser:
     add("--reconstruct", metavar="FILE.png", help="also draw each image beside what the decoder makes of it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     return parser
-
-
-def named_images(names: Iterable[str]) -> Iterator[tuple[str, DataError | None]]:
-    """The files that the command line names, and what is wrong with a name."""
-    for name in names:
-        if name == "-":
-            yield from named_images(line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif Path(name).is_dir():
-            paths = list(images_below(Path(name)))
-            if not paths:
-                yield name, DataError(f"folder {name!r} holds no images: check the path")
-            yield from ((str(path), None) for path in paths)
-        else:
-            yield name, None
 
 
 def predict_all(model: torch.nn.Module, names: Iterable[str], drawn: list[Tensor] | None) -> Iterator[Any]:

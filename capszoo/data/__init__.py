@@ -2,10 +2,13 @@
 
 from capszoo.errors import DataError
 
-from .loader import Loader, Split, seeded_generator
-from .sets import DataSplits, default_translate, list_datasets, load_data
+from .augment import Augmentation
+from .loader import Loader
+from .seeding import seeded_generator
+from .sets import DataSplits, Split, default_translate, list_datasets, load_data
 
 __all__ = [
+    "Augmentation",
     "DataError",
     "DataSplits",
     "Loader",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
@@ -36,8 +36,16 @@ def header(file: Path | IO[bytes] | Image.Image) -> tuple[Size, bool]:
         return image.size if turned else image.size[::-1], image.mode in _GREY_MODES
 
 
-def decode(file: Path | IO[bytes] | Image.Image, in_chans: int, img_size: Size | None) -> Tensor:
-    """Return an image as uint8 `[in_chans, H, W]`, in its own size if `img_size` is None."""
+def decode(
+    file: Path | IO[bytes] | Image.Image,
+    in_chans: int,
+    img_size: Size | None,
+    transform: Callable[[Image.Image], Image.Image] | None = None,
+) -> Tensor:
+    """Return an image as uint8 `[in_chans, H, W]`, in its own size if `img_size` is None.
+
+    `transform` changes the whole image, grey or RGB, before it is resized.
+    """
     with _open(file) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
@@ -45,10 +53,23 @@ def decode(file: Path | IO[bytes] | Image.Image, in_chans: int, img_size: Size |
         if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         image = image.convert("L" if in_chans == 1 else "RGB")
+        if transform is not None:
+            image = transform(image)
         height, width = img_size or (image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image).reshape(height, width, in_chans)).permute(2, 0, 1)
+        return from_pil(image)
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Return a grey or RGB image as uint8 `[C, H, W]`."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """Return uint8 `[C, H, W]` of 1 or 3 channels as a grey or RGB image."""
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
 
 @contextmanager

@@ -1,31 +1,36 @@
-"""Batches of a data set: gathered, shifted, converted and normalised on the device.
+"""Batches of a data set: gathered, augmented, converted and normalised on the device.
 
 A data set that fits lives on the device as one uint8 tensor, zero-padded once by the largest shift. A shifted image is
 then a window of that tensor, and a batch is one gather of windows and one division by 255, whatever its size. Where the
 split says so, the mean is then subtracted and the rest divided by the standard deviation, as timm's transforms do. The
-order
-and the shifts of an epoch are drawn at its start from (seed, epoch) alone and on the CPU, so every device sees the same
-images, and any step of any epoch can be recomputed: that is all a run needs to resume in the middle of an epoch.
+order, the shifts and whatever else changes images in an epoch are drawn at its start from (seed, epoch) alone and on
+the CPU, so every device sees the same images, and any step of any epoch can be recomputed: that is all a run needs to
+resume in the middle of an epoch.
 
-A data set that does not fit is read by worker processes in the same order and takes the same path from there on.
+A data set that does not fit is read by worker processes in the same order and takes the same path from there on; so
+does one whose images must go through PIL.
 """
 
 from __future__ import annotations
 
-import hashlib
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from capszoo.data.readers import Reader
 from capszoo.errors import DataError
 
-__all__ = ["Loader", "Split"]
+from .augment import Augmentation
+from .batch_transforms import BatchTransforms, Places
+from .image_transforms import ImageTransform
+from .mixing import Mixing
+from .readers import ArrayReader
+from .seeding import seeded_generator
+from .splits import Split
+from .streaming import read_images
+
+__all__ = ["Loader", "Split", "seeded_generator"]
 
 # Images are gathered some hundred at a time and handed out as views: at batch 1 a step then costs 2 us, not 20. The
 # second limit keeps such a chunk of large images small; a batch above either limit is a chunk by itself.
@@ -33,76 +38,14 @@ _CHUNK_IMAGES = 256
 _CHUNK_BYTES = 8 << 20
 
 
-@dataclass(eq=False, repr=False)
-class Split:
-    """The training, validation or test images of a data set.
-
-    Args:
-        labels: Class indices, int64 `[N]`, or weights of the classes, float `[N, J]`, where an image may show several
-            or none; on the same device as `images`.
-        images: uint8 `[N, C, H, W]`, or None for a split that is read from disk while it is used.
-        reader: Where the images of such a split come from.
-        indices: int64 `[N]`, the place of each image in `reader`.
-        mean: Subtracted from images in [0, 1], one number a channel or one for all.
-        std: What is left is divided by this, one number a channel or one for all.
-    """
-
-    labels: Tensor
-    images: Tensor | None = None
-    reader: Reader | None = None
-    indices: Tensor | None = None
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    _on_device: dict[torch.device, Split] = field(default_factory=dict, init=False)
-    _padded: tuple[int, Tensor] | None = field(default=None, init=False)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:
-        return f"Split({len(self)} images of {'x'.join(map(str, self.image_shape))})"
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether labels are weights of the classes."""
-        return self.labels.ndim == 2
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        return self.reader.image_shape if self.images is None else tuple(self.images.shape[1:])
-
-    def to(self, device: torch.device | str) -> Split:
-        """Return this split with its tensors on `device`; the copy is made once and kept."""
-        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        if device == self.labels.device:
-            return self
-        if device not in self._on_device:
-            images = None if self.images is None else self.images.to(device)
-            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices)
-        self._on_device[device].mean, self._on_device[device].std = self.mean, self.std
-        return self._on_device[device]
-
-    def padded(self, margin: int) -> Tensor:
-        """Return the images with `margin` zeros on each side, uint8 `[N, C, H + 2 margin, W + 2 margin]`.
-
-        The result for the last `margin` above 0 is kept.
-        """
-        if margin == 0:
-            return self.images.contiguous()
-        if self._padded is None or self._padded[0] != margin:
-            self._padded = margin, F.pad(self.images, [margin] * 4)
-        return self._padded[1]
-
-
 class Loader:
     """One epoch of batches of a split: images float32 `[B, C, H, W]` and their labels on `device`.
 
     Images have values in [0, 1], less the split's mean and divided by its standard deviation.
 
-    The batches depend on the split, `batch_size`, `shuffle`, `seed`, `epoch` and `translate` and on nothing else, and
-    the loader can be iterated any number of times. The global random state is never touched, and of a split in memory
-    no batch waits for the host. Batches may be views of one tensor.
+    The batches depend on the split, `batch_size`, `shuffle`, `seed`, `epoch`, `translate` and `augmentation` and on
+    nothing else, and the loader can be iterated any number of times. The global random state is never touched, and of a
+    split in memory no batch waits for the host, unless images must go through PIL. Batches may be views of one tensor.
 
     `len(loader)` is the number of batches in the whole epoch, whatever `start_step`; iteration yields
     `len(loader) - start_step` of them.
@@ -112,18 +55,25 @@ class Loader:
         batch_size: Images in a batch; the last one holds the rest.
         device: Where batches are made.
         shuffle: Draw a new order for each epoch instead of going through the split from its start.
-        seed: Together with `epoch` decides the order and the shifts.
+        seed: Together with `epoch` decides the order, the shifts and the rest of the augmentation.
         epoch: The epoch, from 0.
         start_step: The step to begin with: the batches are those of the whole epoch from that step on.
         translate: Shift each image by up to so many pixels each way along both axes, filling with zeros.
+        augmentation: What else changes images at random. Labels of mixed images are weights of the classes, float
+            `[B, J]`.
+        num_classes: J, needed to mix images.
         share: Numerator and denominator of this process's part of each batch, such as (1, 4) for the second of four;
             parts differ by one image at most, and one may be empty where a batch is smaller than the denominator.
         drop_last: Leave out a last batch that is not full.
-        num_workers: Worker processes that read a split that is not in memory; 0 reads in this process.
+        num_workers: Worker processes that read a split that is not in memory, or whose images go through PIL; 0 reads
+            in this process.
         channels_last: Make images in channels-last memory format.
+        with_parts: Of a split whose images have parts, give these too, as the third of a batch: float32
+            `[B, P, C, H, W]` in [0, 1], moved as the image is, not normalised.
 
     Raises:
         DataError: An argument out of range, at once; an image that cannot be decoded, when its turn comes.
+        UsageError: An augmentation that is out of range, or impossible for these images.
     """
 
     def __init__(
@@ -137,10 +87,13 @@ class Loader:
         epoch: int = 0,
         start_step: int = 0,
         translate: int = 0,
+        augmentation: Augmentation | None = None,
+        num_classes: int | None = None,
         share: tuple[int, int] = (0, 1),
         drop_last: bool = False,
         num_workers: int = 0,
         channels_last: bool = False,
+        with_parts: bool = False,
     ):
         for key, value, least in (
             ("batch_size", batch_size, 1),
@@ -160,6 +113,12 @@ class Loader:
                 f"translate={translate} can shift a whole {height}x{width} image out of sight: give less than "
                 f"{min(height, width)}"
             )
+        if augmentation is not None:
+            augmentation.check()
+            on_disk, has_parts = split.images is None, with_parts and split.parts is not None
+            augmentation.check_images(split.image_shape, split.multi_label, on_disk, has_parts)
+            if augmentation.mixes and num_classes is None:
+                raise DataError("images are to be mixed, and num_classes=None does not say how: give their classes")
         self.split = split
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -168,10 +127,13 @@ class Loader:
         self.epoch = epoch
         self.start_step = start_step
         self.translate = translate
+        self.augmentation = augmentation
+        self.num_classes = num_classes
         self.share = share
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.channels_last = channels_last
+        self.with_parts = with_parts and split.parts is not None
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (split.mean, split.std)
         )
@@ -188,25 +150,32 @@ class Loader:
         full, rest = divmod(len(self.split), self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order, offsets = self._draw()
-        if self.share[1] > 1:
-            yield from self._part(order, offsets)
-            return
         labels = self.split.labels.cpu()[order].to(self.device)
+        transforms, mixing = self._augmentations(order)
+        if self.share[1] > 1:
+            yield from self._part(order, offsets, labels, transforms, mixing)
+            return
 
         # Chunks are counted from the start of the epoch, not from start_step, so that a batch lies at the same place
         # within its chunk, and thus equally aligned in memory, in a resumed epoch.
         channels, height, width = self.split.image_shape
-        images = min(_CHUNK_IMAGES, _CHUNK_BYTES // (4 * channels * height * width))
-        steps = max(1, images // self.batch_size)
+        most = min(_CHUNK_IMAGES, _CHUNK_BYTES // (4 * channels * height * width))
+        steps = max(1, most // self.batch_size)
         size = steps * self.batch_size
-        stop = min(len(self.split), len(self) * self.batch_size)
+        stop = self._stop
         first, skip = divmod(self.start_step, steps)
         chunks = [slice(begin, min(begin + size, stop)) for begin in range(first * size, stop, size)]
 
-        for chunk, pixels in zip(chunks, self._gather(chunks, order, offsets), strict=True):
-            batches = zip(pixels.split(self.batch_size), labels[chunk].split(self.batch_size), strict=True)
+        for chunk, gathered in zip(chunks, self._gather(chunks, order, offsets, transforms), strict=True):
+            images, *parts = gathered
+            targets = labels[chunk]
+            if mixing is not None:
+                partners = images[(mixing.partners[chunk] - chunk.start).to(self.device)]
+                images = self._in_format(mixing.images(images, partners, chunk))
+                targets = mixing.targets(labels, chunk)
+            batches = zip(*(some.split(self.batch_size) for some in (images, targets, *parts)), strict=True)
             for _ in range(skip):
                 next(batches)
             skip = 0
@@ -216,21 +185,43 @@ class Loader:
         """Indices of the epoch's images in the split, in the order in which they come: int64 `[N]`."""
         return self._draw()[0]
 
-    def _part(self, order: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this process's part of each batch; only its own images are read."""
+    @property
+    def _stop(self) -> int:
+        """The number of images in the epoch."""
+        return min(len(self.split), len(self) * self.batch_size)
+
+    def _part(
+        self,
+        order: Tensor,
+        offsets: Tensor,
+        labels: Tensor,
+        transforms: BatchTransforms | None,
+        mixing: Mixing | None,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield this process's part of each batch; only its own images are read, and what they are mixed with."""
         part, parts = self.share
-        stop = min(len(self.split), len(self) * self.batch_size)
         slices = []
-        for begin in range(self.start_step * self.batch_size, stop, self.batch_size):
-            size = min(self.batch_size, stop - begin)
+        for begin in range(self.start_step * self.batch_size, self._stop, self.batch_size):
+            size = min(self.batch_size, self._stop - begin)
             slices.append(slice(begin + size * part // parts, begin + size * (part + 1) // parts))
-        labels = self.split.labels.cpu()[order].to(self.device)
         filled = [own for own in slices if own.stop > own.start]
-        gathered = self._gather(filled, order, offsets)
+        wanted: list[Places] = list(filled)
+        if mixing is not None and mixing.enabled:
+            wanted = [torch.cat([torch.arange(own.start, own.stop), mixing.partners[own]]) for own in filled]
+        gathered = self._gather(wanted, order, offsets, transforms)
         channels, height, width = self.split.image_shape
-        nothing = torch.empty(0, channels, height, width, device=self.device)
+        nothing = [torch.empty(0, channels, height, width, device=self.device)]
+        if self.with_parts:
+            assert self.split.parts is not None
+            nothing.append(torch.empty(0, *self.split.parts.shape[1:], device=self.device))
         for own in slices:
-            yield (next(gathered) if own.stop > own.start else nothing), labels[own]
+            images, *rest = next(gathered) if own.stop > own.start else nothing
+            if mixing is None:
+                yield images, labels[own], *rest
+            else:
+                count = own.stop - own.start
+                images = mixing.images(images[:count], images[len(images) - count :], own)
+                yield self._in_format(images), mixing.targets(labels, own)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Return the epoch's order and, as offsets into a padded image, its shifts: int64 `[N]` both, on the CPU."""
@@ -245,89 +236,80 @@ class Loader:
             offsets = down * (self.split.image_shape[2] + 2 * self.translate) + right
         return order, offsets
 
-    def _gather(self, chunks: list[slice], order: Tensor, offsets: Tensor) -> Iterator[Tensor]:
-        """Yield the images of each chunk of the epoch, float32 `[chunk, C, H, W]`."""
-        if self.split.images is not None:
-            padded = self.split.to(self.device).padded(self.translate)
-            starts = (order * padded[0].numel() + offsets).to(self.device)
-            for chunk in chunks:
-                yield self._windows(padded, starts[chunk])
-            return
-        rows = self.split.indices[order]
-        loader = DataLoader(
-            _Rows(self.split.reader),
-            batch_size=None,
-            sampler=[rows[chunk].tolist() for chunk in chunks],
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_outlive_signals if self.num_workers else None,
-            generator=torch.Generator(),  # else it draws its workers' seed from the global one
-        )
+    @property
+    def _streams(self) -> bool:
+        """Whether images are read, or go through PIL, while they are used."""
+        return self.split.images is None or (self.augmentation is not None and self.augmentation.needs_pil)
+
+    def _augmentations(self, order: Tensor) -> tuple[BatchTransforms | None, Mixing | None]:
+        """Return what changes, and what mixes, the epoch's images on the device."""
+        augmentation, shape = self.augmentation, self.split.image_shape
+        if augmentation is None:
+            return None, None
+        key = self.seed, self.epoch, self.device
+        transforms = BatchTransforms(augmentation, shape, order, *key, crops=not self._streams)
+        if not augmentation.mixes:
+            return transforms, None
+        assert self.num_classes is not None
+        return transforms, Mixing(augmentation, shape[1:], self._stop, self.batch_size, self.num_classes, *key)
+
+    def _gather(
+        self, chunks: Sequence[Places], order: Tensor, offsets: Tensor, transforms: BatchTransforms | None
+    ) -> Iterator[list[Tensor]]:
+        """Yield the images at some places of the epoch, float32 `[chunk, C, H, W]`, and their parts, where wanted."""
         offsets = offsets.to(self.device)
-        for chunk, images in zip(chunks, _read(loader), strict=True):
-            if isinstance(images, DataError):
-                raise images
-            padded = F.pad(images.to(self.device, non_blocking=True), [self.translate] * 4).contiguous()
-            starts = torch.arange(len(padded), device=self.device) * padded[0].numel() + offsets[chunk]
-            yield self._windows(padded, starts)
+        if not self._streams:
+            split = self.split.to(self.device)
+            sources = [split.padded(self.translate, of_parts) for of_parts in (False, True)[: 1 + self.with_parts]]
+            starts = [order.to(self.device) * some[0].numel() + offsets for some in sources]
+            for chunk in chunks:
+                images, *parts = (
+                    self._move(self._windows(some, begins[chunk]), chunk, transforms)
+                    for some, begins in zip(sources, starts, strict=True)
+                )
+                shape = () if split.parts is None else split.parts.shape[1:3]
+                yield [self._finish(images, chunk, transforms), *(some.unflatten(1, shape) for some in parts)]
+            return
+        reader, rows = self.split.reader, order
+        if reader is None or self.split.indices is None:
+            assert self.split.images is not None
+            reader = ArrayReader(self.split.images.cpu())
+        else:
+            rows = self.split.indices[order]
+        transform = None
+        if self.augmentation is not None and (self.augmentation.needs_pil or self.augmentation.crops):
+            transform = ImageTransform(self.augmentation, self.split.image_shape, self.seed, self.epoch)
+        places = torch.arange(len(order))
+        wanted = [(rows[chunk].tolist(), places[chunk].tolist()) for chunk in chunks]
+        read = read_images(reader, wanted, transform, self.num_workers, pin_memory=self.device.type == "cuda")
+        for chunk, pixels in zip(chunks, read, strict=True):
+            padded = F.pad(pixels.to(self.device, non_blocking=True), [self.translate] * 4).contiguous()
+            begins = torch.arange(len(padded), device=self.device) * padded[0].numel() + offsets[chunk]
+            images = self._move(self._windows(padded, begins), chunk, transforms)
+            yield [self._finish(images, chunk, transforms)]
 
     def _windows(self, padded: Tensor, starts: Tensor) -> Tensor:
-        """Return the images that begin at elements `starts` (int64 `[B]`) of `padded`, float32 `[B, C, H, W]`."""
-        channels, height, width = self.split.image_shape
+        """Return the images that begin at elements `starts` (int64 `[B]`) of `padded`, uint8 `[B, C, H, W]`."""
+        channels, height, width = padded.shape[1], *self.split.image_shape[1:]
         _, channel_stride, row_stride, _ = padded.stride()
         reach = (channels - 1) * channel_stride + (height - 1) * row_stride + width - 1
         windows = padded.as_strided(
             (padded.numel() - reach, channels, height, width), (1, channel_stride, row_stride, 1)
         )
-        pixels = windows[starts]
-        if self.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        images = torch.div(pixels, 255)
-        return images.sub_(self._mean).div_(self._std) if self._normalized else images
+        return windows[starts]
 
+    def _move(self, pixels: Tensor, places: Places, transforms: BatchTransforms | None) -> Tensor:
+        """Flip images (or parts) at these places of the epoch, convert them to [0, 1], and move them."""
+        if transforms is None:
+            return torch.div(self._in_format(pixels), 255)
+        images = torch.div(self._in_format(transforms.flip(pixels, places)), 255)
+        return self._in_format(transforms.resample(images, places))
 
-def _outlive_signals(worker: int) -> None:
-    """In a worker: leave Ctrl-C and SIGTERM to the parent.
+    def _finish(self, images: Tensor, places: Places, transforms: BatchTransforms | None) -> Tensor:
+        """Normalise the images at these places of the epoch, and erase what is to be erased of them."""
+        if self._normalized:
+            images = images.sub_(self._mean).div_(self._std)
+        return images if transforms is None else self._in_format(transforms.erase(images, places))
 
-    They often go to all processes of a job, and the parent has to finish its step; workers end with it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _read(loader: DataLoader) -> Iterator[Tensor | DataError]:
-    """Pass on what worker processes read; one that was killed, for memory say, is an error of the data."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a process that reads images has died ({str(error).splitlines()[0]}): give less --workers, or free memory"
-        ) from error
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """Return a CPU generator that depends on all numbers of `key`.
-
-    The numbers are hashed: torch's CPU generator keeps 32 bits of a seed, and a sum, say, would make epoch 1 of seed 0
-    the epoch 0 of seed 1.
-    """
-    digest = hashlib.sha256(",".join(str(int(number)) for number in key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-class _Rows(Dataset):
-    """The images of a reader by list of indices, in a worker process."""
-
-    def __init__(self, reader: Reader):
-        self.reader = reader
-
-    def __getitem__(self, indices: list[int]) -> Tensor | DataError:
-        try:
-            return self.reader.read(indices)
-        except DataError as error:  # handed over as a value: raised, DataLoader would bury it in the worker's traceback
-            return error
-
-    def __len__(self) -> int:
-        return len(self.reader)
+    def _in_format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images

@@ -20,19 +20,14 @@ from torch import Tensor
 from capszoo.errors import DataError, one_line
 
 from .decoding import Size
-from .loader import Loader, Split
-from .readers import Reader
-from .sources import Source, list_datasets, open_source
-from .splits import DataSplits, stratified
+from .loader import Loader
+from .readers import Reader, Source
+from .sources import Request, default_translate, list_datasets, open_source
+from .splits import DataSplits, Split, stratified
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ["DataError", "DataSplits", "Loader", "Split", "default_translate", "list_datasets", "load_data"]
-
-
-def default_translate(name: str | os.PathLike) -> int:
-    """Random shift of training images in pixels: FasTrCaps shifts the grey 28x28 sets by 2, other sets get none."""
-    return {"digits": 2, "mnist": 2, "fashion_mnist": 2, "cifar10": 4}.get(str(name), 0)
 
 
 def load_data(
@@ -59,7 +54,8 @@ def load_data(
             the working directory for an image folder.
         img_size: Height and width to resize images to (bilinear, antialiased), or one number for both. By default
             images keep their size, which must then be the same for all.
-        in_chans: 1 for grey or 3 for colour; by default what the images are.
+        in_chans: 1 for grey or 3 for colour; by default what the images are. Stereo images, such as those of
+            `small_norb`, have 2, of which 1 takes the first.
         val_fraction: Part of the training images that becomes the validation split, each class in proportion as far as
             whole images allow (a log line names classes that get none); 0 for no validation split.
         seed: Decides which images those are.
@@ -80,8 +76,8 @@ def load_data(
         raise DataError(f"val_fraction={val_fraction} is out of range: give 0 (no validation split) or more, below 1")
     if seed < 0:
         raise DataError(f"seed={seed} is out of range: give 0 or more")
-    if in_chans not in (None, 1, 3):
-        raise DataError(f"in_chans={in_chans} is not supported: give 1 (grey) or 3 (colour)")
+    if in_chans is not None and in_chans < 1:
+        raise DataError(f"in_chans={in_chans} is out of range: give 1 (grey), 2 (stereo) or 3 (colour)")
     if img_size is not None:
         try:
             size = tuple(map(operator.index, to_2tuple(img_size)))
@@ -91,7 +87,7 @@ def load_data(
             raise DataError(f"img_size={img_size} is not a size: give one number or (height, width), each 1 or more")
         img_size = size
     try:
-        source = open_source(name, data_dir, download, img_size, in_chans, follow_links)
+        source = open_source(Request(name, data_dir, download, img_size, in_chans, follow_links))
         return _make_splits(name, source, val_fraction, seed, max_bytes)
     except OSError as error:
         raise DataError(
@@ -102,7 +98,7 @@ def load_data(
 def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_bytes: int) -> DataSplits:
     image_shape = source.train[0].image_shape
     count = sum(len(part[1]) for part in (source.train, source.val, source.test) if part)
-    in_memory = count * int(np.prod(image_shape)) <= max_bytes
+    in_memory = count * int(np.prod(image_shape)) <= max_bytes or source.compose is not None
 
     def split(part: tuple[Reader, Tensor], *selections: Tensor) -> list[Split]:
         reader, labels = part
@@ -130,9 +126,13 @@ def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_
             remedy = "add images of them to the val folder"
         _warn_of_missing_classes(name, source.class_names, train.labels, val.labels, remedy)
     (test,) = split(source.test, torch.arange(len(source.test[1])))
-    return DataSplits(
-        name, train, val, test, source.class_names, len(source.class_names), image_shape[0], image_shape[1:]
-    )
+    num_classes = len(source.class_names)
+    if source.compose is not None:
+        train = source.compose(train, "train", num_classes, seed)
+        test = source.compose(test, "test", num_classes, seed)
+        val = None if val is None else source.compose(val, "val", num_classes, seed)
+        image_shape = train.image_shape
+    return DataSplits(name, train, val, test, source.class_names, num_classes, image_shape[0], image_shape[1:])
 
 
 def _warn_of_missing_classes(name: str, class_names: list[str], train: Tensor, val: Tensor, remedy: str) -> None:

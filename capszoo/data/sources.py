@@ -1,92 +1,84 @@
-"""Where data sets come from: scikit-learn, torchvision, folders of images, timm and Hugging Face."""
+"""Where data sets come from: scikit-learn, binary files, folders of images, timm and Hugging Face.
+
+`_KNOWN`, at the end, is the table of the names, and `_kind_of` the one place that tells what a name stands for.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from timm.data import create_dataset
 from torch import Tensor
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from capszoo.errors import DataError, one_line
 
+from .binaries import open_binary_set
+from .composed import move_digits, pair_digits
 from .decoding import Size, sizes_differ, to_uint8
 from .folders import image_folder
-from .readers import ArrayReader, Reader, TimmReader
+from .loader import Split
+from .readers import ArrayReader, Source, TimmReader, check_channels
 from .splits import stratified
 
-_MNIST_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-_CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-# Its binary version, which holds no pickles: a byte for the label and 3,072 for the pixels of each image.
-_CIFAR_BINARY = "cifar-10-batches-bin"
-_CIFAR_BINARY_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt")
-# name: class in torchvision.datasets, folder and files below the data folder
-_TORCHVISION = {
-    "mnist": ("MNIST", "MNIST/raw", _MNIST_FILES),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", _MNIST_FILES),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR_FILES),
-}
+
+class Request(NamedTuple):
+    """What is asked for of a data set; the fields are arguments of :func:`capszoo.data.load_data`."""
+
+    name: str
+    data_dir: str | os.PathLike | None
+    download: bool = False
+    img_size: Size | None = None
+    in_chans: int | None = None
+    follow_links: bool = False
 
 
-@dataclass
-class Source:
-    """A data set before it is split: readers, and the labels of their images (int64 `[N]` or float32 `[N, J]`)."""
+class _Kind(NamedTuple):
+    """How a data set is opened, whether it is looked for in `data_dir`, and how far its images are shifted."""
 
-    class_names: list[str]
-    train: tuple[Reader, Tensor]
-    test: tuple[Reader, Tensor]
-    val: tuple[Reader, Tensor] | None = None
+    open: Callable[[Request], Source]
+    in_data_dir: bool = True
+    translate: int = 0
 
 
 def list_datasets() -> list[str]:
     """Return the names that `load_data` knows by itself."""
-    return ["digits", *_TORCHVISION]
+    return list(_KNOWN)
+
+
+def default_translate(name: str | os.PathLike) -> int:
+    """Random shift of training images in pixels, by default.
+
+    FasTrCaps shifts the grey 28x28 sets by 2, colour images of 32x32 are shifted by 4, and `mnist_affine` places its
+    digits anywhere on the canvas. Other sets get none.
+    """
+    return _KNOWN[str(name)].translate if str(name) in _KNOWN else 0
 
 
 def uses_data_dir(name: str | os.PathLike) -> bool:
     """Whether a data set is looked for in the `data_dir` of :func:`capszoo.data.load_data`."""
-    prefix, _, rest = os.fspath(name).partition("/")
-    by_name = os.fspath(name) in _TORCHVISION or prefix == "folder" or prefix.lower() in ("torch", "hfds") and rest
-    return bool(by_name) or not (os.fspath(name) == "digits" or os.path.isdir(name))
+    kind = _kind_of(os.fspath(name))
+    return kind is None or kind.in_data_dir
 
 
-def open_source(
-    name: str,
-    data_dir: str | os.PathLike | None,
-    download: bool,
-    img_size: Size | None,
-    in_chans: int | None,
-    follow_links: bool = False,
-) -> Source:
-    """Open the data set of a name; arguments and errors as :func:`capszoo.data.load_data`."""
+def open_source(request: Request) -> Source:
+    """Open the data set of a name.
+
+    Raises:
+        DataError: As :func:`capszoo.data.load_data`.
+    """
+    kind, name = _kind_of(request.name), request.name
+    if kind is not None:
+        return kind.open(request)
     prefix, _, rest = name.partition("/")
-    if name == "digits":
-        return _digits(img_size, in_chans)
-    if name in _TORCHVISION:
-        return _torchvision(name, Path(data_dir or "data"), download, img_size, in_chans)
-    if prefix == "folder" or name in ("torch/folder", "torch/image_folder"):
-        folder = Path(data_dir or "", rest if prefix == "folder" else "")
-        class_names, parts = image_folder(folder, img_size, in_chans, follow_links)
-        return Source(class_names, **parts)
-    if os.path.isdir(name):
-        class_names, parts = image_folder(Path(name), img_size, in_chans, follow_links)
-        return Source(class_names, **parts)
-    if prefix.lower() in ("torch", "hfds") and rest:
-        return _timm(name, data_dir, download, img_size, in_chans)
     if prefix.lower() in ("hfids", "tfds", "wds") and rest:
         raise DataError(
             f"data set {name!r} can only be read from start to end, without a validation split or resuming: use "
@@ -100,7 +92,31 @@ def open_source(
     )
 
 
-def _digits(img_size: Size | None, in_chans: int | None) -> Source:
+def _kind_of(name: str) -> _Kind | None:
+    prefix, _, rest = name.partition("/")
+    if name in _KNOWN:
+        return _KNOWN[name]
+    if prefix == "folder" or name in ("torch/folder", "torch/image_folder"):
+        return _Kind(_folder)
+    if os.path.isdir(name):
+        return _Kind(_folder, in_data_dir=False)
+    if prefix.lower() in ("torch", "hfds") and rest:
+        return _Kind(_timm)
+    return None
+
+
+def _folder(request: Request) -> Source:
+    """The folder of a path, `folder/PATH` below the data folder, or the data folder itself (`torch/folder`)."""
+    name, (prefix, _, rest) = request.name, request.name.partition("/")
+    path = Path(name)
+    if prefix == "folder" or name in ("torch/folder", "torch/image_folder"):
+        path = Path(request.data_dir or "", rest if prefix == "folder" else "")
+    check_channels(request.in_chans, 3)
+    class_names, parts = image_folder(path, request.img_size, request.in_chans, request.follow_links)
+    return Source(class_names, parts["train"], parts["test"], parts.get("val"))
+
+
+def _digits(request: Request) -> Source:
     """scikit-learn's 1,797 handwritten digits of 8x8, scaled as MNIST's are: a 20x20 box in the middle of 28x28."""
     try:
         from sklearn.datasets import load_digits
@@ -114,79 +130,28 @@ def _digits(img_size: Size | None, in_chans: int | None) -> Source:
     labels = torch.from_numpy(digits.target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     test[stratified(labels, 360, 0)] = True
-    parts = [(ArrayReader(images[rows], img_size, in_chans), labels[rows]) for rows in (~test, test)]
-    return Source([str(label) for label in digits.target_names], *parts)
+    train, held_out = (
+        (ArrayReader(images[rows], request.img_size, request.in_chans), labels[rows]) for rows in (~test, test)
+    )
+    return Source([str(label) for label in digits.target_names], train, held_out)
 
 
-def _torchvision(name: str, root: Path, download: bool, img_size: Size | None, in_chans: int | None) -> Source:
-    class_name, folder, files = _TORCHVISION[name]
-    if class_name == "CIFAR10" and (root / _CIFAR_BINARY).is_dir():
-        folder, files = _CIFAR_BINARY, _CIFAR_BINARY_FILES
-    dataset_class = getattr(torchvision.datasets, class_name)
-    missing = [root / folder / file for file in files if not (root / folder / file).is_file()]
-    if missing and download:
-        try:
-            dataset_class(root, download=True)
-        except Exception as error:
-            raise DataError(
-                f"download of data set {name!r} into '{root}' failed ({one_line(error)}): try again, or copy it there"
-            ) from error
-    elif missing:
-        raise DataError(
-            f"data set {name!r} not found in '{root}' (looked for {missing[0]}): give --data-dir a folder that has it, "
-            "or add --download"
-        )
-
-    parts = []
-    for train in (True, False):
-        try:
-            if folder == _CIFAR_BINARY:
-                class_names = (root / folder / files[-1]).read_text("utf-8").split()
-                images, labels = _read_cifar_binary(
-                    [root / folder / file for file in (files[:5] if train else files[5:6])]
-                )
-            elif class_name == "CIFAR10":
-                dataset = dataset_class(root, train=train)  # checks the files' md5 before it unpickles them
-                images, labels = dataset.data, dataset.targets
-                class_names = list(dataset.classes)
-            else:  # the class would prefer pickles that old versions left beside these files
-                paths = [root / folder / file for file in (_MNIST_FILES[:2] if train else _MNIST_FILES[2:])]
-                images, labels = read_image_file(paths[0]), read_label_file(paths[1])
-                class_names = list(dataset_class.classes)
-            images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
-            images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-            if not 0 < len(images) == len(labels):
-                raise ValueError(f"{len(images)} images and {len(labels)} labels")
-            if not 0 <= labels.min() <= labels.max() < len(class_names):
-                raise ValueError(f"labels from {labels.min()} to {labels.max()} for {len(class_names)} classes")
-        except Exception as error:  # torchvision's readers assert, index and unpickle: damage shows as any exception
-            raise DataError(
-                f"data set {name!r} in '{root}' is damaged ({one_line(error)}): delete '{root / folder}', then copy it "
-                "anew or add --download"
-            ) from error
-        parts.append((ArrayReader(images.contiguous(), img_size, in_chans), labels))
-    one, other = (reader.image_shape[1:] for reader, _ in parts)
-    if one != other:
-        raise sizes_differ(f"data set {name!r} in '{root}'", one, other)
-    return Source(class_names, *parts)
+def _binary(request: Request) -> Source:
+    name, data_dir, download, img_size, in_chans, _ = request
+    return open_binary_set(name, Path(data_dir or "data"), download, img_size, in_chans)
 
 
-def _read_cifar_binary(paths: list[Path]) -> tuple[Any, Any]:
-    """Images uint8 `[N, 32, 32, 3]` and labels."""
-    record = 1 + 3 * 32 * 32
-    parts = []
-    for path in paths:
-        content = np.frombuffer(path.read_bytes(), np.uint8)
-        if len(content) == 0 or len(content) % record:
-            raise ValueError(f"{path.name} has {len(content):,} bytes, no multiple of {record:,}")
-        parts.append(content.reshape(-1, record))
-    records = np.concatenate(parts)
-    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(np.int64)
+def _composed(compose: Callable[..., Split], request: Request) -> Source:
+    """Digits of MNIST in their own size, to be composed once they are split."""
+    source = _binary(request._replace(name="mnist", img_size=None, in_chans=None))
+    check_channels(request.in_chans, 1)
+    source.compose = partial(compose, img_size=request.img_size, in_chans=request.in_chans)
+    return source
 
 
-def _timm(
-    name: str, data_dir: str | os.PathLike | None, download: bool, img_size: Size | None, in_chans: int | None
-) -> Source:
+def _timm(request: Request) -> Source:
+    name, data_dir, download, img_size, in_chans, _ = request
+    check_channels(in_chans, 3)
     root = data_dir
     if name.lower().startswith("torch/"):
         root = data_dir or "data"
@@ -235,3 +200,16 @@ def _timm_labels(dataset: Any) -> Tensor:
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0 or labels.min() < 0:
         raise ValueError("no images, or images without one class label each")
     return labels.long()
+
+
+_KNOWN = {
+    "digits": _Kind(_digits, in_data_dir=False, translate=2),
+    "mnist": _Kind(_binary, translate=2),
+    "fashion_mnist": _Kind(_binary, translate=2),
+    "cifar10": _Kind(_binary, translate=4),
+    "cifar100": _Kind(_binary, translate=4),
+    "svhn": _Kind(_binary),
+    "small_norb": _Kind(_binary),
+    "multi_mnist": _Kind(partial(_composed, pair_digits)),
+    "mnist_affine": _Kind(partial(_composed, move_digits), translate=6),
+}

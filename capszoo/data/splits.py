@@ -1,21 +1,94 @@
-"""The splits of a data set, and the choice of the validation images."""
+"""The splits of a data set, where their images are, and the choice of the validation images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from capszoo.errors import DataError
 
 from .decoding import Size
-from .loader import Split, seeded_generator
+from .readers import Reader
+from .seeding import seeded_generator
 
 # Mean and standard deviation over so many images are those of all to a percent or so.
 _STATISTICS_IMAGES = 2048
+
+
+@dataclass(eq=False, repr=False)
+class Split:
+    """The training, validation or test images of a data set.
+
+    Args:
+        labels: Class indices, int64 `[N]`, or weights of the classes, float `[N, J]`, where an image may show several
+            or none; on the same device as `images`.
+        images: uint8 `[N, C, H, W]`, or None for a split that is read from disk while it is used.
+        reader: Where the images of such a split come from.
+        indices: int64 `[N]`, the place of each image in `reader`.
+        mean: Subtracted from images in [0, 1], one number a channel or one for all.
+        std: What is left is divided by this, one number a channel or one for all.
+        parts: uint8 `[N, P, C, H, W]` beside `images` that are composed of P others: these, in the order of the P
+            classes that their labels show.
+    """
+
+    labels: Tensor
+    images: Tensor | None = None
+    reader: Reader | None = None
+    indices: Tensor | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    parts: Tensor | None = None
+    _on_device: dict[torch.device, Split] = field(default_factory=dict, init=False)
+    _padded: dict[bool, tuple[int, Tensor]] = field(default_factory=dict, init=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images of {'x'.join(map(str, self.image_shape))})"
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether labels are weights of the classes."""
+        return self.labels.ndim == 2
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        if self.images is None:
+            assert self.reader is not None
+            return self.reader.image_shape
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return this split with its tensors on `device`; the copy is made once and kept."""
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if device == self.labels.device:
+            return self
+        if device not in self._on_device:
+            images, parts = (None if some is None else some.to(device) for some in (self.images, self.parts))
+            self._on_device[device] = Split(self.labels.to(device), images, self.reader, self.indices, parts=parts)
+        self._on_device[device].mean, self._on_device[device].std = self.mean, self.std
+        return self._on_device[device]
+
+    def padded(self, margin: int, of_parts: bool = False) -> Tensor:
+        """Return the images with `margin` zeros on each side, uint8 `[N, C, H + 2 margin, W + 2 margin]`.
+
+        The result for the last `margin` above 0 is kept. That of parts has those of an image as its channels, P C.
+        """
+        assert self.images is not None
+        images = self.parts.flatten(1, 2) if of_parts and self.parts is not None else self.images
+        if margin == 0:
+            return images.contiguous()
+        if of_parts not in self._padded or self._padded[of_parts][0] != margin:
+            self._padded[of_parts] = margin, F.pad(images, [margin] * 4)
+        return self._padded[of_parts][1]
 
 
 @dataclass
@@ -29,7 +102,7 @@ class DataSplits:
         test: Test images, for reporting only.
         class_names: Name of each class, in the order of the labels.
         num_classes: How many there are.
-        in_chans: Channels of an image, 1 or 3.
+        in_chans: Channels of an image: 1 grey, 2 stereo, 3 colour.
         img_size: Height and width of an image.
     """
 

@@ -14,9 +14,10 @@ from capszoo.losses import margin_loss, reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.pretrained import image_statistics
 
+from .criteria import without_weights
 from .distributed import ALONE, Ranks
-from .metrics import average_precision, right_answers, shows
-from .task import CapsuleTask, Normalization
+from .metrics import average_precision, right_answers, right_sets, shows
+from .task import CapsuleTask, Normalization, reconstruct_parts
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,18 @@ class Evaluation:
         top1: Fraction of images whose longest class capsule is the right one. Where labels are weights of the classes,
             the exact-match accuracy: the fraction of images of which just the classes present are predicted, see
             :mod:`capszoo.engine.metrics`.
-        loss: Mean over images of the criterion that was trained with, the margin loss if none is known.
+        loss: Mean over images of the criterion that was trained with, but without its weights of the classes; of the
+            margin loss if none is known.
         reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
-            capsule; None without decoder.
+            capsule; None without decoder. Of images with parts, the sum over the parts, each drawn from the capsule of
+            its own class.
         confusion: Counts ``[J, J]``, true class by predicted class; None where labels are weights of the classes.
         class_confusion: There, counts ``[J, 2, 2]``: for each class, absent and present by predicted as absent and as
             present; else None.
         average_precision: There, that of each class ``[J]``, NaN where no image shows it; else None.
         mean_average_precision: There, the mean over the classes that are shown; else, or if none is, None.
+        exact_top_k: There, the fraction of images whose k longest class capsules are those of the k classes present,
+            see :func:`capszoo.engine.metrics.right_sets`; else None.
     """
 
     top1: float
@@ -44,6 +49,22 @@ class Evaluation:
     class_confusion: Tensor | None = None
     average_precision: Tensor | None = None
     mean_average_precision: float | None = None
+    exact_top_k: float | None = None
+
+    @property
+    def recall(self) -> Tensor | None:
+        """Fraction of each class's images that are found ``[J]``, NaN where there are none.
+
+        None where labels are weights of the classes.
+        """
+        if self.confusion is None:
+            return None
+        return self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """Mean recall of the classes that have images; None where labels are weights of the classes."""
+        return None if self.recall is None else float(self.recall.nanmean())
 
     @property
     def margin_loss(self) -> float:
@@ -61,7 +82,7 @@ def until_stopped(batches: Iterable[Any], should_stop: Callable[[], bool]) -> It
 
 @torch.inference_mode()
 def evaluate(
-    task: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], amp: torch.dtype | None = None, ranks: Ranks = ALONE
+    task: nn.Module, loader: Iterable[tuple[Tensor, ...]], amp: torch.dtype | None = None, ranks: Ranks = ALONE
 ) -> Evaluation:
     """Measure a model on labelled images.
 
@@ -69,7 +90,8 @@ def evaluate(
         task: A task, whose criterion is measured, on the average of its weights where it keeps one; or a model alone,
             measured by the margin loss. Left in the mode it was in.
         loader: Batches of images ``[B, C, H, W]``, normalised as the model's `pretrained_cfg` says, and labels, class
-            indices ``[B]`` or weights of the classes ``[B, J]``, on the model's device.
+            indices ``[B]`` or weights of the classes ``[B, J]``, on the model's device; and the images' parts, if any,
+            as :class:`capszoo.data.Loader` gives them.
         amp: Type for autocast.
         ranks: Processes that each have a part of the images; all get the measures of the whole.
 
@@ -78,6 +100,7 @@ def evaluate(
     """
     is_task = isinstance(task, CapsuleTask)
     model, criterion = (task.get_eval_model(ema=task.has_ema()), task.criterion) if is_task else (task, margin_loss)
+    criterion = without_weights(criterion)
     if isinstance(loader, Loader):
         check_statistics(model, loader.split)
     device = next(model.parameters()).device
@@ -91,7 +114,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     multi_label, rows = False, [torch.empty(0, 2 * num_classes, device=device)]
-    for images, labels in loader:
+    for images, labels, *parts in loader:
         multi_label = labels.ndim == 2
         if not len(labels):
             continue  # a last batch with fewer images than ranks
@@ -100,10 +123,14 @@ def evaluate(
                 lengths, drawn = model(images), None
             else:
                 capsules, lengths = model.forward_capsules(images)
-                drawn = decoder(capsules, lengths.argmax(dim=1))
+                if parts:
+                    drawn = reconstruct_parts(decoder, capsules, labels, parts[0].shape[1])
+                else:
+                    drawn = decoder(capsules, lengths.argmax(dim=1))
         sums[0] += criterion(lengths, labels) * len(labels)
         if drawn is not None:
-            sums[1] += reconstruction_loss(drawn, normalization.undo(images)) * len(labels)
+            pixels = parts[0] if parts else normalization.undo(images)
+            sums[1] += reconstruction_loss(drawn, pixels) * len(labels)
         sums[2] += right_answers(lengths, labels).sum()
         sums[3] += len(labels)
         if multi_label:
@@ -143,6 +170,7 @@ def _measure_classes(scores: Tensor, labels: Tensor) -> dict[str, Any]:
         "class_confusion": torch.stack([torch.stack(row, dim=1) for row in counts], dim=1),
         "average_precision": precision,
         "mean_average_precision": None if precision.isnan().all() else float(precision.nanmean()),
+        "exact_top_k": float(right_sets(scores, labels).double().mean()),
     }
 
 

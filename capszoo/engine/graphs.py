@@ -18,30 +18,28 @@ class CaptureError(RuntimeError):
 class CapturedStep:
     """A training step for batches of one size: the first few as they are, one captured, all others replayed."""
 
-    def __init__(self, step: Callable[[Tensor, Tensor], None], batch_size: int):
+    def __init__(self, step: Callable[..., None], batch_size: int):
         self.step = step
         self.batch_size = batch_size
         self.count = 0
         self.replay: Callable[[], None] | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Take one step; raises CaptureError, with the step not taken, if it cannot be captured."""
+    def __call__(self, *batch: Tensor) -> None:
+        """Take one step with a batch's tensors; raises CaptureError, the step not taken, if it cannot be captured."""
         if self.count < _STEPS_BEFORE_CAPTURE:
             self.count += 1
             with warnings.catch_warnings():
                 # torch tells the optimizer's first step that it is not captured: so far, on purpose.
                 warnings.filterwarnings("ignore", message=".*capturable=True.*")
-                _on_side_stream(lambda: self.step(images, labels))
+                _on_side_stream(lambda: self.step(*batch))
             return
         if self.replay is None:
             # What a replay reads and writes stays where it was at the capture.
-            self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
-            self.images.copy_(images)
-            self.labels.copy_(labels)
-            self.replay = _capture(lambda: self.step(self.images, self.labels))
+            self.batch = [torch.empty_like(some).copy_(some) for some in batch]
+            self.replay = _capture(lambda: self.step(*self.batch))
         else:
-            self.images.copy_(images)
-            self.labels.copy_(labels)
+            for kept, some in zip(self.batch, batch, strict=True):
+                kept.copy_(some)
         self.replay()
 
 

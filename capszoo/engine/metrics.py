@@ -8,7 +8,7 @@ lengths in [0, 1], which stand for probabilities (Sabour, Frosst and Hinton 2017
 import torch
 from torch import Tensor
 
-__all__ = ["average_precision", "right_answers", "shows"]
+__all__ = ["average_precision", "right_answers", "right_sets", "shows"]
 
 _THRESHOLD = 0.5
 
@@ -29,6 +29,21 @@ def right_answers(scores: Tensor, labels: Tensor) -> Tensor:
     if labels.ndim == 2:
         return (shows(scores) == shows(labels)).all(dim=1)
     return scores.argmax(dim=1) == labels
+
+
+def right_sets(scores: Tensor, labels: Tensor) -> Tensor:
+    """Whether the k highest scores of each image are those of the k classes that it shows, bool ``[B]``.
+
+    That is how the two digits of MultiMNIST are measured (Sabour, Frosst and Hinton 2017, section 6): how many there
+    are is known, and no threshold is needed. Equal scores on both sides are wrong.
+
+    Args:
+        scores: Scores of the classes ``[B, J]``.
+        labels: Weights of the classes ``[B, J]``.
+    """
+    present = shows(labels)
+    least = scores.masked_fill(~present, torch.inf).amin(dim=1)
+    return least > scores.masked_fill(present, -torch.inf).amax(dim=1)
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:

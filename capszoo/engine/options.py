@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capszoo import _moved
+from capszoo.data import Augmentation
 from capszoo.errors import UsageError
 from capszoo.fields import (
     BELOW_1,
@@ -19,6 +20,7 @@ from capszoo.fields import (
     NOT_NEGATIVE,
     POSITIVE,
     Option,
+    OptionError,
     Range,
     option,
     options_of,
@@ -51,9 +53,17 @@ _SEED = Range("0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 _ABOVE_0 = Range("a number above 0", lambda value: 0 < value < math.inf)
 
 
+def _read_class_weight(text: str) -> str | float:
+    """Read a word of --class-weights."""
+    try:
+        return text if text in ("balanced", "none") else float(text)
+    except ValueError:
+        raise OptionError(f"{text!r} is unknown: give balanced, none, or a number for each class") from None
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What a training run is made from.
+class TrainingOptions(Augmentation):
+    """What a training run is made from; the options of augmentation are those of its base class.
 
     None stands for a default that depends on other options or on the data: :func:`fill_in` and
     :func:`capszoo.engine.run.make_trainer` know it. `policy_options` holds those options of the policy that are given,
@@ -115,6 +125,21 @@ class TrainingOptions:
     m_plus: float = option(0.9, "margin loss: length that a present class should reach", "training", read=float)
     m_minus: float = option(0.1, "margin loss: length that an absent class should not pass", "training", read=float)
     margin_lambda: float = option(0.5, "margin loss: weight of the absent classes", "training", read=float)
+    smoothing: float | None = option(
+        None,
+        "label smoothing of a model that trains on the cross-entropy; default its own",
+        "training",
+        read=float,
+        within=BELOW_1,
+    )
+    class_weights: list[str | float] | None = option(
+        None,
+        "by how much images of each class count: balanced for N / (J N_j), none, or a number for each class",
+        "training",
+        read=_read_class_weight,
+        many="+",
+        metavar="WEIGHT",
+    )
     reconstruction_weight: float | None = option(
         None,
         "weight of the reconstruction loss; default 0.0005, with --start paper 0.001",
@@ -137,7 +162,7 @@ class TrainingOptions:
     translate: int | None = option(
         None,
         "random shift of training images, in pixels; default by data set, else 0",
-        "training",
+        "augmentation",
         read=int,
         within=NOT_NEGATIVE,
     )
@@ -162,7 +187,7 @@ class TrainingOptions:
     eval_batch_size: int = option(256, "images a step in evaluation", "computing", read=int, within=POSITIVE)
     workers: int = option(
         2,
-        "processes that read images, for sets too large for memory",
+        "processes that read images, for sets too large for memory and for changes of colours",
         "computing",
         read=int,
         within=NOT_NEGATIVE,
@@ -174,6 +199,9 @@ class TrainingOptions:
     tensorboard: bool = option(
         False, "also write TensorBoard files into the run folder", "reporting", flag=True, may_change=True
     )
+    report: bool = option(
+        True, "write report.html into the run folder", "reporting", flag=True, negatable=True, may_change=True
+    )
     results: str | None = option(
         None,
         "also add the result as a row to this table",
@@ -184,6 +212,11 @@ class TrainingOptions:
     )
     quiet: bool = option(False, "print the result alone", "reporting", flag=True, may_change=True)
     policy_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The options of the augmentation alone, but for `translate`, whose default is the data set's."""
+        return Augmentation(**{name: getattr(self, name) for name in options_of(Augmentation)})
 
 
 def policy_option_fields(policies: Iterable[str]) -> dict[str, Option]:
@@ -207,8 +240,10 @@ def policy_option_fields(policies: Iterable[str]) -> dict[str, Option]:
     return found
 
 
+# Those of the base class would come first.
+_OWN = dict(sorted(options_of(TrainingOptions).items(), key=lambda item: item[1].group == "augmentation"))
 POLICY_OPTIONS = policy_option_fields(list_policies())
-OPTIONS = {"config": CONFIG, **options_of(TrainingOptions), **POLICY_OPTIONS}
+OPTIONS = {"config": CONFIG, **_OWN, **POLICY_OPTIONS}
 DEFAULTS = TrainingOptions()
 
 
@@ -235,7 +270,7 @@ def with_values(options: TrainingOptions, values: Mapping[str, Any]) -> Training
         options: The options.
         values: Values by name, those of the policy among them; names that are not theirs are left out.
     """
-    own = {name: values[name] for name in options_of(TrainingOptions) if name in values}
+    own = {name: values[name] for name in _OWN if name in values}
     if "model_kwargs" in own:
         own["model_kwargs"] = dict(own["model_kwargs"])
     of_policy = {name: values[name] for name in POLICY_OPTIONS if values.get(name) is not None}
@@ -244,7 +279,7 @@ def with_values(options: TrainingOptions, values: Mapping[str, Any]) -> Training
 
 def flat_values(options: TrainingOptions) -> dict[str, Any]:
     """The values of options by name, those of the policy among them; None for those that are not given."""
-    own = {name: getattr(options, name) for name in options_of(TrainingOptions)}
+    own = {name: getattr(options, name) for name in _OWN}
     return {**own, **{name: options.policy_options.get(name) for name in POLICY_OPTIONS}}
 
 
@@ -296,6 +331,8 @@ def check_ranges(options: Any) -> None:
         value = getattr(options, name, None)
         if within is not None and value is not None and not within.holds(value):
             raise UsageError(f"--{name.replace('_', '-')} {value} is out of range: give {within.text}")
+    if isinstance(options, Augmentation):
+        options.check()
 
 
 __getattr__ = _moved.getter(__name__)

@@ -7,10 +7,10 @@ that come from outside are zero, as the background of MNIST is.
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capszoo.data.loader import seeded_generator
+from capszoo.data import seeded_generator
+from capszoo.data.affine import draw_affine, sample_affine
 from capszoo.precision import autocast
 
 from .metrics import right_answers
@@ -26,14 +26,14 @@ ROBUSTNESS_COLUMNS = (
     *(f"top1_rotate_{angle}" for angle in ANGLES),
     f"top1_shift_{MAX_SHIFT}",
     *(f"top1_scale_{scale}" for scale in SCALES),
+    "top1_affine",
 )
 
 
 def transform(images: Tensor, angle: float = 0.0, scale: float = 1.0, shifts: Tensor | None = None) -> Tensor:
     """Rotate and resize images about their centre, then move them; bilinear, with zeros from outside.
 
-    The positions are computed in float64: in float32 they are off by a millionth of a pixel, and images that are not
-    to change, or to move by whole pixels, would.
+    Images that are not to change, or to move by whole pixels, do just that.
 
     Args:
         images: ``[B, C, H, W]``, floating.
@@ -49,18 +49,9 @@ def transform(images: Tensor, angle: float = 0.0, scale: float = 1.0, shifts: Te
     """
     if scale <= 0:
         raise ValueError(f"scale={scale} is not possible: it must be above 0")
-    height, width = images.shape[-2:]
     radians = torch.tensor(angle, dtype=torch.float64).deg2rad()
     cos, sin = (float(radians.cos()) / scale, float(radians.sin()) / scale)
-    # From a place in the result to the one in the image, both in half widths and half heights from the centre.
-    linear = torch.tensor([[cos, -sin * height / width], [sin * width / height, cos]], dtype=torch.float64)
-    linear = linear.to(images.device).expand(len(images), 2, 2)
-    moved = images.new_zeros(len(images), 2, dtype=torch.float64)
-    if shifts is not None:
-        moved = shifts.to(moved) * 2 / torch.tensor([width, height], dtype=torch.float64, device=images.device)
-    theta = torch.cat([linear, -linear @ moved[:, :, None]], dim=2)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images.double(), grid, padding_mode="zeros", align_corners=False).to(images.dtype)
+    return sample_affine(images, torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64), shifts)
 
 
 def draw_shifts(count: int, generator: torch.Generator, max_shift: int = MAX_SHIFT) -> Tensor:
@@ -84,8 +75,8 @@ def measure_robustness(
     Returns:
         Top-1 accuracy (the exact-match accuracy where labels are weights of the classes, see
         :func:`capszoo.engine.metrics.right_answers`) by the names of `ROBUSTNESS_COLUMNS`: under rotation by 15 and 30
-        degrees (each the mean of both directions), a shift of up to 6 pixels each way along both axes, and a size of
-        0.8 and 1.2.
+        degrees (each the mean of both directions), a shift of up to 6 pixels each way along both axes, a size of 0.8
+        and 1.2, and random rotations, shears and stretches by the ranges of :mod:`capszoo.data.affine`.
 
     Raises:
         ValueError: If there are no images.
@@ -93,7 +84,8 @@ def measure_robustness(
     was_training = model.training
     model.eval()
     count, right = 0, dict.fromkeys(ROBUSTNESS_COLUMNS, 0.0)
-    generator = seeded_generator(seed)  # on the CPU and image by image: the same shifts whatever device and batch size
+    # On the CPU and image by image: the same changes whatever device and batch size.
+    generator, affine_generator = seeded_generator(seed), seeded_generator(seed, 1)
     for images, labels in loader:
         normalization = Normalization(model, images.device)
         pixels = normalization.undo(images)  # zeros from outside are black
@@ -109,6 +101,7 @@ def measure_robustness(
         right[f"top1_shift_{MAX_SHIFT}"] += score(transform(pixels, shifts=shifts))
         for scale in SCALES:
             right[f"top1_scale_{scale}"] += score(transform(pixels, scale=scale))
+        right["top1_affine"] += score(sample_affine(pixels, draw_affine(len(labels), affine_generator).inverse()))
     model.train(was_training)
     if count == 0:
         raise ValueError("there are no images to measure robustness on")

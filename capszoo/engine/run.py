@@ -20,13 +20,13 @@ from capszoo.data.sources import uses_data_dir
 from capszoo.errors import UsageError
 from capszoo.fields import words
 from capszoo.files import write_json
-from capszoo.losses import MarginLoss
+from capszoo.losses import CrossEntropyLoss, MarginLoss
 from capszoo.policies import Policy, create_policy
 from capszoo.precision import resolve_amp
 from capszoo.pretrained import image_statistics
 from capszoo.registry import check_arguments, create_model, model_header, model_keywords
 
-from .criteria import criterion_header
+from .criteria import class_weights, criterion_header, weigh_classes
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
 from .memory import keep_freed_memory
@@ -39,9 +39,10 @@ def load_splits(options: TrainingOptions) -> DataSplits:
     """Load the data set that the options name.
 
     Raises:
-        UsageError: If they also name a folder that it does not use.
+        UsageError: If a number of the options is out of range, or they also name a folder that the set does not use.
         DataError: If it cannot be loaded.
     """
+    check_ranges(options)  # before what may take minutes
     if options.data_dir != DEFAULTS.data_dir and options.dataset and not uses_data_dir(options.dataset):
         raise UsageError(
             f"--data-dir {options.data_dir!r} is not used by the data set {options.dataset!r}: leave it out, or give "
@@ -151,7 +152,16 @@ def make_trainer(
     check_ranges(options)
     resolve_amp(options.amp, device)  # says what is impossible before anything is made
     translate = default_translate(options.dataset) if options.translate is None else options.translate
-    Loader(data.train, 1, device, translate=translate)  # says whether images are large enough for these shifts
+    # Says whether images are large enough for these shifts, and whether they can be changed so.
+    Loader(
+        data.train,
+        1,
+        device,
+        translate=translate,
+        augmentation=options.augmentation,
+        num_classes=data.num_classes,
+        with_parts=True,
+    )
     torch.manual_seed(options.seed)
     model = make_model(options, data)
     if data.multi_label and getattr(model, "returns_logits", False):
@@ -161,23 +171,52 @@ def make_trainer(
         )
     cfg = model.pretrained_cfg
     options = replace(fill_in(options, len(data.train)), mean=list(cfg["mean"]), std=list(cfg["std"]))
-    criterion = make_criterion(options, model)
+    criterion = make_criterion(options, model, data.train.labels)
     return trainer_of(model, criterion, options, data, device, folder=folder, ranks=ranks, **kwargs)
 
 
-def make_criterion(options: TrainingOptions, model: torch.nn.Module) -> torch.nn.Module:
+def make_criterion(
+    options: TrainingOptions, model: torch.nn.Module, labels: torch.Tensor | None = None
+) -> torch.nn.Module:
     """Make the loss of the class scores: the model's own, or the margin loss of the options.
 
+    Args:
+        options: The options.
+        model: The model.
+        labels: Labels of the training images, from which --class-weights balanced takes its weights.
+
     Raises:
-        UsageError: If an option of the margin loss is given for a model that trains on another loss.
+        UsageError: If an option of the margin loss is given for a model that trains on another loss, label smoothing
+            for one that does not train on the cross-entropy, or class weights that do not fit.
     """
-    if not isinstance(model, HasCriterion):
-        return MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
-    for key in ("m_plus", "m_minus", "margin_lambda"):
-        if getattr(options, key) != getattr(DEFAULTS, key):
-            given = " ".join(words(key, getattr(options, key), OPTIONS[key]))
-            raise UsageError(f"{given} is for the margin loss, and {options.model!r} trains on its own: leave it out")
-    return model.default_criterion()
+    criterion: Any = MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
+    if isinstance(model, HasCriterion):
+        for key in ("m_plus", "m_minus", "margin_lambda"):
+            if getattr(options, key) != getattr(DEFAULTS, key):
+                raise UsageError(
+                    f"{_given(options, key)} is for the margin loss, and {options.model!r} trains on its own: leave it "
+                    "out"
+                )
+        criterion = model.default_criterion()
+    if options.smoothing is not None:
+        if not isinstance(criterion, CrossEntropyLoss):
+            # Its margins are what smoothing is to the cross-entropy: beyond them nothing is asked for.
+            raise UsageError(
+                f"{_given(options, 'smoothing')} is for the cross-entropy, and {options.model!r} trains on the "
+                f"{type(criterion).__name__}: leave it out"
+                + (", or give a smaller --m-plus and a larger --m-minus" if isinstance(criterion, MarginLoss) else "")
+            )
+        criterion.label_smoothing = options.smoothing
+    if labels is not None:
+        weight = class_weights(options.class_weights, labels, model.num_classes)
+        if weight is not None:
+            weigh_classes(criterion, weight)
+    return criterion
+
+
+def _given(options: TrainingOptions, key: str) -> str:
+    """The words that give an option its value."""
+    return " ".join(words(key, getattr(options, key), OPTIONS[key]))
 
 
 def trainer_of(
@@ -230,6 +269,7 @@ def trainer_of(
         amp=resolve_amp(options.amp, device),
         seed=options.seed,
         translate=default_translate(options.dataset) if options.translate is None else options.translate,
+        augmentation=options.augmentation,
         eval_batch_size=options.eval_batch_size,
         clip_grad=options.clip_grad,
         save_every=options.save_every,
@@ -265,15 +305,15 @@ def header_of(
 def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -> dict[str, Any]:
     """Measure the best epoch's weights on the test set, once, and write result.json.
 
-    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there is a
-    `test_mean_average_precision`, see :class:`capszoo.engine.Evaluation`.
+    Where images show several classes, `eval_top1` and `test_top1` are exact-match accuracies, and there are a
+    `test_mean_average_precision` and a `test_exact_top_k`, see :class:`capszoo.engine.Evaluation`.
 
     Raises:
         Stopped: If the trainer is asked to stop; nothing is written.
     """
     options = fill_in(options, len(data.train))
     load_weights(trainer.task.kept_model, trainer.folder / "best.safetensors")
-    loader = Loader(data.test, options.eval_batch_size, trainer.device, num_workers=options.workers)
+    loader = trainer.make_loader(data.test, options.eval_batch_size, with_parts=True)
     test = evaluate(trainer.task, until_stopped(loader, trainer.should_stop), trainer.amp)
     best = trainer.best
     result = {
@@ -288,6 +328,7 @@ def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -
         "eval_top1": best["eval_top1"],
         "test_top1": test.top1,
         **({"test_mean_average_precision": test.mean_average_precision} if data.multi_label else {}),
+        **({"test_exact_top_k": test.exact_top_k} if data.multi_label else {}),
         "test_margin_loss": test.loss,
         "test_reconstruction_error": test.reconstruction_error,
         "total_seconds": trainer.position.total_seconds,

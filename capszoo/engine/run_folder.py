@@ -16,7 +16,7 @@ from torch import nn
 
 from capszoo.checkpoint import read_metadata, save_weights
 from capszoo.errors import CheckpointError, UnreadableError, UsageError, WriteError
-from capszoo.files import write_atomically, write_csv, write_json
+from capszoo.files import read_rows, write_atomically, write_csv, write_json
 
 from .distributed import Ranks
 from .run_state import check_resume_state, load_state, save_state
@@ -64,6 +64,21 @@ def drop_state(folder: Path) -> None:
     """Delete the resume states of a run that is over: as large as all the rest, and no one resumes."""
     for name in STATE_FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def read_summary(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run folder's `summary.csv`, none where there is no such file.
+
+    Raises:
+        UsageError: If it is damaged.
+    """
+    path = folder / "summary.csv"
+    if not path.exists():
+        return []
+    rows = read_rows(path, "delete it to go on without its curves")
+    if rows and not set(SUMMARY_COLUMNS) - {"skipped_steps"} <= rows[0].keys():
+        raise UsageError(f"{str(path)!r} is damaged (columns are missing): delete it to go on without its curves")
+    return rows
 
 
 class RunFolder:

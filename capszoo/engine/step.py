@@ -30,6 +30,7 @@ class TrainingStep:
         cuda_graphs: Capture the step of a batch size once and replay it, where that is possible.
         skips: Leave out every step whose loss or gradient is not finite, which waits for the device once a step.
         ranks: The processes that train together.
+        mixed_labels: Labels are weights of the classes of images that are mixed of one class each.
 
     Attributes:
         loss: That of the last step, on the device.
@@ -50,7 +51,9 @@ class TrainingStep:
         cuda_graphs: bool = True,
         skips: bool = False,
         ranks: Ranks = ALONE,
+        mixed_labels: bool = False,
     ):
+        self.mixed_labels = mixed_labels
         self.task, self.optimizer, self.device, self.amp = task, optimizer, device, amp
         self.clip_grad, self.micro_batch, self.skips, self.ranks = clip_grad, micro_batch, skips, ranks
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -70,7 +73,9 @@ class TrainingStep:
         self.loss = torch.zeros((), device=device)
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float, batch_images: int, batch_size: int) -> None:
+    def __call__(
+        self, images: Tensor, labels: Tensor, lr: float, batch_images: int, batch_size: int, *parts: Tensor
+    ) -> None:
         """Take a step.
 
         Args:
@@ -79,6 +84,7 @@ class TrainingStep:
             lr: Learning rate.
             batch_images: Images of the batch, over all ranks.
             batch_size: The policy's batch size, of which a last batch of an epoch may be a part.
+            parts: What the images are composed of ``[B, P, C, H, W]``, where they have parts.
         """
         self._batch_images = batch_images
         # A last batch that is not full has no graph of its own.
@@ -87,13 +93,13 @@ class TrainingStep:
                 self.captured = CapturedStep(self._compute, len(labels))
             self._set_lr(lr)
             try:
-                self.captured(images, labels)
+                self.captured(images, labels, *parts)
                 return
             except CaptureError as error:
                 _logger.warning(f"training without CUDA graphs, more slowly at small batches: {error}")
                 self.cuda_graphs = False
         self._set_lr(lr)
-        self._compute(images, labels)
+        self._compute(images, labels, *parts)
 
     def _set_lr(self, lr: float) -> None:
         """A captured step reads the learning rate from memory, and its optimizer keeps its counts there."""
@@ -104,7 +110,7 @@ class TrainingStep:
             if "capturable" in group:
                 group["capturable"] = self.cuda_graphs
 
-    def _compute(self, images: Tensor, labels: Tensor) -> None:
+    def _compute(self, *batch: Tensor) -> None:
         """Forward pass, backward pass and optimizer, without a wait for the device.
 
         Results go into tensors that stay: a replay writes where the capture wrote, and binds no name anew.
@@ -112,17 +118,18 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.sums.clone() if self.skips else None
         statistics = [buffer.clone() for buffer in self._statistics]
-        count = len(labels)
+        count = len(batch[1])
         if not count:  # fewer images than ranks: the others still wait for this one's gradients, which are zero
-            images, labels = (some.new_zeros(1, *some.shape[1:]) for some in (images, labels))
-        size = self.micro_batch or len(labels)
-        parts = list(zip(images.split(size), labels.split(size), strict=True))
+            batch = tuple(some.new_zeros(1, *some.shape[1:]) for some in batch)
+        size = self.micro_batch or len(batch[1])
+        pieces = list(zip(*(some.split(size) for some in batch), strict=True))
         self.loss.zero_()  # in place, here and below: replays of a captured step write where it did, and run no Python
-        for number, (images, labels) in enumerate(parts):
-            # Gradients travel between ranks once, with the last part.
-            with self.task.no_sync() if number + 1 < len(parts) else nullcontext():
+        for number, piece in enumerate(pieces):
+            labels = piece[1]
+            # Gradients travel between ranks once, with the last piece.
+            with self.task.no_sync() if number + 1 < len(pieces) else nullcontext():
                 with autocast(self.device, self.amp):
-                    result = self.task(images, labels)
+                    result = self.task(*piece)
                 self.scaler.scale(self._weighted(result["loss"], min(count, len(labels)))).backward()
             self._count(result, labels, count)
         if self.clip_grad is not None:
@@ -160,7 +167,7 @@ class TrainingStep:
         images = min(count, len(labels))
         loss = result["loss"].detach()
         self.loss += loss * (images / max(count, 1))
-        right = right_answers(result["output"], labels).sum()
+        right = right_answers(result["output"], labels.argmax(dim=1) if self.mixed_labels else labels).sum()
         means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
         self.sums[:3] += means * images
         self.sums[3] += right * min(images, 1)

@@ -62,6 +62,31 @@ def class_to_reconstruct(lengths: Tensor, target: Tensor) -> Tensor:
     return lengths.masked_fill(weights < weights.amax(dim=1, keepdim=True), -torch.inf).argmax(dim=1)
 
 
+def reconstruct_parts(decoder: nn.Module, capsules: Tensor, target: Tensor, num_parts: int) -> Tensor:
+    """Reconstruct the images that each image is composed of, each from the capsule of its class.
+
+    Args:
+        decoder: The decoder of a model.
+        capsules: Class capsules ``[B, J, ...]``.
+        target: Weights of the classes ``[B, J]``, which show as many classes as there are parts.
+        num_parts: P.
+
+    Returns:
+        Pixels ``[B, P, C, H, W]`` in the order of the classes.
+
+    Raises:
+        ValueError: If the target has class indices.
+    """
+    if target.ndim != 2:
+        raise ValueError(
+            f"images of {num_parts} parts show as many classes, and the target has one class each, shape "
+            f"{list(target.shape)}: give weights of the classes [B, J]"
+        )
+    classes = target.float().topk(num_parts, dim=1).indices.sort(dim=1).values
+    drawn = decoder(capsules.repeat_interleave(num_parts, dim=0), classes.flatten())
+    return drawn.unflatten(0, (len(target), num_parts))
+
+
 class _CapsuleForward(nn.Module):
     """Class scores and reconstructions in one forward pass, so that DDP and torch.compile see a single module."""
 
@@ -69,11 +94,13 @@ class _CapsuleForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input: Tensor, target: Tensor, num_parts: int = 0) -> tuple[Tensor, Tensor | None]:
         decoder = decoder_of(self.model)
         if decoder is None:
             return self.model(input), None
         capsules, scores = self.model.forward_capsules(input)
+        if num_parts:
+            return scores, reconstruct_parts(decoder, capsules, target, num_parts)
         return scores, decoder(capsules, class_to_reconstruct(scores, target))
 
 
@@ -120,7 +147,7 @@ class CapsuleTask(TrainingTask):
         self.trainable_module = _CapsuleForward(model)
         if criterion is None:
             criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
-        self.criterion = criterion
+        self.criterion = criterion if device is None else criterion.to(device)  # it may have weights of the classes
         self.normalization = Normalization(model, device)
         self.reconstruction_weight = reconstruction_weight
 
@@ -159,7 +186,7 @@ class CapsuleTask(TrainingTask):
         inner = None if module is None else unwrap_model(module)
         return inner.model if isinstance(inner, _CapsuleForward) else module
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, input: Tensor, target: Tensor, parts: Tensor | None = None) -> dict[str, Tensor]:
         """Run the network and its losses.
 
         Args:
@@ -168,16 +195,24 @@ class CapsuleTask(TrainingTask):
             target: Class indices ``[B]``, or weights of the classes ``[B, J]`` (mixed labels, or several classes
                 present), see :func:`capszoo.losses.margin_loss`; the decoder draws the class that
                 :func:`class_to_reconstruct` chooses.
+            parts: What the images are composed of, pixels in [0, 1] ``[B, P, C, H, W]`` in the order of the P classes
+                that the target shows: the decoder then draws each from the capsule of its class, and the losses of the
+                parts are added up, as for the two digits of MultiMNIST (Sabour, Frosst and Hinton 2017, section 6).
 
         Returns:
             'loss' (scalar, for backward), 'output' (lengths ``[B, J]``), 'margin_loss' and 'reconstruction_loss'
             (scalars, not weighted; the latter 0 without decoder).
         """
-        lengths, images = self.trainable_module(input, target)
+        if parts is None:
+            lengths, images = self.trainable_module(input, target)
+        else:
+            lengths, images = self.trainable_module(input, target, parts.shape[1])
         margin = self.criterion(lengths, target)
-        reconstruction = (
-            margin.new_zeros(()) if images is None else reconstruction_loss(images, self.normalization.undo(input))
-        )
+        if images is None:
+            reconstruction = margin.new_zeros(())
+        else:
+            pixels = self.normalization.undo(input) if parts is None else parts
+            reconstruction = reconstruction_loss(images, pixels)
         loss = margin + self.reconstruction_weight * reconstruction
         return {
             "loss": loss,

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capszoo.data import Loader, Split
-from capszoo.data.loader import seeded_generator
+from capszoo.data import Augmentation, Loader, Split, seeded_generator
 from capszoo.errors import CheckpointError, DataError, Stopped, TrainingError
 
 from .batch_norm import check_batch_norm
@@ -46,6 +45,8 @@ class Trainer:
         amp: Type for autocast, None for float32.
         seed: Seed of shuffling and augmentation.
         translate: Largest random shift of the training images, in pixels.
+        augmentation: What else changes training images at random. Where it mixes them, an image counts as right in
+            `train_top1` if the class with the largest share in it is predicted.
         eval_batch_size: Images per batch of the evaluation.
         clip_grad: Largest norm of the gradient; None for no limit.
         save_every: Also keep the resume state every so many steps; 0 for after epochs only.
@@ -80,6 +81,7 @@ class Trainer:
         amp: torch.dtype | None = None,
         seed: int = 0,
         translate: int = 0,
+        augmentation: Augmentation | None = None,
         eval_batch_size: int = 256,
         clip_grad: float | None = None,
         save_every: int = 0,
@@ -98,19 +100,29 @@ class Trainer:
         self.task, self.policy, self.train_split, self.val_split = task, policy, train, val
         self.device, self.ranks = torch.device(device), ranks
         self.amp, self.seed, self.translate, self.eval_batch_size = amp, seed, translate, eval_batch_size
+        self.augmentation = augmentation or Augmentation()
         self.save_every, self.num_workers, self.micro_batch, self.clock = save_every, num_workers, micro_batch, clock
         if nonfinite not in ("stop", "skip"):
             raise TrainingError(f"unknown nonfinite={nonfinite!r}: give stop or skip")
         check_statistics(task.model, train)
+        self.augmentation.check_batches(policy.batch_size(epoch) for epoch in range(policy.epochs))
         batch_sizes = {policy.batch_size(epoch) for epoch in range(policy.epochs)}
         on_cpu = self.device.type == "cpu"
         check_batch_norm(task.model, ranks, micro_batch, batch_sizes, len(train), on_cpu)
         self.metadata, self.options = metadata or {}, options
         self.folder = None if folder is None else Path(folder)
         self.on_step, self.on_epoch, self.should_stop = on_step, on_epoch, should_stop
-        skips = nonfinite == "skip"
         self.step = TrainingStep(
-            task, optimizer, self.device, amp, clip_grad, micro_batch, cuda_graphs, skips=skips, ranks=ranks
+            task,
+            optimizer,
+            self.device,
+            amp,
+            clip_grad,
+            micro_batch,
+            cuda_graphs,
+            skips=nonfinite == "skip",
+            ranks=ranks,
+            mixed_labels=self.mixed_labels,
         )
         self.position = Position()
         self.watch = Watch(self)
@@ -126,6 +138,11 @@ class Trainer:
     @folder.setter
     def folder(self, path: Path | None) -> None:
         self.run_folder = RunFolder(path, self.metadata) if path is not None and self.ranks.is_first else None
+
+    @property
+    def mixed_labels(self) -> bool:
+        """Whether images of one class each are mixed, so that their labels are weights of the classes."""
+        return self.augmentation.mixes and not self.train_split.multi_label
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -221,16 +238,19 @@ class Trainer:
             epoch=position.epoch,
             start_step=position.step,
             translate=self.translate,
+            augmentation=self.augmentation,
+            num_classes=self.task.model.num_classes,
+            with_parts=True,
         )
         self.task.train()
         if hasattr(self.task.criterion, "set_progress"):
             self.task.criterion.set_progress(position.epoch / policy.epochs)
             self.step.captured = None  # a captured step keeps the numbers that it was captured with
         seconds_before, start, skipped_before = position.seconds, self.clock(), position.skipped - self.step.skipped
-        for images, labels in loader:
+        for images, labels, *parts in loader:
             self.lr = policy.lr(policy.progress(position.epoch, position.step))
             batch_images = min(batch_size, len(self.train_split) - position.step * batch_size)
-            self.step(images, labels, self.lr, batch_images, batch_size)
+            self.step(images, labels, self.lr, batch_images, batch_size, *parts)
             if position.skipped == skipped_before + self.step.skipped:
                 position.updates += 1
                 self.task.update_ema(position.updates)
@@ -262,7 +282,7 @@ class Trainer:
         evaluation = None
         if self.val_split is not None:
             share = (self.ranks.rank, self.ranks.count)
-            loader = self.make_loader(self.val_split, self.eval_batch_size, share=share)
+            loader = self.make_loader(self.val_split, self.eval_batch_size, share=share, with_parts=True)
             batches = until_stopped(loader, lambda: self._vote(self.should_stop))
             try:
                 evaluation = evaluate(self.task, batches, self.amp, self.ranks)

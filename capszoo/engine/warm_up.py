@@ -23,7 +23,10 @@ def warm_up(trainer: "Trainer") -> None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), task.no_sync():
         for size in train:
             with autocast(device, trainer.amp):
-                loss = task(*_blank_batch(trainer.train_split, size, device))["loss"]
+                images, labels, *parts = _blank_batch(trainer.train_split, size, device)
+                if trainer.mixed_labels:
+                    labels = torch.zeros(size, task.model.num_classes, device=device)
+                loss = task(images, labels, *parts)["loss"]
             loss.backward()
         for size in evaluated:
             batch = _blank_batch(trainer.val_split, size, device)
@@ -53,7 +56,8 @@ def _sizes_to_come(trainer: "Trainer") -> tuple[list[int], list[int]]:
     return sorted(train - {0}, reverse=True), sorted(evaluated - {0}, reverse=True)
 
 
-def _blank_batch(split: Split, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blank_batch(split: Split, size: int, device: torch.device) -> tuple[Tensor, ...]:
     images = torch.zeros(size, *split.image_shape, device=device)
     shape = size, *split.labels.shape[1:]
-    return images, torch.zeros(shape, dtype=split.labels.dtype, device=device)
+    parts = () if split.parts is None else (torch.zeros(size, *split.parts.shape[1:], device=device),)
+    return images, torch.zeros(shape, dtype=split.labels.dtype, device=device), *parts

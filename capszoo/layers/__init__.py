@@ -2,9 +2,19 @@
 
 from .class_caps import ClassCaps, DynamicRouting, create_routing, list_routings
 from .config import set_fourier_conv, set_fused_routing, use_fourier_conv, use_fused_routing
+from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
-from .functional import capsule_lengths, dynamic_routing, em_routing, squash, vb_routing
-from .matrix_caps import ClassMatrixCaps, ConvMatrixCaps, MatrixPrimaryCaps, join_capsules, split_capsules
+from .depthwise import DepthwiseConv2d
+from .functional import (
+    capsule_lengths,
+    dynamic_routing,
+    em_routing,
+    inverted_attention_routing,
+    squash,
+    vb_routing,
+)
+from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
+from .matrix_caps import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_capsules, split_capsules
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
@@ -14,18 +24,25 @@ __all__ = [
     "ClassMatrixCaps",
     "ConvMatrixCaps",
     "Decoder",
+    "DepthwiseConv2d",
     "DynamicRouting",
+    "InvertedAttentionCaps",
+    "InvertedAttentionConvCaps",
     "MatrixPrimaryCaps",
+    "PosePrimaryCaps",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
     "capsule_lengths",
+    "capsule_patches",
+    "conv_caps_size",
     "create_routing",
     "dynamic_routing",
     "em_routing",
     "exponential_squash",
     "fan_in_scale",
     "fold_scales",
+    "inverted_attention_routing",
     "join_capsules",
     "list_routings",
     "self_attention_routing",

@@ -7,7 +7,7 @@ import torch
 from timm.layers import _assert
 from torch import Tensor, nn
 
-from capszoo.kernels import reference
+from capszoo.kernels import reference, routing_couplings
 
 from .config import FollowsFusedRouting
 from .functional import dynamic_routing
@@ -43,6 +43,11 @@ class DynamicRouting(FollowsFusedRouting, nn.Module):
         if torch.jit.is_scripting() and not self.fused:
             return reference.dynamic_routing(x, weight, bias, self.num_iters, self.approximate_squash)
         return dynamic_routing(x, weight, bias, self.num_iters, self.approximate_squash)
+
+    @torch.jit.ignore
+    def couplings(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Couplings of each iteration, ``[R, B, I, J]``, see :func:`capszoo.kernels.routing_couplings`."""
+        return routing_couplings(x, weight, bias, self.num_iters, self.approximate_squash)
 
     def extra_repr(self) -> str:
         return f"num_iters={self.num_iters}, approximate_squash={self.approximate_squash}"
@@ -132,6 +137,12 @@ class ClassCaps(nn.Module):
         )
         # Under autocast x comes in half precision; lengths near the margins 0.1 and 0.9 need more than 8 bits.
         return self.routing(x.to(self.weight.dtype), self.weight, self.bias)
+
+    @torch.jit.ignore
+    def couplings(self, x: Tensor) -> Tensor:
+        """Couplings of capsules ``[B, I, K]`` to the classes in each iteration, ``[R, B, I, J]``."""
+        routing: Any = self.routing
+        return routing.couplings(x.to(self.weight.dtype), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         num_weights, caps_dim, num_classes, class_dim = self.weight.shape

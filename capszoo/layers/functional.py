@@ -14,10 +14,19 @@ from capszoo import kernels
 from capszoo.kernels.derivatives import no_autocast
 from capszoo.kernels.gaussian_routing import by_moments
 from capszoo.kernels.gaussian_routing import reference as gaussian_reference
+from capszoo.kernels.self_attention import reference as self_attention
 
 from .config import use_fused_routing
 
-__all__ = ["capsule_lengths", "dynamic_routing", "em_routing", "squash", "vb_routing"]
+__all__ = [
+    "capsule_lengths",
+    "dynamic_routing",
+    "em_routing",
+    "inverted_attention_routing",
+    "route_by_self_attention",
+    "squash",
+    "vb_routing",
+]
 
 
 @register_notrace_function
@@ -44,6 +53,35 @@ def dynamic_routing(
     if use_fused_routing():
         return kernels.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
     return kernels.reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
+
+
+@register_notrace_function
+def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None = None, stride: int = 1) -> Tensor:
+    """Route poses ``[B, I, P, P, H, W]`` to sums of votes ``[B, J, P, P, H', W']``, see
+    :func:`capszoo.kernels.inverted_attention_routing`."""
+    if has_torch_function_variadic(x, weight):
+        return handle_torch_function(inverted_attention_routing, (x, weight), x, weight, parents, stride)
+    if parents is None:  # without votes in every form
+        return kernels.inverted_attention.uniform_routing(x, weight, stride)
+    if torch.jit.is_scripting():
+        maps = x.permute(0, 4, 5, 1, 2, 3), parents.permute(0, 4, 5, 1, 2, 3)
+        sums = torch.ops.capszoo.inverted_attention_routing(maps[0], weight, maps[1], stride)
+        return sums.permute(0, 3, 4, 5, 1, 2)
+    if use_fused_routing():
+        return kernels.inverted_attention_routing(x, weight, parents, stride)
+    return kernels.inverted_attention.reference.inverted_attention_routing(x, weight, parents, stride)
+
+
+@register_notrace_function
+def route_by_self_attention(x: Tensor, weight: Tensor, prior: Tensor, attention: bool = True) -> Tensor:
+    """Sums of weighed votes ``[B, J, D]``, see :func:`capszoo.kernels.self_attention_routing`."""
+    if has_torch_function_variadic(x, weight, prior):
+        return handle_torch_function(route_by_self_attention, (x, weight, prior), x, weight, prior, attention)
+    if torch.jit.is_scripting():
+        return torch.ops.capszoo.self_attention_routing(x, weight, prior, attention)[0]
+    if use_fused_routing():
+        return kernels.self_attention_routing(x, weight, prior, attention)
+    return self_attention.self_attention_routing(x, weight, prior, attention)
 
 
 @register_notrace_function

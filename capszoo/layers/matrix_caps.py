@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from capszoo.kernels.gaussian_routing import reference
@@ -16,7 +17,7 @@ from capszoo.kernels.gaussian_routing import reference
 from .config import FollowsFusedRouting
 from .functional import em_routing, vb_routing
 
-__all__ = ["ClassMatrixCaps", "ConvMatrixCaps", "MatrixPrimaryCaps", "join_capsules", "split_capsules"]
+__all__ = ["ClassMatrixCaps", "ConvMatrixCaps", "PosePrimaryCaps", "join_capsules", "split_capsules"]
 
 METHODS = ("em", "vb")
 
@@ -32,7 +33,7 @@ def join_capsules(poses: Tensor, activations: Tensor) -> Tensor:
     return torch.cat((poses.flatten(1, 3), activations.to(poses.dtype)), dim=1)
 
 
-class MatrixPrimaryCaps(nn.Module):
+class PosePrimaryCaps(nn.Module):
     """Primary capsules: a 1x1 convolution to poses and to the logits of activations.
 
     Source: Hinton, Sabour and Frosst 2018, section 4; with `norm` Ribeiro et al. 2020, where poses and logits go
@@ -75,6 +76,20 @@ class MatrixPrimaryCaps(nn.Module):
         return join_capsules(poses, self.norm_activations(activations).sigmoid())
 
 
+@register_notrace_module
+class ScoreNorm(nn.Module):
+    """BatchNorm without parameters, by its running statistics where a batch has but one score of a type."""
+
+    def __init__(self, num_types: int, **dd: Any):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_types, affine=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:  # which has no variance
+            return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, training=False, eps=self.norm.eps)
+        return self.norm(x)
+
+
 class _MatrixRouting(FollowsFusedRouting, nn.Module):
     """Matrices and routing parameters of a layer whose children compete for parents, by EM or variational Bayes."""
 
@@ -98,14 +113,15 @@ class _MatrixRouting(FollowsFusedRouting, nn.Module):
         self.in_types, self.out_types, self.pose_size, self.stride = in_types, out_types, pose_size, stride
         self.method, self.num_routing, self.final_lambda = method, num_routing, final_lambda
         # Lambda in the last iteration of EM. Divided by it, beta_a is a part of the logit of an activation: itself it
-        # would have to become thousands, for which an optimizer's steps are too small.
+        # would have to become thousands, for which an optimizer's steps are too small. From -2 on: without votes a
+        # parent starts nearly inactive, and not at one half.
         self.last_lambda = final_lambda * (1 - 0.95**num_routing)
         self.weight = nn.Parameter(torch.empty(in_types, *kernel_shape, out_types, pose_size, pose_size, **dd))
         self.beta_u = nn.Parameter(torch.empty(out_types, **dd))
         self.beta_a = nn.Parameter(torch.empty(out_types, **dd))
         vb = method == "vb"
         self.norm_poses = nn.BatchNorm3d(out_types, affine=False, **dd) if vb else nn.Identity()
-        self.norm_scores = nn.BatchNorm2d(out_types, affine=False, **dd) if vb else nn.Identity()
+        self.norm_scores = ScoreNorm(out_types, **dd) if vb else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -114,12 +130,12 @@ class _MatrixRouting(FollowsFusedRouting, nn.Module):
         bound = math.sqrt(6 / fans)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.beta_u)
-        nn.init.constant_(self.beta_a, -2.0 if self.method == "em" else 0.0)
+        nn.init.zeros_(self.beta_a)
 
     def route(self, poses: Tensor, activations: Tensor, weight: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Route poses ``[B, I, P, P, h, w]`` and activations ``[B, I, h, w]`` by matrices ``[I, Kh, Kw, J, P, P]``."""
         if self.method == "em":
-            beta_a = self.beta_a / self.last_lambda
+            beta_a = (self.beta_a - 2) / self.last_lambda
             num_routing, final_lambda = self.num_routing, self.final_lambda
             if torch.jit.is_scripting() and not self.fused:
                 return reference.em_routing(

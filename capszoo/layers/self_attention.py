@@ -6,6 +6,11 @@ import torch
 from timm.layers import _assert
 from torch import Tensor, nn
 
+from capszoo.kernels.self_attention import reference
+
+from .config import FollowsFusedRouting
+from .functional import route_by_self_attention
+
 __all__ = ["SelfAttentionRouting", "exponential_squash", "self_attention_routing"]
 
 COUPLINGS = ("attention", "uniform")
@@ -37,8 +42,8 @@ def exponential_squash(x: Tensor) -> Tensor:
 def self_attention_routing(votes: Tensor, bias: Tensor, attention: bool = True) -> Tensor:
     """Weigh votes by their agreement with all votes for the class, and add them up (Mazzia et al. 2021, section 3.2).
 
-    With the agreements A_ik = <u_i, u_k> / sqrt(D) of a class's votes, the logit of vote i is sum_k A_ik. That is
-    <u_i, sum_k u_k> / sqrt(D): the I x I matrix is never needed, and the work grows as I.
+    With the agreements A_ik = <u_i, u_k> / sqrt(D) of a class's votes, the logit of vote i is sum_k A_ik, which is
+    <u_i, sum_k u_k> / sqrt(D). `capszoo.kernels.self_attention_routing` does the same from capsules and matrices.
 
     Args:
         votes: u ``[B, I, J, D]``.
@@ -48,15 +53,10 @@ def self_attention_routing(votes: Tensor, bias: Tensor, attention: bool = True) 
     Returns:
         The sums of votes ``[B, J, D]``, not squashed.
     """
-    if attention:
-        logits = (votes * votes.sum(dim=1, keepdim=True)).sum(dim=3) / math.sqrt(votes.shape[3])
-        couplings = logits.softmax(dim=2) + bias
-    else:
-        couplings = bias + 1 / votes.shape[2]
-    return (couplings.unsqueeze(-1) * votes).sum(dim=1)
+    return reference.weigh_votes(votes, bias, attention)
 
 
-class SelfAttentionRouting(nn.Module):
+class SelfAttentionRouting(FollowsFusedRouting, nn.Module):
     """Votes by a matrix per capsule and class, weighed by self-attention, summed and squashed.
 
     Source: Mazzia, Salvetti and Chiaberge 2021 (arXiv 2101.12491), section 3.2.
@@ -108,9 +108,24 @@ class SelfAttentionRouting(nn.Module):
             x.shape[1] == self.num_capsules,
             f"class capsules of {self.num_capsules} capsules got {x.shape[1]}: make the model for this img_size",
         )
-        # Under autocast the product comes in half precision; the sums and lengths need more than its 8 bits.
-        votes = torch.einsum("bik,ikjd->bijd", x.to(self.weight.dtype), self.weight).to(self.weight.dtype)
-        return exponential_squash(self_attention_routing(votes, self.bias, self.attention))
+        # Under autocast x comes in half precision; the sums and lengths need more than its 8 bits.
+        x = x.to(self.weight.dtype)
+        if torch.jit.is_scripting() and not self.fused:
+            s = reference.self_attention_routing(x, self.weight, self.bias, self.attention)
+        else:
+            s = route_by_self_attention(x, self.weight, self.bias, self.attention)
+        return exponential_squash(s)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def couplings(self, x: Tensor) -> Tensor:
+        """Couplings of capsules ``[B, I, K]`` to the classes, with their priors, ``[1, B, I, J]``."""
+        x = x.to(self.weight.dtype)
+        if not self.attention:
+            return (self.bias + 1 / self.bias.shape[1]).expand(1, len(x), -1, -1)
+        totals = torch.einsum("bik,ikjd->bjd", x, self.weight)
+        logits = torch.einsum("bik,ikjd,bjd->bij", x, self.weight, totals) / math.sqrt(self.weight.shape[3])
+        return (logits.softmax(dim=2) + self.bias).unsqueeze(0)
 
     def extra_repr(self) -> str:
         num_capsules, caps_dim, num_classes, class_dim = self.weight.shape

@@ -3,6 +3,7 @@
 from .capsnet import CapsNet
 from .cnn_baseline import CNNBaseline
 from .efficient_capsnet import EfficientCapsNet
+from .inverted_attention import InvertedAttentionCapsNet
 from .matrix_capsnet import MatrixCapsNet
 
-__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet", "MatrixCapsNet"]
+__all__ = ["CNNBaseline", "CapsNet", "EfficientCapsNet", "InvertedAttentionCapsNet", "MatrixCapsNet"]

@@ -200,6 +200,16 @@ def prune_intermediate_layers(
     return taken
 
 
+def check_classes(model: Any) -> None:
+    """Refuse a model without class capsules.
+
+    Raises:
+        RuntimeError: If it has `num_classes=0`.
+    """
+    if model.num_classes == 0:
+        raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+
+
 @torch.jit.ignore
 def forward_capsules(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Map images to class capsules and scores, their lengths; a method of models with `to_capsules` and `class_caps`.
@@ -214,8 +224,7 @@ def forward_capsules(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: If the model has no class capsules (`num_classes=0`).
     """
-    if self.num_classes == 0:
-        raise RuntimeError("this model has num_classes=0 and no class capsules: call reset_classifier(num_classes)")
+    check_classes(self)
     x = self.forward_features(x)
     if self.drop_rate > 0.0:
         x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -382,4 +391,7 @@ def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
     are none of it."""
     of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
     cfg = {key: value for key, value in cfg.items() if key not in of_weights}
+    if len(cfg["mean"]) not in (1, model.in_chans):
+        # One for all channels: which of them stand for which colours is not known.
+        cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, select_caps, unfold_scales
-from capszoo.models import _builder
+from capszoo.models import _builder, _couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["CapsNet"]
@@ -226,6 +226,7 @@ class CapsNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
+    couplings = _couplings.couplings
     reconstruct = _builder.reconstruct
     auxiliary_modules = _builder.auxiliary_modules
     capsule_layers = _builder.capsule_layers

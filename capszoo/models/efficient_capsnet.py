@@ -2,11 +2,13 @@
 
 Paper: `Efficient-CapsNet: Capsule Network with Self-Attention Routing` - https://arxiv.org/abs/2101.12491
 
-Four convolutions, each followed by ReLU and then BatchNorm; a depthwise convolution as large as their map, whose
-channels are grouped into 16 primary capsules; class capsules reached by self-attention, without iterations.
+Four convolutions, each followed by ReLU and then BatchNorm (LeakyReLU and InstanceNorm for smallNORB); a depthwise
+convolution as large as their map, whose channels are grouped into 16 primary capsules; class capsules reached by
+self-attention, without iterations.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,25 +19,60 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers import Decoder, SelfAttentionRouting, capsule_lengths, exponential_squash
+from capszoo.layers import Decoder, DepthwiseConv2d, SelfAttentionRouting, capsule_lengths, exponential_squash
 from capszoo.layers.self_attention import COUPLINGS
-from capszoo.models import _builder
+from capszoo.models import _builder, _couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["EfficientCapsNet"]
 
-# Pixels that the four convolutions need, for a map of one.
-_LEAST_SIZE = 11
+
+@dataclass(frozen=True)
+class _Form:
+    """What differs between the paper's networks: kernels and strides of the convolutions, and what follows them."""
+
+    kernel_sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    instance_norm: bool = False
+    """LeakyReLU and InstanceNorm instead of ReLU and BatchNorm."""
+    primary_stride: int = 1
+    """Of the primary capsules. With 2 their kernel is one pixel smaller than the map: there is one position again."""
+
+    def grid(self, size: int) -> int:
+        """Pixels that the convolutions leave of so many."""
+        for kernel_size, stride in zip(self.kernel_sizes, self.strides, strict=True):
+            size = (size - kernel_size) // stride + 1
+        return size
+
+    @property
+    def least_size(self) -> int:
+        """Pixels that the convolutions need; InstanceNorm has nothing to normalise in a map of one pixel."""
+        size = 2 if self.instance_norm else 1
+        for kernel_size, stride in zip(reversed(self.kernel_sizes), reversed(self.strides), strict=True):
+            size = (size - 1) * stride + kernel_size
+        return size
+
+
+_FORMS = {
+    "mnist": _Form((5, 3, 3, 3), (1, 1, 1, 2)),
+    "smallnorb": _Form((7, 3, 3, 3), (2, 1, 1, 2), instance_norm=True),
+    "multimnist": _Form((5, 3, 3, 3), (1, 1, 2, 2), primary_stride=2),
+}
 
 
 class ConvNorm(nn.Module):
-    """An unpadded convolution with bias, ReLU, and BatchNorm after it."""
+    """An unpadded convolution with bias, an activation, and a normalisation after it."""
 
-    def __init__(self, in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, **dd: Any):
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, instance_norm: bool = False, **dd: Any
+    ):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, **dd)
-        self.act = nn.ReLU(inplace=True)
-        self.norm = nn.BatchNorm2d(out_chans, **dd)
+        # The slope is Keras's default, as in the authors' code; its gains near 0 at the start are not taken over.
+        self.act = nn.LeakyReLU(0.3, inplace=True) if instance_norm else nn.ReLU(inplace=True)
+        self.norm = (
+            nn.InstanceNorm2d(out_chans, affine=True, **dd) if instance_norm else nn.BatchNorm2d(out_chans, **dd)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.act(self.conv(x)))
@@ -59,15 +96,15 @@ class DepthwiseCaps(nn.Module):
     Args:
         num_types: T, the number of capsules.
         caps_dim: K, their dimension; the map has T*K channels.
-        kernel_size: Height and width of the map.
+        kernel_size: Height and width of the map, or of what a stride needs of it.
+        stride: Stride of the convolution.
         dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, num_types: int, caps_dim: int, kernel_size: tuple[int, int], **dd: Any):
+    def __init__(self, num_types: int, caps_dim: int, kernel_size: tuple[int, int], stride: int = 1, **dd: Any):
         super().__init__()
         self.num_types, self.caps_dim = num_types, caps_dim
-        channels = num_types * caps_dim
-        self.conv = nn.Conv2d(channels, channels, kernel_size, groups=channels, **dd)
+        self.conv = DepthwiseConv2d(num_types * caps_dim, kernel_size, stride, **dd)
         # A module, so that a network cut before it can put nn.Identity in its place.
         self.squash: nn.Module = ExponentialSquashMap(num_types, caps_dim)
 
@@ -82,7 +119,7 @@ class DepthwiseCaps(nn.Module):
 
 
 class EfficientCapsNet(nn.Module):
-    """Capsule network of Mazzia, Salvetti and Chiaberge 2021 (section 3), in its form for MNIST."""
+    """Capsule network of Mazzia, Salvetti and Chiaberge 2021 (section 3), in its forms for three data sets."""
 
     _heads = ("class_caps", "decoder")
     _pooled = "capsules"
@@ -107,6 +144,7 @@ class EfficientCapsNet(nn.Module):
         num_types: int = 16,
         caps_dim: int = 8,
         class_dim: int = 16,
+        form: str = "mnist",
         couplings: str = "attention",
         decoder: bool = False,
         small_decoder: bool = False,
@@ -126,6 +164,9 @@ class EfficientCapsNet(nn.Module):
             num_types: Primary capsules.
             caps_dim: K, the dimension of a primary capsule.
             class_dim: D, the dimension of a class capsule.
+            form: The paper's network for a data set, with any size, channels and classes: 'mnist'; 'smallnorb' (there 2
+                channels of 48x48 and 5 classes: a 7x7 stem of stride 2, LeakyReLU and InstanceNorm); 'multimnist'
+                (there 36x36: stride 2 in the third convolution and in the primary capsules).
             couplings: 'attention', or 'uniform' for the ablation without, see `capszoo.layers.SelfAttentionRouting`.
             decoder: Add the reconstruction decoder, a training aid that `forward` never uses.
             small_decoder: Feed the decoder the chosen capsule alone instead of all with the others set to zero.
@@ -146,11 +187,14 @@ class EfficientCapsNet(nn.Module):
         _builder.check_sizes(in_chans=in_chans, num_types=num_types, caps_dim=caps_dim, class_dim=class_dim)
         _builder.check_drop_rate(drop_rate)
         _builder.check_decoder_dims(decoder_dims)
+        if form not in _FORMS:
+            raise ValueError(f"unknown form {form!r}. Known: {', '.join(_FORMS)}")
+        chosen = _FORMS[form]
         height, width = to_2tuple(img_size)
-        if min(height, width) < _LEAST_SIZE:
+        if min(height, width) < chosen.least_size:
             raise ValueError(
-                f"img_size={height}x{width} is too small: the four convolutions need {_LEAST_SIZE} pixels each way, "
-                f"resize the images"
+                f"img_size={height}x{width} is too small: the four convolutions need {chosen.least_size} pixels each "
+                f"way, resize the images"
             )
         self.in_chans, self.img_size = in_chans, (height, width)
         self.global_pool, self.drop_rate = global_pool, drop_rate
@@ -160,12 +204,14 @@ class EfficientCapsNet(nn.Module):
         )
 
         channels = num_types * caps_dim
-        grid = tuple((size - _LEAST_SIZE) // 2 + 1 for size in (height, width))
-        self.conv1 = ConvNorm(in_chans, conv_dims[0], 5, **dd)
-        self.conv2 = ConvNorm(conv_dims[0], conv_dims[1], 3, **dd)
-        self.conv3 = ConvNorm(conv_dims[1], conv_dims[2], 3, **dd)
-        self.conv4 = ConvNorm(conv_dims[2], channels, 3, stride=2, **dd)
-        self.primary_caps = DepthwiseCaps(num_types, caps_dim, grid, **dd)
+        grid = chosen.grid(height), chosen.grid(width)
+        dims = (in_chans, *conv_dims, channels)
+        for i, (kernel_size, stride) in enumerate(zip(chosen.kernel_sizes, chosen.strides, strict=True)):
+            conv = ConvNorm(dims[i], dims[i + 1], kernel_size, stride, chosen.instance_norm, **dd)
+            self.add_module(f"conv{i + 1}", conv)
+        primary_stride = chosen.primary_stride
+        kernel = max(1, grid[0] - primary_stride + 1), max(1, grid[1] - primary_stride + 1)
+        self.primary_caps = DepthwiseCaps(num_types, caps_dim, kernel, primary_stride, **dd)
         self.grid_size = (1, 1)
         self.num_features = self.head_hidden_size = channels
         self.feature_info = [
@@ -200,6 +246,7 @@ class EfficientCapsNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     forward_capsules = _builder.forward_capsules
+    couplings = _couplings.couplings
     reconstruct = _builder.reconstruct
     auxiliary_modules = _builder.auxiliary_modules
     capsule_layers = _builder.capsule_layers
@@ -315,5 +362,9 @@ _create_efficient_capsnet = partial(_builder.build_model, EfficientCapsNet, chec
 
 @register_model
 def efficient_capsnet(pretrained: bool = False, **kwargs: Any) -> EfficientCapsNet:
-    """The network for MNIST of Mazzia, Salvetti and Chiaberge 2021: 161,824 parameters without the decoder."""
+    """The network for MNIST of Mazzia, Salvetti and Chiaberge 2021: 161,824 parameters without the decoder.
+
+    `form="smallnorb", in_chans=2, img_size=48, num_classes=5` is that for smallNORB with 151,664 parameters,
+    `form="multimnist", img_size=36` that for MultiMNIST with 154,656.
+    """
     return _create_efficient_capsnet("efficient_capsnet", pretrained, **kwargs)

@@ -20,7 +20,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, MatrixPrimaryCaps, join_capsules, split_capsules
+from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_capsules, split_capsules
 from capszoo.losses import CrossEntropyLoss, SpreadLoss
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
@@ -54,7 +54,7 @@ class MatrixCapsNet(nn.Module):
 
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         # nn.Identity once `reset_classifier(0)` or `prune_intermediate_layers` took the layer away.
-        primary_caps: MatrixPrimaryCaps
+        primary_caps: PosePrimaryCaps
         blocks: nn.Sequential
         class_caps: ClassMatrixCaps
         # From timm's builder and from `create_model`.
@@ -126,7 +126,7 @@ class MatrixCapsNet(nn.Module):
             pose_size=pose_size, method=routing, num_routing=num_routing, final_lambda=final_lambda
         )
         self.stem = Stem(in_chans, conv_dim, routing == "vb", **dd)
-        self.primary_caps = MatrixPrimaryCaps(conv_dim, primary, pose_size, routing == "vb", **dd)
+        self.primary_caps = PosePrimaryCaps(conv_dim, primary, pose_size, routing == "vb", **dd)
         self.blocks = nn.Sequential(
             ConvMatrixCaps(primary, middle, 3, 2, **routed, **dd), ConvMatrixCaps(middle, last, 3, 1, **routed, **dd)
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from capszoo.data import Augmentation
 from capszoo.engine.options import DEFAULTS, OPTIONS, TrainingOptions, flat_values, policy_option_fields, with_values
 from capszoo.fields import Option, option, options_of, read_pair
 from capszoo.policies import list_policies
@@ -52,7 +53,7 @@ class PruneOptions:
 _OF_TRAINING = (
     "config", "dataset", "data_dir", "download", "follow_links", "val_fraction", "decoder", "output", "resume",
     "policy", "epochs", "batch_size", "lr", "opt", "weight_decay", "clip_grad", "reconstruction_weight", "translate",
-    "seed",
+    *options_of(Augmentation), "seed",
     "device", "amp", "compile", "cuda_graphs", "channels_last", "eval_batch_size", "workers", "save_every",
     "results", "quiet",
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capszoo.engine.task import Normalization, class_to_reconstruct
+from capszoo.engine.task import Normalization, class_to_reconstruct, reconstruct_parts
 from capszoo.layers import ScaledConv2d, capsule_lengths, squash
 from capszoo.losses import margin_loss, present_classes, reconstruction_loss
 from capszoo.models import CapsNet
@@ -27,7 +27,7 @@ def scores(
     model: nn.Module,
     part: str,
     score: str = "taylor",
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    data: Iterable[tuple[Tensor, ...]] | None = None,
     criterion: Criterion | None = None,
 ) -> Tensor:
     """Rank the parts of a network: the higher the score, the more the network needs the part.
@@ -59,7 +59,7 @@ def scores(
         part: 'conv1', 'types', 'capsules' or 'decoder'.
         score: 'magnitude', 'taylor', 'coupling' or 'look_ahead'.
         data: Batches of images ``[B, C, H, W]`` and labels, class indices ``[B]`` or weights of the classes ``[B, J]``,
-            for 'taylor' and 'coupling'.
+            for 'taylor' and 'coupling'; and the images' parts, if any, as :class:`capszoo.data.Loader` gives them.
         criterion: Loss of (lengths ``[B, J]``, labels) of 'taylor', a mean over the batch, such as the `criterion` of
             the task that trained the model; the margin loss with the paper's margins if None.
 
@@ -80,10 +80,11 @@ def scores(
     if data is None:
         raise ValueError(f"score {score!r} needs data: pass batches of (images, labels), or use score='magnitude'")
     total, count = torch.zeros(()), 0
-    for images, labels in data:
+    for images, labels, *parts in data:
         images, labels = _check_batch(model, images, labels)
         if score == "taylor":
-            per_image = _taylor(model, part, images, labels, margin_loss if criterion is None else criterion)
+            parts = [some.to(images) for some in parts]
+            per_image = _taylor(model, part, images, labels, criterion or margin_loss, *parts)
         else:
             per_image = _coupling(model, part, images, labels)
         total = total + per_image.cpu().double().sum(dim=0)
@@ -193,7 +194,9 @@ def _activations(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _taylor(model: CapsNet, part: str, images: Tensor, labels: Tensor, criterion: Criterion) -> Tensor:
+def _taylor(
+    model: CapsNet, part: str, images: Tensor, labels: Tensor, criterion: Criterion, shown: Tensor | None = None
+) -> Tensor:
     """|sum of activation * gradient| of each image and part, ``[B, n]``."""
     watched = {
         "conv1": lambda: [model.act1],
@@ -208,8 +211,11 @@ def _taylor(model: CapsNet, part: str, images: Tensor, labels: Tensor, criterion
         lengths = capsule_lengths(capsules)
         loss = criterion(lengths, labels)
         if model.decoder is not None:
-            drawn = model.decoder(capsules, class_to_reconstruct(lengths, labels))
-            pixels = Normalization(model, images.device).undo(images)
+            if shown is None:
+                drawn = model.decoder(capsules, class_to_reconstruct(lengths, labels))
+                pixels = Normalization(model, images.device).undo(images)
+            else:
+                drawn, pixels = reconstruct_parts(model.decoder, capsules, labels, shown.shape[1]), shown
             loss = loss + _RECONSTRUCTION_WEIGHT * reconstruction_loss(drawn, pixels)
         # Losses are means over the batch; the gradients wanted are those of each image's own loss.
         gradients = torch.autograd.grad(loss * len(labels), activations)

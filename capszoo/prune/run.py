@@ -51,7 +51,7 @@ class Run:
         say: Callable[[str], None],
         should_stop: Callable[[], bool],
     ):
-        self.options, self.training, self.criterion, self.data = options, options.training, criterion, data
+        self.options, self.training, self.criterion, self.data = options, options.training, criterion.to(device), data
         self.plan, self.folder, self.device, self.say, self.should_stop = plan, folder, device, say, should_stop
         self.amp = resolve_amp(self.training.amp, device)
         self.rows: list[dict[str, Any]] = []
@@ -162,6 +162,7 @@ class Run:
             "eval_top1": row["val_top1"],
             "test_top1": test.top1,
             **({"test_mean_average_precision": test.mean_average_precision} if self.data.multi_label else {}),
+            **({"test_exact_top_k": test.exact_top_k} if self.data.multi_label else {}),
             "test_margin_loss": test.loss,
             "test_reconstruction_error": test.reconstruction_error,
             "total_seconds": sum(row["train_seconds"] for row in self.rows),
@@ -179,7 +180,7 @@ class Run:
         if self.training.channels_last:
             model.to(memory_format=torch.channels_last)
         task = CapsuleTask(model, self.criterion, device=self.device, verbose=False)
-        return evaluate(task, self.loader(split, self.training.eval_batch_size), self.amp)
+        return evaluate(task, self.loader(split, self.training.eval_batch_size, with_parts=True), self.amp)
 
     def validate(self, model: nn.Module) -> Evaluation:
         return self.evaluate(model, self.data.val)
@@ -191,7 +192,8 @@ class Run:
         """Batches of the training images that a round's score is measured on, other ones in each round."""
         wanted = self.options.score_images
         size = min(self.training.eval_batch_size, wanted)
-        loader = self.loader(self.data.train, size, shuffle=True, seed=self.training.seed, epoch=number)
+        seed = self.training.seed
+        loader = self.loader(self.data.train, size, shuffle=True, seed=seed, epoch=number, with_parts=True)
         return itertools.islice(iter(loader), -(-wanted // size))
 
     def facts(self, number: int) -> dict[str, Any]:

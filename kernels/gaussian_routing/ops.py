@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..derivatives import no_autocast, register_for_transforms, second_gradients
-from ..dispatch import TRITON_PROBLEM, has_tangent, kernel, runs_triton
+from ..derivatives import no_autocast, register_transforms, second_gradients
+from ..dispatch import has_tangent, kernel, runs_triton, triton_module
 from . import by_moments, cpu, reference
 
-if TRITON_PROBLEM is None:
-    from . import launch as triton_moments
-else:
-    triton_moments = None
+launchers = triton_module(".gaussian_routing.launch")
 
 
 @kernel
@@ -67,7 +64,7 @@ mixture_moments_backward_op = torch.library.custom_op(
 def _moments_cuda(poses, activations, weight, offset, mean, precision, log_prior, stride):
     if poses.numel() == 0 or not runs_triton(poses.device, poses.dtype):
         return _moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
-    return triton_moments.moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
+    return launchers.moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
 
 
 @mixture_moments_backward_op.register_kernel("cuda")
@@ -81,7 +78,7 @@ def _moments_backward_cuda(
     )  # fmt: skip
     if poses.numel() == 0 or not runs_triton(poses.device, poses.dtype):
         return _moments_backward(*arguments)
-    return triton_moments.moments_backward(*arguments)
+    return launchers.moments_backward(*arguments)
 
 
 @mixture_moments_op.register_fake
@@ -156,8 +153,7 @@ def _moments_backward_transformed(
     return found if priors else (*found, *(poses.new_empty(0) for _ in range(3)))
 
 
-register_for_transforms("mixture_moments", _moments_transformed)
-register_for_transforms("mixture_moments_backward", _moments_backward_transformed)
+register_transforms(mixture_moments=_moments_transformed, mixture_moments_backward=_moments_backward_transformed)
 
 
 def em_routing(

@@ -1,7 +1,5 @@
 """What tests of data sets share: small sets on disk, and errors of one line."""
 
-import struct
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,25 +18,6 @@ def raises():
         return pytest.raises(DataError, match="^" + "[^\n]*".join(["", *map(_escape, parts), ""]) + "$")
 
     return raises
-
-
-@pytest.fixture(scope="session")
-def write_mnist():
-    def write_mnist(root, folder="MNIST", train=40, test=20):
-        """Write a tiny set in MNIST's format whose images all differ."""
-        raw = root / folder / "raw"
-        raw.mkdir(parents=True)
-        rng = np.random.default_rng(0)
-        for prefix, count in (("train", train), ("t10k", test)):
-            images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-            labels = (np.arange(count) % 10).astype(np.uint8)
-            (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
-                struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes()
-            )
-            (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels.tobytes())
-        return root
-
-    return write_mnist
 
 
 @pytest.fixture(scope="session")

@@ -243,3 +243,30 @@ def test_normalised_images_are_those_of_timms_transforms(streamed):
         for (images, labels), (wanted, wanted_labels) in zip(found, expected, strict=True):
             torch.testing.assert_close(images, wanted)
             assert torch.equal(labels, wanted_labels)
+
+
+def test_parts_come_as_their_images_do():
+    """Shuffled, shifted and shared out like the images, in [0, 1] whatever the images are normalised by."""
+    split = make_split(50, channels=2)
+    parts = torch.stack([split.images, 255 - split.images, split.images // 2], dim=1)
+    split = Split(split.labels, split.images, mean=(0.5,), std=(0.25,), parts=parts)
+    kwargs = dict(shuffle=True, seed=3, epoch=1, translate=2)
+    whole = list(Loader(split, 8, "cpu", with_parts=True, **kwargs))
+    plain = list(Loader(split, 8, "cpu", **kwargs))
+    assert len(whole) == len(plain) == 7 and all(len(batch) == 2 for batch in plain)
+    for (images, labels, shown), (same, same_labels) in zip(whole, plain, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, same_labels)
+        assert shown.shape == (len(labels), 3, *images.shape[1:])
+        pixels = images * 0.25 + 0.5
+        torch.testing.assert_close(shown[:, 0], pixels)
+        inside = shown[:, 0] > 0  # no pixel of these images is black
+        torch.testing.assert_close(shown[:, 1], torch.where(inside, 1 - pixels, 0.0))
+    resumed = list(Loader(split, 8, "cpu", with_parts=True, start_step=4, **kwargs))
+    assert len(resumed) == 3
+    for batch, expected in zip(resumed, whole[4:], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(batch, expected, strict=True))
+    shares = [list(Loader(split, 8, "cpu", with_parts=True, share=(rank, 3), **kwargs)) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        for place, values in enumerate(batch):
+            assert torch.equal(torch.cat([share[step][place] for share in shares]), values)
+    assert all(len(batch) == 2 for batch in Loader(make_split(9), 4, "cpu", with_parts=True))

@@ -117,7 +117,7 @@ def test_measures_count_the_right_answers():
     x[:, :, 0, 0] = 1.0  # any rotation, growing or shift but one to the lower right takes the dot out of the frame
     labels = torch.tensor([1] * 6 + [0] * 4)
     result = measure_robustness(model, [(x[:7], labels[:7]), (x[7:], labels[7:])])
-    assert model.training and model.seen == 10 * 7
+    assert model.training and model.seen == 10 * 8
     assert tuple(result) == ROBUSTNESS_COLUMNS
     unmoved = (draw_shifts(10, capszoo.data.loader.seeded_generator(0)) == 0).all(dim=1)
     assert not unmoved.any()

@@ -1,5 +1,6 @@
-"""Binary files made hostile: tensors, IDX files and images."""
+"""Binary files made hostile: tensors, IDX files, NORB's matrices and images."""
 
+import gzip
 import json
 import random
 import struct
@@ -81,6 +82,28 @@ def hostile_idx(data: bytes, rng: random.Random) -> bytes:
     kind = 8 if rng.random() < 0.8 else rng.choice((0, 9, 10, 11, 12, 13, 14, 255))
     ndim = len(shape) if rng.random() < 0.9 else rng.randrange(256)
     return data[:1] + struct.pack(f">HBB{len(shape)}I", 0, kind, ndim, *shape) + body
+
+
+def hostile_matrix(data: bytes, rng: random.Random) -> bytes:
+    """One of NORB's files with another type or other sizes, some of which agree with its length, packed or not."""
+    is_packed = data[0] > 3
+    content = bytearray(gzip.decompress(data[1:]) if is_packed else data[1:])
+    job = rng.randrange(4)
+    if job == 0:
+        content[0] = rng.choice((0x51, 0x52, 0x53, 0x54, 0x55, 0x56, 0))
+    elif job == 1:
+        content[4:8] = rng.choice((-1, 0, 1, 3, 4, 5, 2**31 - 1)).to_bytes(4, "little", signed=True)
+    elif job == 2:
+        at = 8 + 4 * rng.randrange(3)
+        size = rng.choice((-(2**31), -1, 0, 1, 2, 9, 20, 2**16, 2**30, 2**31 - 1))
+        content[at : at + 4] = size.to_bytes(4, "little", signed=True)
+    else:
+        shape = rng.choice(
+            [(600, 1, 1, 1), (1, 2, 300, 1), (1, 2, 1, 300), (5, 4, 6, 5), (0, 0, 0, 0), (2**31 - 1,) * 4]
+        )
+        content[8:24] = struct.pack("<4i", *shape)
+    content = bytes(content) if rng.random() < 0.9 else damage(bytes(content), rng)
+    return data[:1] + (gzip.compress(content, mtime=0) if is_packed else content)
 
 
 def hostile_image(data: bytes, rng: random.Random) -> bytes:

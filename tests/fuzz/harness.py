@@ -22,7 +22,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from binaries import hostile_idx, hostile_image, hostile_tensors
+from binaries import hostile_idx, hostile_image, hostile_matrix, hostile_tensors
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from loaders import LOADERS, tiny
@@ -134,6 +134,7 @@ HOSTILE = {
         data[:1] + (hostile_json, hostile_tensors, hostile_table, hostile_json)[data[0]](data[1:], rng)
     ),
     "mnist": hostile_idx,
+    "norb": hostile_matrix,
     "images": hostile_image,
 }
 

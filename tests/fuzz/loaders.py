@@ -171,6 +171,34 @@ def load_cifar(folder: Path, data: bytes) -> None:
     raise AssertionError("files that are not CIFAR-10 were taken for it")
 
 
+def load_cifar_binary(folder: Path, data: bytes) -> None:
+    """The first byte chooses the file."""
+    path = folder / "cifar-100-binary" / CIFAR_BINARY_FILES[data[0] % 3 if data else 0]
+    sound = path.read_bytes()
+    path.write_bytes(data[1:])
+    try:
+        check_splits(load_data("cifar100", folder, val_fraction=0))
+    finally:
+        path.write_bytes(sound)
+
+
+def load_norb(folder: Path, data: bytes) -> None:
+    """The first byte chooses the file, and whether it is packed by gzip."""
+    path = folder / "small_norb" / NORB_FILES[data[0] % 4 if data else 0]
+    packed = path.with_name(f"{path.name}.gz")
+    sound = path.read_bytes()
+    if data[:1] > b"\3":
+        path.unlink()
+        packed.write_bytes(data[1:])
+    else:
+        path.write_bytes(data[1:])
+    try:
+        check_splits(load_data("small_norb", folder, val_fraction=0, max_bytes=1 << 20))
+    finally:
+        packed.unlink(missing_ok=True)
+        path.write_bytes(sound)
+
+
 def load_images(folder: Path, data: bytes) -> None:
     """The first byte chooses whether images are resized."""
     (folder / "train/a/0.png").write_bytes(data[1:])
@@ -201,6 +229,12 @@ MNIST_FILES = [
 ]
 PRUNING_FILES = ["round-1/round.json", "round-1/start.safetensors", "round-1/summary.csv", "result.json"]
 CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+CIFAR_BINARY_FILES = ["train.bin", "test.bin", "fine_label_names.txt"]
+NORB_FILES = [
+    f"smallnorb-5x{toys}x9x18x6x2x96x96-{part}-{kind}.mat"
+    for toys, part in (("46789", "training"), ("01235", "testing"))
+    for kind in ("dat", "cat")
+]
 LOADERS = {
     "checkpoint": load_checkpoint,
     "state": load_resume_state,
@@ -218,6 +252,8 @@ LOADERS = {
     "timings": load_timings,
     "mnist": load_mnist,
     "cifar": load_cifar,
+    "cifar_binary": load_cifar_binary,
+    "norb": load_norb,
     "images": load_images,
     "labels": load_labels,
 }

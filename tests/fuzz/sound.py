@@ -1,6 +1,7 @@
 """Sound files to start from, and what must never run."""
 
 import csv
+import gzip
 import io
 import json
 import pickle
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from loaders import CIFAR_FILES, MNIST_FILES, PRUNING_FILES, SMALL, tiny
+from loaders import CIFAR_BINARY_FILES, CIFAR_FILES, MNIST_FILES, NORB_FILES, PRUNING_FILES, SMALL, tiny
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.models import save_for_hf
@@ -149,6 +150,22 @@ def make_sound(loader: str, folder: Path) -> list[bytes]:
             content = pickle.dumps([Bomb(folder / "mark"), {"data": b"", "labels": []}])
             (folder / "cifar-10-batches-py" / name).write_bytes(content)
             seeds.append(bytes([i]) + content)
+    if loader == "cifar_binary":
+        (folder / "cifar-100-binary").mkdir()
+        records = b"".join(bytes([i % 20, i % 100]) + bytes([i]) * 3072 for i in range(20))
+        for i, name in enumerate(CIFAR_BINARY_FILES):
+            content = "\n".join(f"name{j}" for j in range(100)).encode() if name.endswith(".txt") else records
+            (folder / "cifar-100-binary" / name).write_bytes(content)
+            seeds.append(bytes([i]) + content)
+    if loader == "norb":
+        (folder / "small_norb").mkdir()
+        for i, name in enumerate(NORB_FILES):
+            shape, magic, values = (10, 2, 6, 5), 0x1E3D4C55, bytes(range(200)) * 3
+            if "cat" in name:
+                shape, magic, values = (10, 1, 1), 0x1E3D4C54, struct.pack("<10i", *range(5), *range(5))
+            content = struct.pack(f"<Ii{len(shape)}i", magic, 1 if "cat" in name else 4, *shape) + values
+            (folder / "small_norb" / name).write_bytes(content)
+            seeds += [bytes([i]) + content, bytes([i + 4]) + gzip.compress(content, mtime=0)]
     if loader == "labels":
         for part in ("train", "test"):
             (folder / part / "b").mkdir(parents=True)

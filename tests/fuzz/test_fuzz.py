@@ -29,6 +29,8 @@ NIGHTLY = {
     "timings": 300,
     "mnist": 3_000,
     "cifar": 500,
+    "cifar_binary": 1_000,
+    "norb": 3_000,
     "images": 10_000,
     "labels": 5_000,
 }

@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="session")
 def interpreted_files(request, tmp_path_factory):
-    """What came of the tests of all files that ask for the interpreter, by the file's name, and what was printed."""
+    """What came of the tests of all files that ask for the interpreter, by the file's module, and what was printed."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("is the process that it starts")
     asking = [item for item in request.session.items if "interpreted_files" in item.fixturenames]
@@ -20,7 +22,7 @@ def interpreted_files(request, tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}"]
     result = subprocess.run(
         [*command, *sorted({str(item.path) for item in asking})],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -29,8 +31,7 @@ def interpreted_files(request, tmp_path_factory):
     assert report.exists() and result.returncode in (0, 1), result.stdout + result.stderr
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        name = case.get("classname").rpartition(".")[2]
-        outcomes.setdefault(name, []).append(next((child.tag for child in case), "passed"))
+        outcomes.setdefault(case.get("classname"), []).append(next((child.tag for child in case), "passed"))
     return outcomes, result
 
 
@@ -38,8 +39,9 @@ def interpreted_files(request, tmp_path_factory):
 def through_the_interpreter(request, interpreted_files):
     """Run the tests of the file that asks for this, in a process whose kernels are decorated for the interpreter."""
     outcomes, result = interpreted_files
-    assert set(outcomes[request.path.stem]) <= {"passed", "skipped"}, result.stdout + result.stderr
-    if "passed" not in outcomes[request.path.stem]:
+    found = outcomes[".".join(request.path.relative_to(ROOT).with_suffix("").parts)]
+    assert set(found) <= {"passed", "skipped"}, result.stdout + result.stderr
+    if "passed" not in found:
         pytest.skip(result.stdout.strip().splitlines()[-2])
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from capszoo.benchmark.variants import plain_dynamic_routing
-from capszoo.kernels import cpu, dispatch, ops, reference
+from capszoo.kernels import cpu, dispatch, inverted_attention, ops, reference
 
 # B, T, P, K, J, D of the standard network, with a matrix for each capsule and with one for each type.
 SIZES = [(128, 1152, 1, 8, 10, 16), (128, 32, 36, 8, 10, 16)]
@@ -84,6 +84,27 @@ def test_cpu_allocates_a_twentieth_of_the_plain_form(sizes):
     assert ours * 20 <= plain
 
 
+@pytest.mark.parametrize("device", ["cpu", "triton"])
+def test_self_attention_allocates_a_fraction_of_the_plain_form(device, form):
+    from capszoo.kernels import counts
+    from capszoo.kernels.self_attention import cpu, ops, reference
+
+    if device == "cpu" and form == "per_class":
+        pytest.skip("the forms are Triton's")
+    sizes = (128, 1152, 8), (1152, 8, 10, 16), (1152, 10), (128, 10, 16)
+    module, place = (cpu, "cpu") if device == "cpu" else (ops.launchers, "meta")
+    x, weight, prior, grad = (torch.zeros(shape, device=place) for shape in sizes)
+    with counts.nothing_launched(), Allocations() as ours:
+        s, total = module.forward(x, weight, prior, True)
+        gradients = module.backward(grad, x, weight, prior, total, True)
+    del s, gradients
+    inputs = [torch.zeros(shape, device="meta", requires_grad=True) for shape in sizes[:3]]
+    with Allocations() as plain:
+        torch.autograd.grad(reference.self_attention_routing(*inputs), inputs, torch.zeros(sizes[3], device="meta"))
+    print(f"{device} {ours.peak / 2**20:.1f} MiB, plain {plain.peak / 2**20:.1f} MiB")
+    assert ours.peak * 7 <= plain.peak
+
+
 @pytest.mark.parametrize("approximate", [False, True])
 def test_training_saves_nothing_for_higher_derivatives(approximate):
     """A forward pass keeps its inputs and the sums of votes, a backward pass nothing."""
@@ -96,3 +117,22 @@ def test_training_saves_nothing_for_higher_derivatives(approximate):
         assert saved == [(2, 6, 4), (2, 6, 4), (3, 4, 5, 7), (5, 7), (3, 2, 5, 7)]
         gradients = torch.autograd.grad(v, [x, weight, bias], torch.ones_like(v))
         assert len(saved) == 5 and not any(gradient.requires_grad for gradient in gradients)
+
+
+def test_inverted_attention_takes_a_tenth_of_the_stored_votes():
+    """Forward and backward pass of the first layer of `capsnet_resnet_ia`, and of its class capsules."""
+    for B, T, H, k, J, stride in [(4, 32, 16, 3, 32, 2), (16, 800, 1, 1, 10, 1)]:
+        places = (H - k) // stride + 1
+        parents = B, J, 4, 4, places, places
+        shapes = (B, T, 4, 4, H, H), (k, k, T, 4, 4, J), parents, parents
+
+        def peak(route, device, shapes=shapes, stride=stride):
+            *inputs, grad = (torch.zeros(shape, device=device) for shape in shapes)
+            inputs = [t.requires_grad_() for t in inputs]
+            with Allocations() as allocations:
+                torch.autograd.grad(route(*inputs, stride), inputs, grad)
+            return allocations.peak
+
+        plain = peak(inverted_attention.reference.inverted_attention_routing, "meta")
+        assert plain > 4 * B * places**2 * k * k * T * J * 16
+        assert peak(inverted_attention.inverted_attention_routing, "cpu") < plain / 10

@@ -267,8 +267,9 @@ def test_without_triton():
 import sys, warnings
 sys.modules["triton"] = None
 import torch
-from capszoo.kernels import dispatch, dynamic_routing, squash
-assert dispatch.triton_routing is None and "Triton cannot be used here" in dispatch.triton_problem(torch.device("cuda"))
+from capszoo.kernels import dispatch, dynamic_routing, self_attention, squash
+assert dispatch.triton_routing is None and self_attention.ops.launchers is None
+assert "Triton cannot be used here" in dispatch.triton_problem(torch.device("cuda"))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     assert not dispatch.runs_triton(torch.device("cuda"), torch.float32)

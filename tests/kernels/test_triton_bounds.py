@@ -125,6 +125,37 @@ def test_routing(watch, form):
 
 
 @interpreted
+def test_inverted_attention(watch):
+    from capszoo.kernels.inverted_attention.ops import launchers
+
+    # B, T, P, H, W, k, J, stride
+    for B, T, P, H, W, k, J, stride in [(1, 1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 5, 4, 3, 5, 2), (40, 5, 2, 1, 1, 1, 3, 1)]:
+        parents = B, (H - k) // stride + 1, (W - k) // stride + 1, J, P, P
+        shapes = (B, H, W, T, P, P), (k, k, T, P, P, J), parents, parents
+        x, weight, parents, grad = (torch.ones(shape) for shape in shapes)
+        launchers.forward(x, weight, parents, stride)
+        launchers.backward(grad, x, weight, parents, stride)
+    assert watch.touched.keys() == kernels(launchers)
+    assert all(reads > 100 and writes > 50 for reads, writes in watch.touched.values()), watch.touched
+
+
+@interpreted
+def test_self_attention(watch, form):
+    from capszoo.kernels.self_attention.ops import launchers
+
+    # The kernels of dynamic routing, whose other sizes the test above has.
+    B, N, K, J, D = 17, 5, 3, 2, 3
+    x, weight, prior, grad = (torch.ones(shape) for shape in ((B, N, K), (N, K, J, D), (N, J), (B, J, D)))
+    _, total = launchers.forward(x, weight, prior, True)
+    launchers.backward(grad, x, weight, prior, total, True)
+    expected = {
+        "all_classes": {"uniform", "route", "gradients"},
+        "per_class": {"statistics", "sum", "dposes", "dweight"},
+    }
+    assert watch.touched.keys() == {f"{name}_kernel" for name in expected[form]}
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(1, 1), (300, 5), (2, 1030)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_squash(watch, shape, dtype):

@@ -43,7 +43,10 @@ CASES = {
 }
 
 # Arguments that can be 1, which Triton then compiles into the kernel.
-CAN_BE_ONE = {"B", "T", "P", "J", "R", "N", "num_parts", "tiles_per_part", "capsules_per_part"}
+CAN_BE_ONE = {
+    *("B", "T", "P", "J", "R", "N", "C", "H", "W", "height", "width", "stride"),
+    *("num_parts", "tiles_per_part", "capsules_per_part", "children_per_part", "positions_per_part"),
+}
 
 # Exit code of this file as a script where an AMD GPU's code cannot be linked.
 NO_LINKER = 77
@@ -90,11 +93,11 @@ def launches(what, target):
             counts.tile_launches(kernel, counts.OWN, "ieee", "fp32", **flags)[0] for kernel, flags in counts.PASSES
         ]
         found = []
-        for launch in chosen + counts.launches_on_rows():
+        for launch in chosen + counts.launches_on_rows() + counts.launches_of_inverted_attention()[:3]:
             names = [name for name in launch.function.arg_names if name in CAN_BE_ONE - launch.constants.keys()]
             found += [dataclasses.replace(launch, ones=ones) for ones in [*zip(names), tuple(names)]]  # noqa: B905
         return found
-    found = counts.launches_on_rows()
+    found = counts.launches_on_rows() + counts.launches_of_inverted_attention()
     for sizes, precision, dtype in CASES[target]:
         for kernel, flags in counts.PASSES:
             tiles = counts.tile_launches(kernel, getattr(counts, sizes), precision, dtype, **flags)
@@ -140,7 +143,7 @@ def report(what, target, index):
         return f"{name}: {error}", True
     registers, spilled = registers_and_spills(compiled, target)
     shared = compiled.metadata.shared
-    is_first = launch.config is None or launch.config is launch.kernel.configs[0]
+    is_first = not hasattr(launch.kernel, "configs") or launch.config is launch.kernel.configs[0]
     many = launch.constants.get("PRECISION") == "tf32x3" or launch.function.__name__ == "route_kernel"
     bound = (SPILLS_OF_MANY if many else SPILLS) if is_first else float("inf")
     line = f"{name}: {registers} registers, {spilled} spilled, {shared} B shared memory"

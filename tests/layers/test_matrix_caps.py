@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capszoo import set_fused_routing
-from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, MatrixPrimaryCaps, join_capsules, split_capsules
+from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_capsules, split_capsules
 
 both = pytest.mark.parametrize("method", ["em", "vb"])
 
@@ -26,7 +26,7 @@ def test_maps():
 @pytest.mark.parametrize("norm", [True, False])
 def test_primary(norm):
     torch.manual_seed(0)
-    layer = MatrixPrimaryCaps(4, 3, 2, norm)
+    layer = PosePrimaryCaps(4, 3, 2, norm)
     x = 5 * torch.randn(8, 4, 3, 3)
     poses, activations = split_capsules(layer(x), 3, 2)
     assert ((activations > 0) & (activations < 1)).all()

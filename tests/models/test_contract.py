@@ -6,15 +6,14 @@ import pickle
 import pytest
 import timm
 import torch
+from families import CAPSNETS
 from timm.data.model_config import resolve_input_data_config
 from timm.models import group_parameters
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.task import ClassificationTask
 
-import capszoo
-
-NAMES = capszoo.list_models("capsnet*")
+NAMES = CAPSNETS
 every_model = pytest.mark.parametrize("name", NAMES)
 
 # The channels of the first convolution are not the point anywhere here, and neither is the size of the image.

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from families import sizes_of
 from timm.optim import create_optimizer_v2
 from torch.func import functional_call
 
@@ -13,8 +14,7 @@ every_model = pytest.mark.parametrize("name", capszoo.list_models())
 
 def small(name):
     torch.manual_seed(0)
-    sizes = {"conv_dims": (4, 5, 6)} if name == "efficient_capsnet" else {"conv_dim": 8}
-    return timm.create_model(name, **sizes, img_size=18, num_classes=4, dtype=torch.float64).eval()
+    return timm.create_model(name, **sizes_of(name), in_chans=1, img_size=18, num_classes=4, dtype=torch.float64).eval()
 
 
 def images():

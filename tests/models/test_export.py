@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from families import CAPSNETS
 from timm.layers import create_feature_extractor
 from timm.models import FeatureGraphNet
 from timm.utils.onnx import onnx_export
 
 import capszoo
 
-every_model = pytest.mark.parametrize("name", capszoo.list_models("capsnet*"))
+every_model = pytest.mark.parametrize("name", CAPSNETS)
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler for its CPU kernels"
@@ -47,7 +48,7 @@ def test_script(name, decoder, train, tmp_path):
 
 
 VARIANTS = [
-    *((name, kwargs) for name in capszoo.list_models("capsnet*") for kwargs in ({}, {"decoder": True})),
+    *((name, kwargs) for name in CAPSNETS for kwargs in ({}, {"decoder": True})),
     *((name, {}) for name in capszoo.list_models("cnn*")),
     ("capsnet", {"num_types": 4, "keep_capsules": [1, 6, 9]}),
     ("capsnet_ws", {"num_types": 4, "keep_capsules": [1, 6, 9], "squash": "approx"}),

@@ -334,6 +334,7 @@ def test_several_classes(tmp_path, recipe, capsys, monkeypatch):
     measured = evaluate(trained, Loader(data.test, 24, "cpu"))
     assert measured.top1 == pytest.approx(result["test_top1"])
     assert measured.mean_average_precision == pytest.approx(precision)
+    assert measured.exact_top_k == pytest.approx(result["test_exact_top_k"]) and measured.exact_top_k > 0.5
 
     assert recipe("validate").main(["run/best.safetensors", "--json", "v.json", "--robustness", "--device", "cpu"]) == 0
     out, found = capsys.readouterr().out, json.loads(Path("v.json").read_text())
@@ -341,13 +342,15 @@ def test_several_classes(tmp_path, recipe, capsys, monkeypatch):
     assert found["top1"] == measured.top1 and found["mean_average_precision"] == pytest.approx(precision)
     assert found["class_confusion"]["top"] == measured.class_confusion[2].tolist() and "confusion" not in found
     assert found["average_precision"]["left"] == pytest.approx(float(measured.average_precision[0]))
-    assert 0 <= found["top1_shift_6"] <= 1
+    assert 0 <= found["top1_shift_6"] <= 1 and found["exact_top_k"] == measured.exact_top_k
+    assert f"mean average precision {precision:.4f}  k longest {measured.exact_top_k:.4f}" in out
 
     monkeypatch.setattr(capszoo, "list_pretrained", lambda: [])
     also = ["--all", "--also", "run/best.safetensors", "--results-dir", ".", "--no-robustness", "--device", "cpu"]
     assert recipe("validate").main(also) == 0
     (row,) = csv.DictReader(Path("results-bars.csv").open())
     assert float(row["mean_average_precision"]) == pytest.approx(precision) and float(row["top1"]) == measured.top1
+    assert float(row["exact_top_k"]) == measured.exact_top_k
 
     options = "run/best.safetensors --keep types=1 --epochs 1 --amp none --device cpu --output pruned"
     assert recipe("prune").main(options.split()) == 0

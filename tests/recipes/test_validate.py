@@ -46,7 +46,8 @@ def test_all(validate, ship, make_run, digits, tmp_path, capsys):
     rows = list(csv.DictReader((folder / "results-digits.csv").open()))
     assert list(rows[0]) == list(
         "model top1 margin_loss reconstruction_error param_count param_count_with_decoder macs img_size "
-        "images_per_second top1_rotate_15 top1_rotate_30 top1_shift_6 top1_scale_0.8 top1_scale_1.2 precision device "
+        "images_per_second top1_rotate_15 top1_rotate_30 top1_shift_6 top1_scale_0.8 top1_scale_1.2 top1_affine "
+        "precision device "
         "torch capszoo date".split()
     )
     by_name = {row["model"]: row for row in rows}

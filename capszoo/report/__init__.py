@@ -1,0 +1,18 @@
+"""Reports of a network: how it was trained, what it gets wrong, what its capsules encode, how its routing decides."""
+
+from capszoo.figures import write_report  # of an exploration, which stood here before
+
+from .findings import Findings, find
+from .of_run import write_run_report
+from .sheet import Section, sections_of, training_section, write_sheet
+
+__all__ = [
+    "Findings",
+    "Section",
+    "find",
+    "sections_of",
+    "training_section",
+    "write_report",
+    "write_run_report",
+    "write_sheet",
+]
