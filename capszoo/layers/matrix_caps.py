@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from capszoo.kernels.gaussian_routing import reference
 
@@ -31,6 +32,19 @@ def split_capsules(x: Tensor, num_types: int, pose_size: int) -> tuple[Tensor, T
 def join_capsules(poses: Tensor, activations: Tensor) -> Tensor:
     """The inverse of :func:`split_capsules`."""
     return torch.cat((poses.flatten(1, 3), activations.to(poses.dtype)), dim=1)
+
+
+@register_notrace_function
+def map_coordinates(x: Tensor, pose_size: int) -> Tensor:
+    """Where on a map ``[B, C, h, w]`` a capsule is, from 0 to 1, in the last column of poses: ``[h, w, P, P]``."""
+    if has_torch_function_unary(x):  # torch.fx records the call
+        return handle_torch_function(map_coordinates, (x,), x, pose_size)
+    h, w = x.shape[2], x.shape[3]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows = (torch.arange(h, device=x.device, dtype=dtype) + 0.5) / h
+    columns = (torch.arange(w, device=x.device, dtype=dtype) + 0.5) / w
+    coordinates = torch.stack((rows[:, None].expand(h, w), columns.expand(h, w)), dim=-1).unsqueeze(-1)
+    return F.pad(coordinates, (pose_size - 1, 0, 0, pose_size - 2))
 
 
 class PosePrimaryCaps(nn.Module):
@@ -253,11 +267,8 @@ class ClassMatrixCaps(_MatrixRouting):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map capsules ``[B, I * P * P + I, h, w]`` to poses ``[B, J, P, P]`` and activations ``[B, J]`` of classes."""
         poses, activations = split_capsules(x, self.in_types, self.pose_size)
-        h, w, P = x.shape[2], x.shape[3], self.pose_size
-        rows = ((torch.arange(h, device=x.device) + 0.5) / h).to(self.weight.dtype)
-        columns = ((torch.arange(w, device=x.device) + 0.5) / w).to(self.weight.dtype)
-        offset = torch.stack((rows[:, None].expand(h, w), columns.expand(h, w)), dim=-1).unsqueeze(-1)
-        offset = F.pad(offset, (P - 1, 0, 0, P - 2))
+        h, w = x.shape[2], x.shape[3]
+        offset = map_coordinates(x, self.pose_size)
         weight = self.weight[:, None, None].expand(-1, h, w, -1, -1, -1)
         poses, activations = self.route(poses, activations, weight, offset)
         return poses.squeeze(5).squeeze(4), activations.squeeze(3).squeeze(2)

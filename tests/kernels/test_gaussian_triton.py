@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # Bytes of shared memory that one program may have, and of stack, for spilled registers, a thread.
-SHARED_MEMORY, STACK = 64 * 1024, 16
+SHARED_MEMORY, STACK = 64 * 1024, 64
 
 
 def interpreted(test):
