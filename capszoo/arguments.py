@@ -18,6 +18,7 @@ _KINDS = {
     int: "a whole number",
     float: "a number",
     str: "text",
+    dict: "a mapping of names to values",
     torch.device: "a device",
     torch.dtype: "a floating-point torch.dtype",
 }

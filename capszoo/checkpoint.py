@@ -183,9 +183,29 @@ def load_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, 
     return file.metadata
 
 
-# Of timm's configuration, what belongs to the weights that it names.
-_OF_WEIGHTS = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "state_dict", "source", "origin_url", "paper_name",
-               "license", "description", "notes", "label_names", "label_descriptions")  # fmt: skip
+# Of timm's configuration, what is said of weights, and where they come from.
+_SAID_OF_WEIGHTS = ("description", "label_descriptions", "label_names", "notes", "tag")
+_SOURCE_OF_WEIGHTS = ("file", "hf_hub_filename", "hf_hub_id", "license", "origin_url", "paper_name", "source",
+                      "state_dict", "url")  # fmt: skip
+
+
+def cfg_of_model(model: Any, cfg: Mapping[str, Any], same_source: bool) -> dict[str, Any]:
+    """The configuration of a model that is not as the weights that it names: their names, hash and accuracy are left
+    out, classes and images are the model's.
+
+    Args:
+        model: The model.
+        cfg: Its `pretrained_cfg`.
+        same_source: Whether the model's weights were made from those; else where they come from is left out, too.
+    """
+    left_out = _SAID_OF_WEIGHTS if same_source else _SAID_OF_WEIGHTS + _SOURCE_OF_WEIGHTS
+    cfg = {key: value for key, value in cfg.items() if key not in left_out}
+    if len(cfg.get("mean") or (0.0,)) not in (1, model.in_chans):
+        # One for all channels: which of them stand for which colours is not known.
+        cfg |= {key: (round(sum(cfg[key]) / len(cfg[key]), 4),) for key in ("mean", "std")}
+    if hasattr(model, "grid_size"):
+        cfg["pool_size"] = tuple(model.grid_size)
+    return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}
 
 
 def _describe(model: Any, file: "WeightsFile", normalisation: dict[str, tuple[float, ...]]) -> None:
@@ -195,8 +215,7 @@ def _describe(model: Any, file: "WeightsFile", normalisation: dict[str, tuple[fl
         if normalisation:
             model.pretrained_cfg = model.default_cfg = {**(cfg or {}), **normalisation}
         return
-    cfg = {key: value for key, value in dict(cfg).items() if key not in _OF_WEIGHTS}
-    cfg.update(num_classes=model.num_classes, input_size=(model.in_chans, *model.img_size), **normalisation)
+    cfg = {**cfg_of_model(model, cfg, same_source=False), **normalisation}
     try:
         names = json.loads(file.metadata.get("class_names", "null"))
     except (ValueError, RecursionError):
@@ -318,7 +337,8 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
     """
     cfg = model.pretrained_cfg
     says = f"these weights do not fit {cfg['architecture']!r}"
-    left_to_timm = (f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.bias")
+    convs = [cfg["first_conv"]] if isinstance(cfg["first_conv"], str) else cfg["first_conv"]
+    left_to_timm = (*(f"{conv}.weight" for conv in convs), f"{cfg['classifier']}.bias")
     own, misfit = model.state_dict(), compare_weights(state_dict, model)
     for key in misfit.unknown:
         if model.num_classes or not key.startswith(f"{cfg['classifier']}."):

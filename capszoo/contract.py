@@ -5,7 +5,7 @@ The other Protocols are optional: whoever needs one asks whether a model has its
 :func:`capszoo.testing.check_model` checks all of it.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ __all__ = [
     "HasCouplings",
     "HasCriterion",
     "HasPrimaryCapsules",
+    "HasUniformTwin",
     "Prunable",
     "auxiliary_modules",
     "decoder_of",
@@ -88,6 +89,17 @@ class HasCouplings(Protocol):
     def couplings(self, x: Tensor, iteration: int | None = -1) -> Tensor:
         """Shares ``[B, I, J]`` of each capsule below the classes in each class, of an iteration of routing from 0, or
         ``[R, B, I, J]`` of all."""
+
+
+@runtime_checkable
+class HasUniformTwin(Protocol):
+    """A family whose routing can be left out, to measure what it brings.
+
+    Attributes:
+        uniform_arguments: Keywords that give it uniform couplings; an attribute of the class.
+    """
+
+    uniform_arguments: ClassVar[dict[str, Any]]
 
 
 @runtime_checkable

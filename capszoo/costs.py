@@ -8,8 +8,12 @@ import torch
 from timm.models import is_model as timm_is_model
 from torch import nn
 
+from .contract import HasPrimaryCapsules
 from .layers import set_fused_routing
 from .registry import create_model, list_pretrained
+
+# Above, routing takes more than the convolutions do; the networks for MNIST have 288 to 1,152.
+_MANY_CAPSULES = 10_000
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class ModelInfo:
         macs: Multiply-accumulate operations of one forward pass of one image.
         input_size: (C, H, W) of the images.
         weights: Names of the shipped weights.
+        capsules: Number of primary capsules; 0 for a model that does not tell of any.
+        backbone: Name of the network before the capsules, None without.
     """
 
     name: str
@@ -29,6 +35,25 @@ class ModelInfo:
     macs: int
     input_size: tuple[int, int, int]
     weights: tuple[str, ...]
+    capsules: int = 0
+    backbone: str | None = None
+
+    def __str__(self) -> str:
+        name = f"{self.name} with {self.backbone}" if self.backbone else self.name
+        capsules = f", {self.capsules:,} capsules" if self.capsules else ""
+        images = "x".join(map(str, self.input_size))
+        return f"{name}: {self.parameters:,} parameters, {self.macs / 1e6:,.1f} M MACs{capsules}, images of {images}"
+
+    def warning(self) -> str | None:
+        """What to do about a model with very many capsules; None where there is nothing to say."""
+        if self.capsules <= _MANY_CAPSULES:
+            return None
+        size = f"{self.input_size[1]}x{self.input_size[2]}"
+        remedy = "a deeper --backbone-level" if self.backbone else "--backbone resnet18 (or stem)"
+        return (
+            f"warning: {self.capsules:,} capsules of {size} images take much memory and time: give {remedy}, or a "
+            f"smaller --img-size"
+        )
 
 
 def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
@@ -56,17 +81,35 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     counter = FlopCounterMode(display=False, custom_mapping=counted)
     model.eval()
     try:
-        with set_fused_routing(True), torch.no_grad(), counter:
-            model(image)
+        with set_fused_routing(True), torch.no_grad():
+            with counter:
+                model(image)
+            capsules = _count_capsules(model, image)
     finally:
         model.train(was_training)
-    weights = list_pretrained(name) if timm_is_model(name) else []
+    backbone = getattr(getattr(model, "backbone", None), "name", None)
+    weights = list_pretrained(name) if timm_is_model(name) and backbone is None else []
     return ModelInfo(
         name=name,
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         macs=counter.get_total_flops() // 2,
         input_size=input_size,
         weights=tuple(weights),
+        capsules=capsules,
+        backbone=backbone,
+    )
+
+
+def _count_capsules(model: Any, image: torch.Tensor) -> int:
+    """Primary capsules that class capsules are made of: those that a pruned network keeps."""
+    layers = list(model.capsule_layers().values())
+    if not layers:
+        return 0
+    if not isinstance(model, HasPrimaryCapsules):
+        return getattr(layers[-1], "num_capsules", 0)
+    primary: Any = model
+    return (
+        len(getattr(model, "keep_capsules", ())) or primary.primary_capsules(primary.forward_features(image)).shape[1]
     )
 
 

@@ -41,7 +41,8 @@ def open_model(
 
     Args:
         name_or_file: Name of a model with shipped weights, with or without a tag, or a file such as
-            `runs/NAME/best.safetensors`, or a run folder, of which the best weights are opened.
+            `runs/NAME/best.safetensors`, or a run folder, of which the best weights are opened, or a model folder of
+            `recipes/export.py hub`.
         model_name: Model of the weights, for a file whose header does not say it.
         decoder: Open it with or without the decoder; if None with it, where the weights may have one.
         **kwargs: More keywords of the model, in place of the header's.
@@ -62,6 +63,11 @@ def open_model(
         file = weights_path(name)
         return OpenedModel(model, name, file, read_metadata(file), read_table()[name]["dataset"])
     source = str(weights_in(source))
+    if Path(source).is_dir():
+        raise UsageError(
+            f"folder {source!r} holds neither best.safetensors nor model.safetensors: give a run folder whose training "
+            "has saved weights, or a model folder"
+        )
     if not Path(source).is_file():
         known = ", ".join(list_pretrained()) or "none yet"
         raise UsageError(f"{source!r} is no file and no shipped weights (there are: {known}): check the path")
@@ -77,9 +83,9 @@ def open_model(
 
 
 def weights_in(path: str | Path) -> Path:
-    """The best weights of a run folder, where `path` is one; else `path`."""
-    best = Path(path) / "best.safetensors"
-    return best if best.is_file() else Path(path)
+    """The best weights of a run folder, or those of a model folder, where `path` is one; else `path`."""
+    files = (Path(path) / name for name in ("best.safetensors", "model.safetensors"))
+    return next((file for file in files if file.is_file()), Path(path))
 
 
 def _with_decoder(decoder: bool | None, kwargs: dict[str, Any]) -> dict[str, Any]:

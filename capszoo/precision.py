@@ -1,13 +1,16 @@
 """Devices and precisions by name, as options and tables have them."""
 
 import platform
+import statistics
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .errors import TrainingError, UsageError, first_line
-from .kernels.fourier_conv import has_matrix_units
+from .kernels.processor import matrix_unit_problem
 
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,15 +54,57 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
         TrainingError: If there is no such precision, or not on this device.
     """
     if amp == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        # With vector instructions alone (avx512_bf16) it is slower than float32, see recipes/results/precision-cpu.csv.
-        return torch.bfloat16 if device.type == "cpu" and has_matrix_units() else None
+        return explain_auto(device)[0]
     if amp not in _AMP_TYPES:
         raise TrainingError(f"unknown precision amp={amp!r}. Known: auto, {', '.join(_AMP_TYPES)}")
     if amp == "fp16" and device.type == "cpu":
         raise TrainingError("amp='fp16' needs a GPU: use bf16, none or auto on a CPU")
     return _AMP_TYPES[amp]
+
+
+def explain_auto(device: torch.device) -> tuple[torch.dtype | None, str]:
+    """What `amp='auto'` takes on a device, as :func:`resolve_amp` returns it, and why."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU computes in it"
+        return torch.float16, "the GPU is older than bfloat16"
+    if device.type != "cpu":
+        return None, f"lower precision is not measured on {device.type}"
+    problem = matrix_unit_problem()
+    return (torch.bfloat16, "AMX multiplies its matrices") if problem is None else (None, problem)
+
+
+def time_precisions(device: torch.device, seconds: float = 0.6) -> dict[torch.dtype | None, float]:
+    """Time a small training step, of two convolutions and a matrix product, in float32 (None) and bfloat16.
+
+    Args:
+        device: A CPU; others do not compute while Python waits.
+        seconds: About as long is each measured.
+
+    Returns:
+        Median seconds of a step by type.
+    """
+    images = torch.rand(16, 1, 28, 28, device=device)
+    model = nn.Sequential(
+        nn.Conv2d(1, 64, 9), nn.ReLU(), nn.Conv2d(64, 64, 9, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(2304, 160)
+    ).to(device)
+
+    def step(dtype: torch.dtype | None) -> float:
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            loss = model(images).square().mean()
+        loss.backward()
+        return time.perf_counter() - start
+
+    dtypes = (None, torch.bfloat16)
+    times: dict[torch.dtype | None, list[float]] = {dtype: [] for dtype in dtypes}
+    for dtype in dtypes:
+        step(dtype)  # what is prepared once
+    end = time.monotonic() + len(dtypes) * seconds
+    while time.monotonic() < end or len(times[None]) < 3:
+        for dtype in dtypes:  # in turns, so that what else runs on the machine slows all of them
+            times[dtype].append(step(dtype))
+    return {dtype: statistics.median(found) for dtype, found in times.items()}
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

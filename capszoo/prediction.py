@@ -1,5 +1,6 @@
 """From images of any kind to classes: what a trained model says of a file, a picture, an array or a tensor."""
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from .contract import decoder_of, to_probabilities
 from .data.decoding import decode, not_an_image
-from .data.folders import is_image_name
+from .data.folders import images_below
 from .data.readers import ArrayReader
-from .errors import DataError
+from .errors import DataError, one_line
 
 __all__ = ["Prediction", "class_names_of", "predict", "reconstruct", "to_pixels"]
 
@@ -174,7 +175,7 @@ def predict(model: nn.Module, images: Any, batch_size: int = 256) -> Prediction 
         raise DataError("this model has no classes to predict: make it with num_classes above 0")
     is_one = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) < 4
     if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
-        images, is_one = list(images_below(Path(images))), False
+        images, is_one = _images_of(images), False
     several: Sequence[Any] = [images] if is_one else images
     was_training = model.training
     model.eval()
@@ -188,23 +189,33 @@ def predict(model: nn.Module, images: Any, batch_size: int = 256) -> Prediction 
     return found[0] if is_one else found
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """The files below a folder whose suffix is that of an image, in order; hidden ones are left out."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and is_image_name(path):
-            yield path
-
-
 def named_images(names: Iterable[str]) -> Iterator[tuple[str, DataError | None]]:
     """The files that the command line names, and what is wrong with a name."""
     for name in names:
         if name == "-":
-            yield from named_images(line.rstrip("\n") for line in sys.stdin if line.strip())
+            lines = (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            first = next(lines, None)
+            if first is None:
+                yield name, DataError("standard input names no images: give a line for each")
+            else:
+                yield from named_images(itertools.chain([first], lines))
         elif Path(name).is_dir():
-            paths = list(images_below(Path(name)))
-            if not paths:
-                yield name, DataError(f"folder {name!r} holds no images: check the path")
-            yield from ((str(path), None) for path in paths)
+            try:
+                paths = _images_of(name)
+            except DataError as error:
+                yield name, error
+            else:
+                yield from ((str(path), None) for path in paths)
         else:
             yield name, None
+
+
+def _images_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """The images below a folder, which must be some."""
+    try:
+        paths = images_below(Path(folder))
+    except OSError as error:
+        raise DataError(f"folder {str(folder)!r} cannot be read ({one_line(error)}): mend its permissions") from error
+    if not paths:
+        raise DataError(f"folder {str(folder)!r} holds no images: check the path")
+    return paths

@@ -21,7 +21,7 @@ from ._version import __version__
 from .arguments import check_value
 from .checkpoint import WeightsFile, check_weights, load_weights, read_file, save_weights
 from .contract import keeps_contract
-from .errors import CheckpointError, WriteError, first_line
+from .errors import CheckpointError, UsageError, WriteError, first_line
 
 __all__ = [
     "check_arguments",
@@ -34,6 +34,7 @@ __all__ = [
     "model_header",
     "model_keywords",
     "save_model",
+    "uniform_arguments",
 ]
 
 
@@ -50,6 +51,9 @@ _TIMM_KEYWORDS = {
     "pretrained_strict",
     "scriptable",
 }
+
+# Keywords that a file must not give: where to compute, and whether to fetch weights from elsewhere.
+_NOT_OF_FILES = {"backbone_pretrained", "device", "dtype"}
 
 # Of a model that a config.json describes: before its weights are read, nothing else bounds what it asks for.
 _MAX_DESCRIBED = 1 << 28
@@ -79,6 +83,24 @@ def family_of(name: str) -> type[nn.Module] | None:
     """
     arch = name.split(".")[0]
     return _family(model_entrypoint(arch)) if timm_is_model(arch) else None
+
+
+def uniform_arguments(name: str) -> dict[str, Any]:
+    """Keywords that give a family of models uniform couplings in place of its routing, to measure what it brings.
+
+    A family has them as its class attribute `uniform_arguments`.
+
+    Args:
+        name: Name of a model.
+
+    Raises:
+        UsageError: If it has no routing to do without.
+    """
+    family = family_of(name)
+    found = getattr(family, "uniform_arguments", None)
+    if found is None:
+        raise UsageError(f"{name!r} has no form with uniform couplings: choose a model with capsule layers")
+    return dict(found)
 
 
 @functools.cache
@@ -125,6 +147,8 @@ def create_model(
         ```
     """
     kwargs = check_arguments(name, kwargs)
+    if checkpoint_path is not None:
+        kwargs.pop("backbone_pretrained", None)  # the file has all weights
     if checkpoint_path is not None and kwargs.get("features_only"):
         raise ValueError(
             "features_only=True does not go with checkpoint_path: pass pretrained=True and "
@@ -260,7 +284,7 @@ def header_arguments(path: str | Path, name: str, header: dict[str, str]) -> dic
         model_args = None
     if not isinstance(model_args, dict):
         raise CheckpointError(f"{str(path)!r} is damaged (its 'model_args' are no JSON object): use another checkpoint")
-    model_args = {key: value for key, value in model_args.items() if key not in _TIMM_KEYWORDS | {"device", "dtype"}}
+    model_args = {key: value for key, value in model_args.items() if key not in _TIMM_KEYWORDS | _NOT_OF_FILES}
     try:
         return check_arguments(name, model_args)
     except ValueError as error:
@@ -292,7 +316,7 @@ def _check_source(name: str, cache_dir: str | Path | None) -> str:
         config = resolve_model_input_args(name, cache_dir=cache_dir)
         arch, model_args = config["model_name"], config.get("pretrained_model_args", {})
         check_arguments(arch, model_args)
-        for key in {"device", "dtype"} & set(model_args):
+        for key in _NOT_OF_FILES & set(model_args):
             raise ValueError(f"{arch!r} does not take {key}={reprlib.repr(model_args[key])} from a file")
         size = sum(value.numel() for value in timm.create_model(name, device="meta", cache_dir=cache_dir).parameters())
     except Exception as error:  # timm takes the file for granted

@@ -11,6 +11,7 @@ from .gaussian_routing import em_routing, vb_routing
 from .inverted_attention import inverted_attention_routing
 from .ops import dynamic_routing, squash
 from .self_attention import self_attention_routing
+from .weighted_votes import weighted_votes
 
 __all__ = [
     "dynamic_routing",
@@ -21,4 +22,5 @@ __all__ = [
     "self_attention_routing",
     "squash",
     "vb_routing",
+    "weighted_votes",
 ]

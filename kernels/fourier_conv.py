@@ -21,7 +21,6 @@ For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 45 mil
 with the direct convolution: `is_faster` weighs that up, by counts alone, so that the same shapes give the same bits.
 """
 
-import functools
 import math
 import threading
 import weakref
@@ -34,6 +33,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .fourier_plan import Plan, best_plan, is_faster, matrices
+from .processor import has_matrix_units
 
 # Images for which products are in memory at a time.
 CHUNK = 128
@@ -356,12 +356,6 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | None:
         return None
     plan = best_plan(H, W, k, stride, C, D)
     return plan if is_faster(plan, B, C, D) else None
-
-
-@functools.cache
-def has_matrix_units() -> bool:
-    """Whether this processor multiplies bfloat16 matrices (AMX)."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def fourier_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, scale: Tensor | float = 1.0) -> Tensor:

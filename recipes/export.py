@@ -6,7 +6,7 @@
 
 `ship` writes capszoo/weights/NAME.safetensors in float16, with a card in its header, and its sha256 and the essentials
 of the card to capszoo/weights/weights.json. `hub` writes config.json, model.safetensors and README.md, as timm's
-`local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them; the weights are the given file, byte for byte.
+`local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them, and transformers, too; see docs/timm.md.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def build_parser() -> OptionParser:
     job.add_argument("file", help="best.safetensors of a finished run")
     job.add_argument("--name", required=True, metavar="MODEL.TAG", help="name of the weights, such as capsnet_ws.mnist")
     job.add_argument("--recipe", help="command that made the weights; default from the run folder's args.yaml")
-    job.add_argument("--license", default="mit", help="licence of the weights")
+    job.add_argument("--license", default="mit", help="licence of the weights (default: mit)")
     job.add_argument("--replace", action="store_true", help="replace weights of this name")
     job = jobs.add_parser("hub", allow_abbrev=False, help="make a model folder in the Hugging Face hub's layout")
     job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
@@ -283,16 +283,37 @@ def hub(args: argparse.Namespace) -> int:
         "description": f"{card['model']} trained on {card.get('dataset', 'unknown data')} by capszoo",
         "license": card["license"],
         "label_names": label_names,
-        "notes": [f"sha256 {pretrained.sha256_of(file)}"],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_config_for_hf(
-        model, folder / "config.json", model_config={"label_names": label_names, "pretrained_cfg": own_cfg}
-    )
-    shutil.copyfile(file, folder / "model.safetensors")
+    weights, config_file = folder / "model.safetensors", folder / "config.json"
+    write_hub_weights(file, model, weights)
+    own_cfg["notes"] = [f"sha256 {pretrained.sha256_of(weights)}"]
+    # Half precision saves space in the file; transformers would also compute in it.
+    facts = {"label_names": label_names, "pretrained_cfg": own_cfg, "dtype": "float32"}
+    save_config_for_hf(model, config_file, model_config=facts)
+    config = read_json(config_file, {}, "run again")
+    config["model_args"].pop("num_classes", None)  # of the root, where transformers and timm look for it
+    write_json(config_file, config)
     (folder / "README.md").write_text(model_card(name, card, capszoo.model_info(model)), encoding="utf-8")
     print(f"{folder}: {name}, load it with capszoo.create_model('local-dir:{folder}', pretrained=True)")
     return 0
+
+
+def write_hub_weights(file: Path, model: nn.Module, path: Path) -> None:
+    """Write the weights of `file`, which `model` holds, under exactly the names of the model's state dict.
+
+    That is the file itself, byte for byte, unless it is older than the scales of convolutions, or holds a decoder that
+    the model was opened without: transformers fills in what is missing by its own initialisation.
+    """
+    tensors, header = load_tensors(file)
+    own = model.state_dict()
+    if tensors.keys() == own.keys():
+        shutil.copyfile(file, path)
+        return
+    for key, value in own.items():
+        smaller = value.to(tensors[key].dtype) if key in tensors else value
+        own[key] = smaller if torch.equal(smaller.to(value.dtype), value) else value
+    save_tensors(path, own, {key: value for key, value in header.items() if key != "precision"})
 
 
 def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:

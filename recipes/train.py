@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capszoo.command_line import StopSignal, add_result, changed_options, check_results, parse_resumable, run
 from capszoo.command_line.training import MAY_CHANGE_ON_RESUME, build_parser
+from capszoo.costs import model_info
 from capszoo.data import DataSplits
 from capszoo.engine import Trainer, find_lr
 from capszoo.engine.distributed import Ranks, is_lost_connection, join_ranks, leave_ranks, reach, wait_for
@@ -213,8 +214,10 @@ def train(
         if not options.quiet:
             val = 0 if data.val is None else len(data.val)
             precision = "float32" if trainer.amp is None else str(trainer.amp).removeprefix("torch.")
+            info = model_info(model.pretrained_cfg["architecture"], **model.arguments())
+            console.print(str(info), *filter(None, [info.warning()]), sep="\n")
             console.print(
-                f"{options.model} ({sum(p.numel() for p in model.parameters()):,} parameters) on {options.dataset} "
+                f"{options.model} on {options.dataset} "
                 f"({len(data.train):,} train, {val:,} val, {len(data.test):,} test), {options.policy}, "
                 f"{device.type} {precision}, "
                 + (f"{ranks.count} processes, " if ranks.count > 1 else "")

@@ -354,9 +354,8 @@ def test_save_model(name, tmp_path):
     header = read_metadata(path)
     assert json.loads(header["class_names"]) == list("abcd") and header["accuracy"] == "0.5"
     assert header["model"] == name and header["capszoo_version"] == capszoo.__version__
-    assert [json.loads(header[key]) for key in ("mean", "std")] == [
-        list(model.pretrained_cfg[k]) for k in ("mean", "std")
-    ]
+    statistics = [list(model.pretrained_cfg[key]) for key in ("mean", "std")]
+    assert [json.loads(header[key]) for key in ("mean", "std")] == statistics
 
     for classes, pool in (7, None), (0, None), (0, ""), (3, "flat"):
         model.reset_classifier(classes, pool)

@@ -141,8 +141,7 @@ def measure(group: Group, rounds: int, device: torch.device) -> list[dict]:
     """Time the steps of all variants in turns; a variant that fails gets a row with a note."""
     facts = group.facts
     rows = {variant: {**facts, "variant": variant, "graph": 0, "rounds": 0, "note": ""} for variant in group.makers}
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device=device)
     steps: dict[str, Callable] = {}
     times: dict[str, list[float]] = {}
     repeats: dict[str, int] = {}
@@ -206,8 +205,7 @@ def digits(value: float) -> float:
 
 def measure_epoch(facts: dict, data: DataSplits, amp: torch.dtype | None, device: torch.device) -> list[dict]:
     """Train two epochs as recipes/train.py does; the second has nothing left to tune or compile."""
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device=device)
     model, _, _ = make_model(facts["model"], "fused", 1, device)
     task = CapsuleTask(model, device=device, verbose=False)
     policy = create_policy("fixed", lr=1e-3, batch_size=facts["batch_size"], epochs=2, num_images=len(data.train))

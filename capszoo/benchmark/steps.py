@@ -66,8 +66,7 @@ def training_step(name: str, amp: torch.dtype | None, variant: str, batch_size: 
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
     def step() -> None:
-        if device.type == "cpu":
-            keep_freed_memory(chosen.keeps_memory)
+        keep_freed_memory(chosen.keeps_memory, device)
         with set_fourier_conv(chosen.fourier_conv), autocast(device, amp):
             loss = task(images, labels)["loss"]
         scaler.scale(loss).backward()

@@ -13,20 +13,25 @@ import importlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from capszoo import __version__
-from capszoo.command_line import OptionParser, UsageError, run, unknown_name
+from capszoo.command_line import OptionParser, UsageError, add_options, run, unknown_name
 from capszoo.costs import model_info
+from capszoo.engine.options import OPTIONS
 from capszoo.kernels import dispatch
 from capszoo.layers import use_fused_routing
-from capszoo.precision import resolve_amp
+from capszoo.precision import explain_auto, time_precisions
 from capszoo.pretrained import read_table
 from capszoo.registry import create_model, is_model, list_models, list_pretrained
 
 __all__ = ["main", "routing_backend"]
+
+# Options of training that `info` takes, too.
+INFO_OPTIONS = ("img_size", "in_chans", "backbone", "backbone_level", "model_kwargs")
 
 RECIPES = {
     "train": "train a capsule network",
@@ -47,6 +52,7 @@ def build_parser() -> OptionParser:
     job.add_argument("--pretrained", action="store_true", help="the shipped weights instead of the models")
     job = jobs.add_parser("info", allow_abbrev=False, help="size of a model, work of a forward pass, and its weights")
     job.add_argument("model", help="name of a model, or of shipped weights such as capsnet_ws.mnist")
+    add_options(job, {name: OPTIONS[name] for name in INFO_OPTIONS}, {})
     jobs.add_parser("predict", help="say what image files show, by a trained model", add_help=False)
     jobs.add_parser("doctor", allow_abbrev=False, help="what this machine has, which routing runs on it, and why")
     for name, text in RECIPES.items():
@@ -95,9 +101,15 @@ def doctor() -> int:
     lines.append(("CPU", f"{platform.machine()} with {capability}, {torch.get_num_threads()} threads"))
     for device in [*gpus, torch.device("cpu")]:
         backend, why = routing_backend(device)
-        dtype = resolve_amp("auto", device)
         lines.append((f"routing on {device}", f"{backend}: {why}"))
-        lines.append((f"precision on {device}", "float32" if dtype is None else str(dtype).removeprefix("torch.")))
+        dtype, why = explain_auto(device)
+        lines.append((f"precision on {device}", f"{str(dtype or torch.float32).removeprefix('torch.')}: {why}"))
+    times = time_precisions(torch.device("cpu"))
+    ratio = times[torch.bfloat16] / times[None]
+    # A fifth is more than such a short measurement errs.
+    better = "bf16" if ratio < 0.8 and dtype is None else "none" if ratio > 1.25 and dtype is not None else None
+    advice = "" if better is None else f": try --amp {better}"
+    lines.append(("bfloat16 on cpu", f"a small training step takes {ratio:.2f} times as long as in float32{advice}"))
     if not gpus and dispatch.TRITON_PROBLEM:
         lines.append(("Triton", dispatch.TRITON_PROBLEM))
     wrong = []
@@ -115,13 +127,12 @@ def doctor() -> int:
     return 1 if wrong else 0
 
 
-def info(name: str) -> None:
-    """Print size and work of a model."""
+def info(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Print size and work of a model with these keywords."""
     if not is_model(name):
         create_model(name)  # says what is unknown, with near matches
-    found = model_info(name)
-    images = "x".join(map(str, found.input_size))
-    print(f"{found.name}: {found.parameters:,} parameters, {found.macs:,} MACs, images of {images}")
+    found = model_info(name, **kwargs)
+    print(str(found), *filter(None, [found.warning()]), sep="\n")
     table = read_table()
     for weights in found.weights:
         entry = table[weights]
@@ -148,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.job == "doctor":
         return doctor()
     if args.job == "info":
-        info(args.model)
+        kwargs = {key: getattr(args, key) for key in INFO_OPTIONS if getattr(args, key) is not None}
+        more = dict(kwargs.pop("model_kwargs", ()))
+        info(args.model, {**kwargs, **more})
     else:
         for name in list_pretrained(args.filter) if args.pretrained else list_models(args.filter):
             print(name)

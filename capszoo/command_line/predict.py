@@ -1,7 +1,10 @@
 """`capszoo predict`: what a model says of image files."""
 
+import contextlib
 import csv
+import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from capszoo.errors import DataError, UsageError, WriteError, first_line
 from capszoo.files import write_atomically
 from capszoo.opening import open_model
 from capszoo.precision import choose_device
-from capszoo.prediction import Prediction, named_images, predict_pixels, reconstruct, to_pixels
+from capszoo.prediction import Prediction, class_names_of, named_images, predict_pixels, reconstruct, to_pixels
 
 from .parser import OptionParser
 
@@ -37,6 +40,12 @@ def build_parser() -> OptionParser:
     add("images", nargs="+", metavar="IMAGE", help="image files and folders; - reads their names from standard input")
     add("--json", action="store_true", help="print JSON, with the scores of all classes")
     add("--csv", action="store_true", help="print CSV")
+    add(
+        "--threshold",
+        type=float,
+        metavar="SCORE",
+        help="also say which classes score at least this (default: 0.5 if images of the training showed several)",
+    )
     add("--reconstruct", metavar="FILE.png", help="also draw each image beside what the decoder makes of it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     return parser
@@ -68,6 +77,15 @@ def predict_all(model: torch.nn.Module, names: Iterable[str], drawn: list[Tensor
     yield from flush()
 
 
+def keep_odd_names() -> None:
+    """Let names of files that are not text go in and out as they are, instead of failing at the first."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            with contextlib.suppress(OSError):  # of a stream that has been led elsewhere
+                stream.reconfigure(errors="surrogateescape" if utf8 or stream is sys.stdin else "backslashreplace")
+
+
 def draw(pairs: list[Tensor], path: Path) -> None:
     """Write pairs `[2, C, H, W]` of images and reconstructions as a picture, eight pairs in a row."""
     from torchvision.utils import make_grid, save_image
@@ -76,48 +94,64 @@ def draw(pairs: list[Tensor], path: Path) -> None:
     write_atomically(path, lambda temporary: save_image(grid, temporary, format=path.suffix[1:] or "png"))
 
 
+def print_table(rows: list[list[Any]]) -> None:
+    """Print rows of COLUMNS, and of what images show, if that is asked for."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("image", "class", "score", "second best", "score", "shows")[: len(rows[0])]:
+        table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
+    for name, label, score, second, second_score, *shown in rows:
+        more = ("", "") if second is None else (escape(second), f"{second_score:.3f}")
+        table.add_row(escape(name), escape(label), f"{score:.3f}", *more, *(escape(some) or "-" for some in shown))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=1000)
+    console.print(table)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     if args.json and args.csv:
         raise UsageError("--json does not go with --csv: choose one")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise UsageError(f"--threshold {args.threshold} is not a score: give a number such as 0.5")
     device = choose_device(args.device)
-    model: Any = open_model(args.weights).model.to(device).eval()
+    opened = open_model(args.weights)
+    model: Any = opened.model.to(device).eval()
     if not model.num_classes:
         raise UsageError(f"{args.weights!r} has no classes to predict: use other weights")
     if args.reconstruct and decoder_of(model) is None:
         raise UsageError(f"{args.weights!r} has no decoder for --reconstruct: leave it out, or use other weights")
     if args.reconstruct and Path(args.reconstruct).suffix.lower() != ".png":
         raise UsageError(f"--reconstruct {args.reconstruct!r} is not the name of a PNG file: let it end in .png")
+    threshold = args.threshold
+    if threshold is None and opened.header.get("several_classes") == "true":
+        threshold = 0.5
+    names, columns = class_names_of(model), (*COLUMNS, *(() if threshold is None else ("shows",)))
+    keep_odd_names()
     drawn: list[Tensor] | None = [] if args.reconstruct else None
     failed = False
     found = []
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
-        writer.writerow(COLUMNS)
+        writer.writerow(columns)
     for name, prediction in predict_all(model, args.images, drawn):
         if isinstance(prediction, DataError):
             print(f"error: {first_line(prediction)}", file=sys.stderr)
             failed = True
             continue
-        row = (name, prediction.class_name, prediction.score, prediction.second_name, prediction.second_score)
+        row = [name, prediction.class_name, prediction.score, prediction.second_name, prediction.second_score]
+        if threshold is not None:
+            shown = [label for label, score in zip(names, prediction.scores, strict=True) if score >= threshold]
+            row.append(shown if args.json else ";".join(shown))
         if args.csv:
             writer.writerow(row)
         else:
             found.append((row, prediction))
     if args.json:
-        values = [{**dict(zip(COLUMNS, row, strict=True)), "scores": prediction.scores} for row, prediction in found]
+        values = [{**dict(zip(columns, row, strict=True)), "scores": prediction.scores} for row, prediction in found]
         print(json.dumps(values, indent=2))
     elif found:
-        table = Table(box=None, pad_edge=False)
-        for column in ("image", "class", "score", "second best", "score"):
-            table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
-        for (name, label, score, second, second_score), _ in found:
-            more = ("", "") if second is None else (escape(second), f"{second_score:.3f}")
-            table.add_row(escape(name), escape(label), f"{score:.3f}", *more)
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=1000)
-        console.print(table)
+        print_table([row for row, _ in found])
     if args.reconstruct:
         if not drawn:
             raise WriteError(f"{args.reconstruct!r} is not written: no image could be read")

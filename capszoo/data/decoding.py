@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from capszoo.errors import DataError, one_line
@@ -47,12 +47,7 @@ def decode(
     `transform` changes the whole image, grey or RGB, before it is resized.
     """
     with _open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels, save it with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        image = image.convert("L" if in_chans == 1 else "RGB")
+        image = to_channels(ImageOps.exif_transpose(image), in_chans)
         if transform is not None:
             image = transform(image)
         height, width = img_size or (image.height, image.width)
@@ -70,6 +65,15 @@ def from_pil(image: Image.Image) -> Tensor:
 def to_pil(pixels: Tensor) -> Image.Image:
     """Return uint8 `[C, H, W]` of 1 or 3 channels as a grey or RGB image."""
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+
+
+def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
+    """Return an image of any mode as 8 bits of grey (1) or colour (3)."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("L" if in_chans == 1 else "RGB")
 
 
 @contextmanager
@@ -102,7 +106,13 @@ class _BoundedFile(io.BufferedReader):
 
 def not_an_image(path: Path, error: Exception) -> DataError:
     """The error of a file that cannot be decoded."""
-    return DataError(f"'{path}' is not an image that can be decoded ({one_line(error)}): delete or mend it")
+    reason = one_line(error)
+    if isinstance(error, UnidentifiedImageError):  # PIL's message names its own object
+        try:
+            reason = "its format is not known" if path.stat().st_size else "it is empty"
+        except OSError:
+            reason = "its format is not known"
+    return DataError(f"'{path}' is not an image that can be decoded ({reason}): delete or mend it")
 
 
 def sizes_differ(what: str, one: Size, other: Size) -> DataError:

@@ -37,6 +37,16 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES or not path.suffix
 
 
+def images_below(folder: Path) -> list[Path]:
+    """The images of a folder and of those below it, in order; hidden files and those of other kinds are left out.
+
+    Raises:
+        OSError: If a folder cannot be read.
+    """
+    walk = Walk(folder, follow_links=True)
+    return [path for path in walk.files(folder) if not walk.skips(path)]
+
+
 def image_folder(
     root: Path, img_size: Size | None = None, in_chans: int | None = None, follow_links: bool = False
 ) -> tuple[list[str], dict[str, tuple[FileReader, Tensor]]]:
@@ -75,7 +85,7 @@ def image_folder(
     if held_out[0].name == "test" and len(held_out) > 1:
         folders["val"] = held_out[1]
 
-    walk = _Walk(root, follow_links)
+    walk = Walk(root, follow_links)
     for folder in folders.values():
         walk.check_inside(folder)
     tables = [folder / _TABLE for folder in folders.values()]
@@ -106,7 +116,7 @@ def image_folder(
     return class_names, {part: (FileReader(paths, image_shape), labels) for part, (paths, labels) in files.items()}
 
 
-def _read_class_folders(folders: dict[str, Path], walk: _Walk) -> tuple[list[str], _Files]:
+def _read_class_folders(folders: dict[str, Path], walk: Walk) -> tuple[list[str], _Files]:
     """Return the class names, and the images of each part by its folders of one class each."""
     found = {part: _class_files(folder, walk) for part, folder in folders.items()}
     class_names = sorted(found["train"], key=lambda label: (natural_key(label), label))  # timm's order
@@ -123,7 +133,7 @@ def _read_class_folders(folders: dict[str, Path], walk: _Walk) -> tuple[list[str
     return class_names, files
 
 
-def _read_tables(folders: dict[str, Path], walk: _Walk) -> tuple[list[str], _Files]:
+def _read_tables(folders: dict[str, Path], walk: Walk) -> tuple[list[str], _Files]:
     """Return the class names, and the images of each part by its table."""
     for folder in folders.values():
         if not (folder / _TABLE).exists():
@@ -151,7 +161,7 @@ def _read_tables(folders: dict[str, Path], walk: _Walk) -> tuple[list[str], _Fil
     return class_names, files
 
 
-def _read_table(folder: Path, walk: _Walk) -> tuple[list[str], list[Path], Tensor]:
+def _read_table(folder: Path, walk: Walk) -> tuple[list[str], list[Path], Tensor]:
     """Return the class names, files and labels of the table of one part."""
     table = folder / _TABLE
     walk.check_inside(table)
@@ -194,7 +204,7 @@ def _read_table(folder: Path, walk: _Walk) -> tuple[list[str], list[Path], Tenso
     return class_names, list(paths.values()), torch.tensor(labels)
 
 
-def _class_files(folder: Path, walk: _Walk) -> dict[str, list[Path]]:
+def _class_files(folder: Path, walk: Walk) -> dict[str, list[Path]]:
     """Return the images of each class below `folder`."""
     classes = {}
     for entry in walk.entries(folder):
@@ -214,8 +224,8 @@ def _class_files(folder: Path, walk: _Walk) -> dict[str, list[Path]]:
     return classes
 
 
-class _Walk:
-    """Goes through the files of a data set.
+class Walk:
+    """Goes through the files of a folder, such as that of a data set.
 
     Args:
         root: Its folder.

@@ -5,6 +5,8 @@ import ctypes
 import functools
 import os
 
+import torch
+
 __all__ = ["keep_freed_memory"]
 
 # Options of glibc's mallopt, and its own values: a block of 32 MiB and more is the operating system's at once.
@@ -26,7 +28,7 @@ def _glibc() -> ctypes.CDLL | None:
 _kept = False
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
+def keep_freed_memory(keep: bool = True, device: torch.device | None = None) -> bool:
     """Let freed tensors stay with the process, for all of it, until this is called with False.
 
     glibc gives large blocks back to the operating system when they are freed, which clears them page by page when they
@@ -35,12 +37,15 @@ def keep_freed_memory(keep: bool = True) -> bool:
     Args:
         keep: Whether to keep blocks of up to 1 GiB, and up to 2 GiB at the end of the heap. False gives back what is
             free.
+        device: Where the tensors are, by default on a CPU; for those elsewhere nothing is changed.
 
     Returns:
         Whether freed memory stays with the process from now on.
     """
     global _kept
     library = _glibc()
+    if device is not None and device.type != "cpu":
+        return _kept
     if library is None or os.environ.get("CAPSZOO_KEEP_MEMORY", "1") == "0":
         return False
     if keep != _kept:

@@ -32,6 +32,7 @@ from capszoo.files import write_atomically
 from capszoo.policies import list_policies, policy_options
 
 __all__ = [
+    "BACKBONE_OPTIONS",
     "MODEL_OPTIONS",
     "POLICY_OPTIONS",
     "TrainingOptions",
@@ -46,7 +47,8 @@ __all__ = [
 ]
 
 # Options that are keywords of models.
-MODEL_OPTIONS = ("decoder", "num_routing", "routing", "squash", "drop_rate", "start")
+BACKBONE_OPTIONS = ("backbone", "backbone_level", "backbone_pretrained")
+MODEL_OPTIONS = ("decoder", "num_routing", "routing", "squash", "drop_rate", "start", *BACKBONE_OPTIONS)
 
 
 _SEED = Range("0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
@@ -98,6 +100,13 @@ class TrainingOptions(Augmentation):
     decoder: bool | None = option(True, "train with the decoder", "model", flag=True, negatable=True)
     start: str = option("default", "how a fresh network starts: default, plain or paper", "model")
     drop_rate: float = option(0.0, "dropout rate of the primary capsules", "model", read=float, within=BELOW_1)
+    backbone: str | None = option(
+        None, "a timm network before the capsules, such as resnet18, or stem for strided convolutions", "model"
+    )
+    backbone_level: int | None = option(
+        None, "level of its features; default the last with a map of 12 pixels each way", "model", read=int
+    )
+    backbone_pretrained: bool = option(False, "start from timm's weights of the backbone", "model", flag=True)
     model_kwargs: Mapping[str, Any] = option(
         {}, "more for the model", "model", read=read_pair, many="*", metavar="NAME=VALUE"
     )

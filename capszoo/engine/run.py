@@ -30,7 +30,7 @@ from .criteria import class_weights, criterion_header, weigh_classes
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
 from .memory import keep_freed_memory
-from .options import DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
+from .options import BACKBONE_OPTIONS, DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
 from .task import CapsuleTask
 from .trainer import Trainer
 
@@ -68,9 +68,11 @@ def model_arguments(options: TrainingOptions, data: DataSplits) -> dict[str, Any
     """
     known = model_keywords(options.model)
     of_data = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
-    # A model without routing or decoder is not told of them, unless the user changed something about them.
+    # A model without routing or decoder is not told of them, unless the user changed something about them; nor is any
+    # model of a backbone.
     own = {key: getattr(options, key) for key in MODEL_OPTIONS}
-    own = {key: value for key, value in own.items() if key in known or value != getattr(DEFAULTS, key)}
+    told = known.difference(BACKBONE_OPTIONS)
+    own = {key: value for key, value in own.items() if key in told or value != getattr(DEFAULTS, key)}
     more = check_arguments(options.model, dict(options.model_kwargs))
     more = {key: value for key, value in more.items() if value is not None}
     for key, value in more.items():
@@ -98,7 +100,7 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
         load_weights(model, options.checkpoint)
     model.creation_args = kwargs
     # Weights are used to images as they were trained on.
-    has_weights = options.pretrained or options.checkpoint or ":" in options.model
+    has_weights = options.pretrained or options.checkpoint or ":" in options.model or kwargs.get("backbone_pretrained")
     own = image_statistics(model) if has_weights else data.statistics()
     given = options.mean, options.std
     mean, std = (tuple(o if g is None else g) for g, o in zip(given, own, strict=True))
@@ -245,8 +247,7 @@ def trainer_of(
     Raises:
         ValueError: For a policy, optimizer or precision that cannot be made.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device=device)
     model.to(device)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -295,6 +296,7 @@ def header_of(
     facts = {
         "dataset": options.dataset,
         "class_names": data.class_names,
+        **({"several_classes": True} if data.multi_label else {}),
         "policy": options.policy,
         "epochs": options.epochs,
         "seed": options.seed,

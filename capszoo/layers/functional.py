@@ -15,6 +15,7 @@ from capszoo.kernels.derivatives import no_autocast
 from capszoo.kernels.gaussian_routing import by_moments
 from capszoo.kernels.gaussian_routing import reference as gaussian_reference
 from capszoo.kernels.self_attention import reference as self_attention
+from capszoo.kernels.weighted_votes import weighted_votes_reference
 
 from .config import use_fused_routing
 
@@ -26,6 +27,7 @@ __all__ = [
     "route_by_self_attention",
     "squash",
     "vb_routing",
+    "weighted_votes",
 ]
 
 
@@ -82,6 +84,18 @@ def route_by_self_attention(x: Tensor, weight: Tensor, prior: Tensor, attention:
     if use_fused_routing():
         return kernels.self_attention_routing(x, weight, prior, attention)
     return self_attention.self_attention_routing(x, weight, prior, attention)
+
+
+@register_notrace_function
+def weighted_votes(couplings: Tensor, poses: Tensor, weight: Tensor) -> Tensor:
+    """Sum votes under given couplings ``[I, J, N]``, see :func:`capszoo.kernels.weighted_votes`."""
+    if has_torch_function_variadic(couplings, poses, weight):
+        return handle_torch_function(weighted_votes, (couplings, poses, weight), couplings, poses, weight)
+    if torch.jit.is_scripting():
+        return weighted_votes_reference(couplings, poses, weight)
+    if use_fused_routing():
+        return kernels.weighted_votes(couplings, poses, weight)
+    return weighted_votes_reference(couplings, poses, weight)
 
 
 @register_notrace_function

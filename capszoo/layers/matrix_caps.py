@@ -18,19 +18,19 @@ from capszoo.kernels.gaussian_routing import reference
 from .config import FollowsFusedRouting
 from .functional import em_routing, vb_routing
 
-__all__ = ["ClassMatrixCaps", "ConvMatrixCaps", "PosePrimaryCaps", "join_capsules", "split_capsules"]
+__all__ = ["ClassMatrixCaps", "ConvMatrixCaps", "PosePrimaryCaps", "join_matrix_capsules", "split_matrix_capsules"]
 
 METHODS = ("em", "vb")
 
 
-def split_capsules(x: Tensor, num_types: int, pose_size: int) -> tuple[Tensor, Tensor]:
+def split_matrix_capsules(x: Tensor, num_types: int, pose_size: int) -> tuple[Tensor, Tensor]:
     """A map ``[B, T * P * P + T, H, W]`` as poses ``[B, T, P, P, H, W]`` and activations ``[B, T, H, W]``."""
     channels = num_types * pose_size * pose_size
     return x[:, :channels].unflatten(1, (num_types, pose_size, pose_size)), x[:, channels:]
 
 
-def join_capsules(poses: Tensor, activations: Tensor) -> Tensor:
-    """The inverse of :func:`split_capsules`."""
+def join_matrix_capsules(poses: Tensor, activations: Tensor) -> Tensor:
+    """The inverse of :func:`split_matrix_capsules`."""
     return torch.cat((poses.flatten(1, 3), activations.to(poses.dtype)), dim=1)
 
 
@@ -84,10 +84,10 @@ class PosePrimaryCaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_chans, H, W]`` to capsules ``[B, T * P * P + T, H, W]``."""
-        poses, activations = split_capsules(self.conv(x), self.num_types, self.pose_size)
+        poses, activations = split_matrix_capsules(self.conv(x), self.num_types, self.pose_size)
         shape = poses.shape
         poses = self.norm_poses(poses.flatten(2, 3)).view(shape)
-        return join_capsules(poses, self.norm_activations(activations).sigmoid())
+        return join_matrix_capsules(poses, self.norm_activations(activations).sigmoid())
 
 
 @register_notrace_module
@@ -227,9 +227,9 @@ class ConvMatrixCaps(_MatrixRouting):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map capsules ``[B, I * P * P + I, h, w]`` to capsules ``[B, J * P * P + J, H, W]``."""
-        poses, activations = split_capsules(x, self.in_types, self.pose_size)
+        poses, activations = split_matrix_capsules(x, self.in_types, self.pose_size)
         poses, activations = self.route(poses, activations, self.weight, None)
-        return join_capsules(poses, activations)
+        return join_matrix_capsules(poses, activations)
 
 
 class ClassMatrixCaps(_MatrixRouting):
@@ -266,7 +266,7 @@ class ClassMatrixCaps(_MatrixRouting):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map capsules ``[B, I * P * P + I, h, w]`` to poses ``[B, J, P, P]`` and activations ``[B, J]`` of classes."""
-        poses, activations = split_capsules(x, self.in_types, self.pose_size)
+        poses, activations = split_matrix_capsules(x, self.in_types, self.pose_size)
         h, w = x.shape[2], x.shape[3]
         offset = map_coordinates(x, self.pose_size)
         weight = self.weight[:, None, None].expand(-1, h, w, -1, -1, -1)

@@ -1,7 +1,8 @@
 """The choice of capsule types and single capsules that a pruned network keeps."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from timm.layers import _assert
 from torch import Tensor, nn
 
 __all__ = [
+    "apply_to_tensors",
     "index_capsules",
+    "init_non_persistent_buffers",
     "place_capsule_index",
     "resolve_keep_capsules",
     "resolve_keep_types",
@@ -104,6 +107,25 @@ def select_capsules(x: Tensor, index: Tensor, num_capsules: int, fill: bool) -> 
     if fill:
         x = F.pad(x, (0, 0, 0, 1))
     return x.index_select(1, index)
+
+
+@torch.jit.ignore
+def init_non_persistent_buffers(self: Any) -> None:
+    """Make the index of the capsules that remain, which no checkpoint holds, where the weights are."""
+    types = self.primary_caps.num_types
+    index = index_capsules(self.keep_capsules, self.num_primary, types, self.share_weights)
+    self.fill_capsules = self.num_primary in index  # the place after the last capsule
+    tensor = torch.tensor(index, device=self.conv1.weight.device) if index else None
+    self.register_buffer("capsule_index", tensor, persistent=False)
+
+
+def apply_to_tensors(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply`, after which the index holds its values, whatever moved it: `to_empty` gives memory alone."""
+    index = self.capsule_index
+    nn.Module._apply(self, fn, recurse)
+    if self.capsule_index is not index and not self.capsule_index.is_meta:
+        self.init_non_persistent_buffers()
+    return self
 
 
 def place_capsule_index(model: nn.Module, incompatible_keys: object) -> None:

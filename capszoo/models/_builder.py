@@ -14,7 +14,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
+from capszoo.checkpoint import cfg_of_model
 from capszoo.layers import capsule_lengths
+from capszoo.models import _stem
 from capszoo.pretrained import check_source
 
 __all__ = [
@@ -26,7 +28,6 @@ __all__ = [
     "check_drop_rate",
     "check_pool",
     "check_sizes",
-    "conv_grid",
     "digits_cfg",
     "forward_capsules",
     "forward_intermediates",
@@ -119,26 +120,12 @@ def given_arguments(values: Mapping[str, Any], **replaced: Any) -> dict[str, Any
     return {key: replaced.get(key, value) for key, value in values.items() if key not in _NOT_KEPT}
 
 
-def conv_grid(height: int, width: int, kernel_size: int) -> tuple[int, int]:
-    """Size of the map after two unpadded convolutions, the second with stride 2.
-
-    Raises:
-        ValueError: If the images are too small for them.
-    """
-    least = kernel_size + kernel_size - 1
-    if min(height, width) < least:
-        raise ValueError(
-            f"img_size={height}x{width} is too small: two {kernel_size}x{kernel_size} convolutions need {least} "
-            f"pixels each way, resize the images or set kernel_size"
-        )
-    grid_height, grid_width = ((size - 2 * (kernel_size - 1) - 1) // 2 + 1 for size in (height, width))
-    return grid_height, grid_width
-
-
 @torch.jit.ignore
 def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
-    """Enable or disable gradient checkpointing of the layers after the first."""
+    """Enable or disable gradient checkpointing of the layers after the first, and of the stages of a backbone."""
     self.grad_checkpointing = enable
+    if getattr(self, "backbone", None) is not None:
+        self.backbone.set_grad_checkpointing(enable)
 
 
 def forward_intermediates(
@@ -185,17 +172,22 @@ def prune_intermediate_layers(
     Args:
         self: The model.
         indices: Levels to keep, counted as in `feature_info`: the last n if int.
-        prune_norm: Also take the last level (a squash or an activation) away where only the map before it is kept, as
-            timm's models do with their last norm: `forward_features` then ends at that map.
+        prune_norm: Also take the last level away where it is a squash or an activation (`_ends_in_activation`, the
+            default) and only the map before it is kept, as timm's models do with their last norm: `forward_features`
+            then ends at that map.
         prune_head: Remove the classifier and what needs it, too.
 
     Returns:
         The levels, counted from the first.
     """
-    taken, last = feature_take_indices(len(self._levels()), indices)
-    if last == 0 or (last == 1 and (prune_norm or not getattr(self, "_last_level_is_norm", True))):
+    num_levels = len(self._levels())
+    taken, last = feature_take_indices(num_levels, indices)
+    # Without its last squash or activation alone a network keeps its head.
+    before_end = getattr(self, "_ends_in_activation", True) and last == len(self.feature_info) - 2
+    cut = last < num_levels - 1 and (prune_norm or not before_end)
+    if cut:
         self._cut(last)
-    if prune_head or last == 0:
+    if prune_head or (cut and not before_end):
         self.reset_classifier(0, "")
     return taken
 
@@ -345,6 +337,7 @@ def digits_cfg(**kwargs: Any) -> dict[str, Any]:
         "fixed_input_size": True,
         # Digits reach to the border: any crop would cut them.
         "crop_pct": 1.0,
+        "crop_mode": "squash",
         "interpolation": "bilinear",
         "mean": (0.0,),
         "std": (1.0,),
@@ -359,7 +352,7 @@ def build_model(
     """Build a model as timm does; weights are checked before timm reads them.
 
     Args:
-        cls: Its class, with three levels in `feature_info`.
+        cls: Its class, with three levels in `feature_info`, or more.
         filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
         variant: Name of the entrypoint.
         pretrained: Load its weights.
@@ -368,9 +361,16 @@ def build_model(
     Raises:
         ValueError: As :func:`capszoo.pretrained.check_source`.
     """
+    of_backbone = _stem.cfg_overlay(cls, kwargs)
+    overlay = {**of_backbone, **(kwargs.get("pretrained_cfg_overlay") or {})}
     if pretrained:
-        overlay = check_source(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        kwargs["pretrained_cfg_overlay"] = overlay
+        if of_backbone and not any(kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")):
+            raise ValueError(
+                f"the weights of {variant!r} are of the network without backbone: leave out pretrained, or give "
+                f"backbone_pretrained=True for those of the backbone"
+            )
+        overlay = check_source(variant, kwargs.get("pretrained_cfg"), overlay)
+    kwargs["pretrained_cfg_overlay"] = overlay
     out_indices = kwargs.pop("out_indices", (0, 1, 2))
     model = build_model_with_cfg(
         cls,
@@ -381,17 +381,7 @@ def build_model(
         **kwargs,
     )
     cfg = getattr(model, "pretrained_cfg", None)
-    if cfg and hasattr(model, "img_size") and any(trained_otherwise(model)):
-        model.pretrained_cfg = model.default_cfg = _for_other_images(model, cfg)
+    has_backbone = getattr(model, "backbone", None) is not None
+    if cfg and hasattr(model, "img_size") and (has_backbone or any(trained_otherwise(model))):
+        model.pretrained_cfg = model.default_cfg = cfg_of_model(model, cfg, same_source=True)
     return model
-
-
-def _for_other_images(model: Any, cfg: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a model of other classes or images than its weights are of: their names, hash and accuracy
-    are none of it."""
-    of_weights = ("description", "label_descriptions", "label_names", "notes", "tag")
-    cfg = {key: value for key, value in cfg.items() if key not in of_weights}
-    if len(cfg["mean"]) not in (1, model.in_chans):
-        # One for all channels: which of them stand for which colours is not known.
-        cfg |= {key: (sum(cfg[key]) / len(cfg[key]),) for key in ("mean", "std")}
-    return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}

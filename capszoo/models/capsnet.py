@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, Decoder, PrimaryCaps, ScaledConv2d, capsule_lengths, select_caps, unfold_scales
-from capszoo.models import _builder, _couplings
+from capszoo.layers.backbone import Backbone
+from capszoo.models import _builder, _couplings, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["CapsNet"]
@@ -34,8 +35,10 @@ _STARTS = ("default", "plain", "paper")
 class CapsNet(nn.Module):
     """Capsule network of Sabour, Frosst and Hinton 2017, with the reductions of FasTrCaps (section III)."""
 
+    uniform_arguments = {"num_routing": 1}
     _heads = ("class_caps", "decoder")
     _pooled = None
+    least_map = _stem.least_map
 
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         # nn.Identity once `reset_classifier(0)` or `prune_intermediate_layers` took the layer away: whoever may meet
@@ -44,6 +47,7 @@ class CapsNet(nn.Module):
         class_caps: ClassCaps
         decoder: Decoder | None
         capsule_index: Tensor | None
+        backbone: Backbone | None
         keep_types: tuple[int, ...]
         keep_capsules: tuple[int, ...]
         # From timm's builder and from `create_model`.
@@ -61,7 +65,7 @@ class CapsNet(nn.Module):
         num_types: int = 32,
         caps_dim: int = 8,
         class_dim: int = 16,
-        kernel_size: int = 9,
+        kernel_size: int | None = None,
         keep_types: int | Sequence[int] | None = None,
         keep_capsules: Sequence[int] | None = None,
         share_weights: bool = False,
@@ -75,6 +79,11 @@ class CapsNet(nn.Module):
         start: str = "default",
         conv1_scale: float | None = None,
         primary_scale: float | None = None,
+        primary_stride: int | None = None,
+        backbone: str | None = None,
+        backbone_level: int | None = None,
+        backbone_pretrained: bool = False,
+        backbone_kwargs: dict | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -89,7 +98,8 @@ class CapsNet(nn.Module):
             num_types: Primary capsule types.
             caps_dim: K, the dimension of a primary capsule.
             class_dim: D, the dimension of a class capsule.
-            kernel_size: Side of both convolution kernels, in pixels.
+            kernel_size: Side of both convolution kernels, in pixels, 9 by default; with a backbone that of the primary
+                capsules, by default 3 or as wide as their stride.
             keep_types: Types that a pruned network keeps of `num_types`: their number, or their indices, which also
                 select the matching part of weights that hold all types.
             keep_capsules: Single primary capsules that a pruned network keeps, as indices into the ``T*H*W`` capsules
@@ -109,11 +119,19 @@ class CapsNet(nn.Module):
                 matrices have a standard deviation of 1, and biases are 0.
             conv1_scale: Factor of the first convolution's sum, before its bias is added; None for that of `start`.
             primary_scale: Likewise for the convolution of the primary capsules.
+            primary_stride: Stride of the convolution of the primary capsules, in pixels, 2 by default; with a backbone
+                what leaves a map of about 6x6.
+            backbone: Name of a timm network, whose map the first convolution takes, with a kernel of 1x1, instead of
+                the images; 'stem' for 3x3 convolutions of stride 2. See :class:`capszoo.layers.Backbone`.
+            backbone_level: Level of its features; None for the last whose map has at least 12 pixels each way.
+            backbone_pretrained: Start from timm's weights of the backbone, and normalise images as they were.
+            backbone_kwargs: More keywords of the backbone, such as ``{"drop_path_rate": 0.1}``.
             device: Device of the parameters.
             dtype: Type of the parameters.
 
         Raises:
-            ValueError: If the images are too small for the two convolutions, or an argument is out of its range.
+            ValueError: If the images are too small for the two convolutions, an argument is out of its range, or there
+                is no such backbone or no weights of it.
         """
         given = dict(locals())
         super().__init__()
@@ -124,11 +142,13 @@ class CapsNet(nn.Module):
         if start not in _STARTS:
             raise ValueError(f"unknown start {start!r}. Known: {', '.join(_STARTS)}")
         sizes = dict(in_chans=in_chans, conv_dim=conv_dim, num_types=num_types, caps_dim=caps_dim, class_dim=class_dim)
-        _builder.check_sizes(**sizes, kernel_size=kernel_size)
+        _builder.check_sizes(**sizes)
         _builder.check_drop_rate(drop_rate)
         _builder.check_decoder_dims(decoder_dims)
         height, width = to_2tuple(img_size)
-        grid = _builder.conv_grid(height, width, kernel_size)
+        self.backbone = _stem.make_backbone(given, (height, width), **dd)
+        convs = _stem.plan_convs(self.backbone, (height, width), kernel_size, primary_stride)
+        grid = convs.grid
         self.in_chans, self.img_size = in_chans, (height, width)
         self.global_pool, self.drop_rate = global_pool, drop_rate
         self.grad_checkpointing = False
@@ -136,7 +156,8 @@ class CapsNet(nn.Module):
         self.keep_types = select_caps.resolve_keep_types(keep_types, num_types)
         types = list(self.keep_types) or keep_types
         replaced = dict(img_size=[height, width], keep_types=types, decoder_dims=list(decoder_dims))
-        self._arguments = _builder.given_arguments(given, **replaced)
+        arguments = _builder.given_arguments(given, **replaced)
+        self._arguments = _stem.kept_arguments(arguments, self.backbone, convs)
         # By default a scale leaves what a fresh convolution gives as it is; the paper's divides it.
         fresh: dict[str, Any] = {}
         if start != "default":
@@ -148,10 +169,11 @@ class CapsNet(nn.Module):
             num_types = len(self.keep_types) if self.keep_types else int(keep_types)
 
         approximate = squash == "approx"
-        self.conv1 = ScaledConv2d(in_chans, conv_dim, kernel_size, scale=conv1_scale, **dd)
+        self.conv1 = ScaledConv2d(convs.in_chans or in_chans, conv_dim, convs.first_kernel, scale=conv1_scale, **dd)
         self.act1 = nn.ReLU(inplace=True)
+        kernel = dict(kernel_size=convs.kernel_size, stride=convs.stride, scale=primary_scale)
         self.primary_caps = PrimaryCaps(
-            conv_dim, num_types, caps_dim, kernel_size, 2, primary_scale, approximate_squash=approximate, **fresh, **dd
+            conv_dim, num_types, caps_dim, **kernel, approximate_squash=approximate, **fresh, **dd
         )
         if start == "paper":
             nn.init.zeros_(self.conv1.bias)
@@ -162,7 +184,7 @@ class CapsNet(nn.Module):
         # Image size over map size, as timm checks it: without padding the maps of small images shrink by more than
         # the strides, 28 pixels to 20 and 6.
         self.feature_info = [
-            dict(num_chs=conv_dim, reduction=height // (height - kernel_size + 1), module="act1"),
+            dict(num_chs=conv_dim, reduction=height // convs.map_size[0], module="act1"),
             dict(num_chs=self.num_features, reduction=height // grid[0], module="primary_caps.conv"),
             dict(num_chs=self.num_features, reduction=height // grid[0], module="primary_caps"),
         ]
@@ -204,23 +226,8 @@ class CapsNet(nn.Module):
         decoder = Decoder(num_classes=num_classes, **self._decoder_args, **dd) if has_decoder else None
         self.register_module("decoder", decoder)
 
-    @torch.jit.ignore
-    def init_non_persistent_buffers(self) -> None:
-        """Make the index of the capsules that remain, which no checkpoint holds, where the weights are."""
-        types = self.primary_caps.num_types
-        index = select_caps.index_capsules(self.keep_capsules, self.num_primary, types, self.share_weights)
-        self.fill_capsules = self.num_primary in index  # the place after the last capsule
-        tensor = torch.tensor(index, device=self.conv1.weight.device) if index else None
-        self.register_buffer("capsule_index", tensor, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CapsNet":
-        index = self.capsule_index
-        super()._apply(fn, recurse)
-        # Whatever moved it: `to_empty` gives memory without the values.
-        if self.capsule_index is not index and not self.capsule_index.is_meta:
-            self.init_non_persistent_buffers()
-        return self
-
+    _apply = select_caps.apply_to_tensors
+    init_non_persistent_buffers = select_caps.init_non_persistent_buffers
     reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
@@ -232,6 +239,7 @@ class CapsNet(nn.Module):
     capsule_layers = _builder.capsule_layers
     no_weight_decay = _builder.no_weight_decay
     get_classifier = _builder.get_classifier
+    group_matcher = _stem.group_matcher
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
@@ -251,11 +259,13 @@ class CapsNet(nn.Module):
 
     @torch.jit.ignore
     def prunable_parts(self) -> dict[str, int | tuple[int, int]]:
-        """How many filters, types, capsules and decoder units there are to prune; none without class capsules."""
+        """How many of each part there are to prune; none without class capsules. A backbone's filters are left out."""
         if not isinstance(self.class_caps, ClassCaps):
             return {}
         types, capsules = self.primary_caps.num_types, len(self.keep_capsules) or self.num_primary
-        parts: dict[str, int | tuple[int, int]] = dict(conv1=self.conv1.out_channels, types=types, capsules=capsules)
+        parts: dict[str, int | tuple[int, int]] = dict(types=types, capsules=capsules)
+        if self.backbone is None:
+            parts = dict(conv1=self.conv1.out_channels, **parts)
         if self.decoder is not None:
             parts["decoder"] = (self.decoder.fc1.out_features, self.decoder.fc2.out_features)
         return parts
@@ -273,15 +283,10 @@ class CapsNet(nn.Module):
         ]
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group parameters for optimisation; what no pattern names (class capsules, decoder) is timm's last group."""
-        return dict(stem=r"^conv1", blocks=r"^primary_caps")
-
-    @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
         primary = self.primary_caps
-        levels: list[Callable[[Tensor], Tensor]] = [lambda x: self.act1(self.conv1(x))]
+        levels: list[Callable[[Tensor], Tensor]] = [self.convolve]
         if not isinstance(primary, nn.Identity):
             levels += [lambda x: checkpoint(primary.conv, x) if self.grad_checkpointing else primary.conv(x)]
             if not isinstance(primary.squash, nn.Identity):
@@ -297,9 +302,15 @@ class CapsNet(nn.Module):
         else:
             self.primary_caps.squash = nn.Identity()
 
+    def convolve(self, x: Tensor) -> Tensor:
+        """Map images ``[B, C, H, W]`` to what the primary capsules are made of, the map of `conv1`."""
+        if self.backbone is not None:
+            x = self.backbone(x)
+        return self.act1(self.conv1(x))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the squashed primary capsules ``[B, T*K, H', W']``."""
-        x = self.act1(self.conv1(x))
+        x = self.convolve(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint(self.primary_caps, x)
         return self.primary_caps(x)
@@ -336,7 +347,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     state_dict = unfold_scales(select_caps.select_types(state_dict, model), model)
     other_classes, other_chans, other_size = _builder.trained_otherwise(model)
     may_differ = {
-        "conv1.weight": other_chans,
+        **dict.fromkeys(_stem.image_weights(model), other_chans),
         "class_caps.weight": other_classes or other_size,
         "class_caps.bias": other_classes,
         "decoder.fc1.weight": other_classes,

@@ -16,7 +16,7 @@ from timm.layers import _assert, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from capszoo.models import _builder
+from capszoo.models import _builder, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["CNNBaseline"]
@@ -72,7 +72,7 @@ class CNNBaseline(nn.Module):
         _builder.check_sizes(in_chans=in_chans, conv_dim=conv_dim, kernel_size=kernel_size)
         _builder.check_drop_rate(drop_rate)
         height, width = to_2tuple(img_size)
-        grid = _builder.conv_grid(height, width, kernel_size)
+        grid = _stem.plan_convs(None, (height, width), kernel_size, None).grid
         self.in_chans = in_chans
         self.img_size = (height, width)
         self.global_pool = global_pool

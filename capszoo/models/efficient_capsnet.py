@@ -121,6 +121,7 @@ class DepthwiseCaps(nn.Module):
 class EfficientCapsNet(nn.Module):
     """Capsule network of Mazzia, Salvetti and Chiaberge 2021 (section 3), in its forms for three data sets."""
 
+    uniform_arguments = {"couplings": "uniform"}
     _heads = ("class_caps", "decoder")
     _pooled = "capsules"
 

@@ -37,6 +37,7 @@ _MAX_PASSES = 100
 class InvertedAttentionCapsNet(nn.Module):
     """Capsule network of Tsai, Srivastava, Goh and Salakhutdinov 2020 (section 5), in its forms for CIFAR."""
 
+    uniform_arguments = {"num_passes": 1}
     _heads = ("class_caps", "fc")
     _pooled = "capsules"
     returns_logits = True

@@ -20,7 +20,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_capsules, split_capsules
+from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_matrix_capsules, split_matrix_capsules
 from capszoo.losses import CrossEntropyLoss, SpreadLoss
 from capszoo.models import _builder
 from capszoo.pretrained import fit_weights, shipped_cfgs
@@ -50,7 +50,7 @@ class MatrixCapsNet(nn.Module):
 
     _heads = ("class_caps",)
     _pooled = "capsules"
-    _last_level_is_norm = False
+    _ends_in_activation = False
 
     if TYPE_CHECKING:  # not at run time, where torch.jit.script would compile by these annotations
         # nn.Identity once `reset_classifier(0)` or `prune_intermediate_layers` took the layer away.
@@ -224,8 +224,8 @@ class MatrixCapsNet(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         """Drop capsules of a map: their activations, by which they vote."""
-        poses, activations = split_capsules(x, self.num_types, self.pose_size)
-        return join_capsules(poses, F.dropout(activations, p=self.drop_rate, training=self.training))
+        poses, activations = split_matrix_capsules(x, self.num_types, self.pose_size)
+        return join_matrix_capsules(poses, F.dropout(activations, p=self.drop_rate, training=self.training))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the last map of capsules ``[B, T * P * P + T, H', W']``."""

@@ -96,6 +96,11 @@ def check_part(model: CapsNet, part: str) -> None:
     """Refuse a part that is unknown or that the model does not have."""
     if part not in PARTS:
         raise ValueError(_unknown("part", part, PARTS))
+    if part == "conv1" and part not in (counts := model.prunable_parts()):
+        raise ValueError(
+            f"the filters of backbone {model.backbone.name!r} and of conv1 after it cannot be pruned: prune "
+            f"{', '.join(counts)}"
+        )
     if part == "decoder" and model.decoder is None:
         raise ValueError("this model has no decoder to prune: make it with decoder=True, or leave 'decoder' out")
 

@@ -80,20 +80,34 @@ def scores(
     if data is None:
         raise ValueError(f"score {score!r} needs data: pass batches of (images, labels), or use score='magnitude'")
     total, count = torch.zeros(()), 0
-    for images, labels, *parts in data:
-        images, labels = _check_batch(model, images, labels)
-        if score == "taylor":
-            parts = [some.to(images) for some in parts]
-            per_image = _taylor(model, part, images, labels, criterion or margin_loss, *parts)
-        else:
-            per_image = _coupling(model, part, images, labels)
-        total = total + per_image.cpu().double().sum(dim=0)
-        count += len(labels)
+    with _fixed_statistics(model):
+        for images, labels, *parts in data:
+            images, labels = _check_batch(model, images, labels)
+            if score == "taylor":
+                parts = [some.to(images) for some in parts]
+                per_image = _taylor(model, part, images, labels, criterion or margin_loss, *parts)
+            else:
+                per_image = _coupling(model, part, images, labels)
+            total = total + per_image.cpu().double().sum(dim=0)
+            count += len(labels)
     if count == 0:
         raise ValueError("data holds no images: pass a loader that can be read again, or a list of batches")
     if not total.isfinite().all():
         raise ValueError(f"score {score!r} of {part} is not finite: check the weights and the images")
     return total / count
+
+
+@contextmanager
+def _fixed_statistics(model: CapsNet) -> Iterator[None]:
+    """Put a backbone into the mode of evaluation: BatchNorm would count the images, dropout would draw numbers."""
+    modes = {module: module.training for module in model.backbone.modules()} if model.backbone is not None else {}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _check_batch(model: CapsNet, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +220,7 @@ def _taylor(
     }[part]()
     with torch.enable_grad(), _activations(watched) as activations:
         # Not through `forward`: no dropout, and no checkpointing, which would call the modules again.
-        features = model.primary_caps(model.act1(model.conv1(images)))
+        features = model.primary_caps(model.convolve(images))
         capsules = model.class_caps(model.to_capsules(features))
         lengths = capsule_lengths(capsules)
         loss = criterion(lengths, labels)
@@ -237,7 +251,7 @@ def _coupling(model: CapsNet, part: str, images: Tensor, labels: Tensor) -> Tens
         weight = weight[types_of_capsules(model).to(weight.device)]
     found = []
     for some, target in zip(images.split(_COUPLING_BATCH), labels.split(_COUPLING_BATCH), strict=True):
-        features = model.primary_caps(model.act1(model.conv1(some)))
+        features = model.primary_caps(model.convolve(some))
         poses = model.primary_caps.to_capsules(features)[:, places].to(weight.dtype)
         votes = torch.einsum("bik,ikjd->bijd", poses, weight)
         logits = votes.new_zeros(votes.shape[:3])

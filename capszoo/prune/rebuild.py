@@ -84,6 +84,10 @@ def rebuild(model: CapsNet, tensors: dict[str, Tensor], **changes: Any) -> CapsN
     smaller.pretrained_cfg = smaller.default_cfg = model.pretrained_cfg
     state = {key: tensors.get(key, value).detach().clone() for key, value in model.state_dict().items()}
     smaller.load_state_dict(state, assign=True)
+    for name, buffer in model.named_buffers():
+        if name.startswith("backbone.") and name not in state:  # no state dict holds these, and nothing changes them
+            owner, _, key = name.rpartition(".")
+            smaller.get_submodule(owner).register_buffer(key, buffer.clone(), persistent=False)
     return smaller
 
 

@@ -238,8 +238,9 @@ class Run:
         write_csv(self.folder / "pareto.csv", PARETO_COLUMNS, self.rows)
         plot_pareto(self.rows, self.folder / "pareto.png")
         self.write_summary()
+        filters = "" if row["conv1"] is None else f"{row['conv1']} filters, "
         self.say(
-            f"round {number}/{len(self.plan)}: {row['conv1']} filters, {row['types']} types, {row['capsules']} "
+            f"round {number}/{len(self.plan)}: {filters}{row['types']} types, {row['capsules']} "
             f"capsules, {row['parameters']:,} parameters, {row['macs'] / 1e6:.1f} M macs, val top1 "
             + (
                 f"{row['val_top1_before']:.4f} pruned, {row['val_top1']:.4f} trained"

@@ -189,7 +189,7 @@ def test_unreadable_folder(raises, write_folder, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     write_folder(tmp_path)
-    monkeypatch.setattr("capszoo.data.folders._Walk.entries", lambda self, path: refuse(path))
+    monkeypatch.setattr("capszoo.data.folders.Walk.entries", lambda self, path: refuse(path))
     with raises("Permission denied", tmp_path / "train"):
         load_data(tmp_path)
 

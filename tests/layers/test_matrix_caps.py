@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capszoo import set_fused_routing
-from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_capsules, split_capsules
+from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_matrix_capsules, split_matrix_capsules
 
 both = pytest.mark.parametrize("method", ["em", "vb"])
 
@@ -12,15 +12,15 @@ both = pytest.mark.parametrize("method", ["em", "vb"])
 def capsules(num_types=2, pose_size=3, size=(5, 6), batch_size=2):
     generator = torch.Generator().manual_seed(0)
     poses = torch.randn(batch_size, num_types, pose_size, pose_size, *size, generator=generator)
-    return join_capsules(poses, torch.rand(batch_size, num_types, *size, generator=generator))
+    return join_matrix_capsules(poses, torch.rand(batch_size, num_types, *size, generator=generator))
 
 
 def test_maps():
     x = capsules()
-    poses, activations = split_capsules(x, 2, 3)
+    poses, activations = split_matrix_capsules(x, 2, 3)
     assert poses.shape == (2, 2, 3, 3, 5, 6) and activations.shape == (2, 2, 5, 6)
     assert torch.equal(poses[:, 1, 2, 0], x[:, (1 * 3 + 2) * 3 + 0]) and torch.equal(activations[:, 1], x[:, -1])
-    assert torch.equal(join_capsules(poses, activations), x)
+    assert torch.equal(join_matrix_capsules(poses, activations), x)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -28,7 +28,7 @@ def test_primary(norm):
     torch.manual_seed(0)
     layer = PosePrimaryCaps(4, 3, 2, norm)
     x = 5 * torch.randn(8, 4, 3, 3)
-    poses, activations = split_capsules(layer(x), 3, 2)
+    poses, activations = split_matrix_capsules(layer(x), 3, 2)
     assert ((activations > 0) & (activations < 1)).all()
     if norm:  # one mean and variance for all numbers of a type
         torch.testing.assert_close(poses.mean(dim=(0, 2, 3, 4, 5)), torch.zeros(3), atol=1e-5, rtol=0)

@@ -1,0 +1,37 @@
+"""What the processor multiplies bfloat16 matrices with."""
+
+import functools
+import os
+import platform
+
+import torch
+
+__all__ = ["has_matrix_units", "matrix_unit_problem"]
+
+
+@functools.cache
+def matrix_unit_problem() -> str | None:
+    """Say why bfloat16 matrices are not multiplied by matrix units (AMX) of this processor; None where they are.
+
+    Where they are not, bfloat16 is slower than float32, even with vector instructions for it (avx512_bf16); measured in
+    recipes/results/precision-cpu.csv. The matrix instructions of ARM (bfmmla, SME) have not been measured.
+    """
+    machine = platform.machine()
+    if machine.lower() not in ("x86_64", "amd64"):
+        return f"not measured on {machine or 'this processor'}"
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not features.get("amx_bf16", torch.cpu._is_amx_tile_supported()):
+        vectors = torch.cpu._is_avx512_bf16_supported()
+        return "no AMX, and avx512_bf16 alone is slower" if vectors else "the processor has no AMX"
+    if not torch.backends.mkldnn.is_available():
+        return "torch is built without oneDNN, which uses AMX"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
+    if limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit:
+        return f"ONEDNN_MAX_CPU_ISA={limit} keeps oneDNN from AMX"
+    return None if torch.cpu._init_amx() else "the operating system does not let processes use AMX"
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether bfloat16 matrices are multiplied by matrix units of this processor (AMX)."""
+    return matrix_unit_problem() is None
