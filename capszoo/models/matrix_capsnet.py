@@ -48,6 +48,7 @@ class Stem(nn.Module):
 class MatrixCapsNet(nn.Module):
     """Network of Hinton, Sabour and Frosst 2018 (section 4) or of Ribeiro, Leontidis and Kollias 2020."""
 
+    uniform_arguments = {"num_routing": 1}
     _heads = ("class_caps",)
     _pooled = "capsules"
     _ends_in_activation = False
