@@ -147,7 +147,7 @@ def _inverted_attention_flops(
     x_shape: Sequence[int], weight_shape: Sequence[int], parents_shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> int:
     """Votes, agreements, and one weighted sum of votes, of the children in the patch of each parent."""
-    batch, _, size, _, height, width = (parents_shape[place] for place in range(6))
+    batch, height, width, _, size, _ = parents_shape
     kernel, _, types, _, _, parents = weight_shape
     votes = batch * height * width * kernel * kernel * types * parents
     return 2 * votes * size * size * (size + 2)
