@@ -76,6 +76,8 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     was_training = model.training
     counted = {
         torch.ops.capszoo.dynamic_routing: _routing_flops,
+        torch.ops.capszoo.inverted_attention_routing: _inverted_attention_flops,
+        torch.ops.capszoo.mixture_moments: _moments_flops,
         torch.ops.capszoo.self_attention_routing: _self_attention_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=counted)
@@ -139,3 +141,33 @@ def _self_attention_flops(
     B, I, K = x_shape  # noqa: E741
     _, _, J, D = weight_shape
     return 2 * B * I * J * D * (K + int(attention) + 1)
+
+
+def _inverted_attention_flops(
+    x_shape: Sequence[int], weight_shape: Sequence[int], parents_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """Votes, agreements, and one weighted sum of votes, of the children in the patch of each parent."""
+    batch, height, width, _, size, _ = parents_shape
+    kernel, _, types, _, _, parents = weight_shape
+    votes = batch * height * width * kernel * kernel * types * parents
+    return 2 * votes * size * size * (size + 2)
+
+
+def _moments_flops(
+    poses_shape: Sequence[int],
+    activations_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    offset_shape: Sequence[int] | None,
+    mean_shape: Sequence[int] | None,
+    precision_shape: Sequence[int] | None,
+    log_prior_shape: Sequence[int] | None,
+    stride: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Votes, average and scatter, and but for the first iteration the distances from the averages of the one before."""
+    batch, *grid = poses_shape[3:]
+    types, *kernel, parents, size, _ = weight_shape
+    height, width = ((side - reach) // stride + 1 for side, reach in zip(grid, kernel, strict=True))
+    votes = batch * height * width * types * kernel[0] * kernel[1] * parents
+    return 2 * votes * size * size * (size + 2 + int(mean_shape is not None))

@@ -7,6 +7,7 @@ loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them
 
 from . import reference
 from .couplings import routing_couplings
+from .gaussian_routing import em_routing, vb_routing
 from .inverted_attention import inverted_attention_couplings, inverted_attention_routing
 from .ops import dynamic_routing, squash
 from .self_attention import self_attention_couplings, self_attention_routing
@@ -14,6 +15,7 @@ from .weighted_votes import weighted_votes
 
 __all__ = [
     "dynamic_routing",
+    "em_routing",
     "inverted_attention_couplings",
     "inverted_attention_routing",
     "reference",
@@ -21,5 +23,6 @@ __all__ = [
     "self_attention_couplings",
     "self_attention_routing",
     "squash",
+    "vb_routing",
     "weighted_votes",
 ]

@@ -35,17 +35,24 @@ def routing_reference(x: Tensor, weight: Tensor, bias: Tensor, num_iters: int, a
         return reference.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
 
 
-def second_gradients(function: Callable, cotangents: tuple[Tensor, ...], grad: Tensor, *inputs: Tensor) -> tuple:
-    """Gradients, by `grad` and `inputs`, of the product of `cotangents` and the gradients of `function` by its inputs.
+def second_gradients(function: Callable, cotangents: tuple[Tensor, ...], *tensors: Tensor) -> tuple:
+    """Gradients, by `tensors`, of the product of `cotangents` and the gradients of `function` by its inputs.
 
     They can be differentiated further if the caller's mode says so (create_graph).
+
+    Args:
+        function: Of as many inputs as there are cotangents.
+        cotangents: One for each gradient.
+        *tensors: The gradients by the function's outputs, then its inputs.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), no_autocast(grad):
-        # Views, since `grad` may itself depend on the inputs, and a path through it would be counted twice. They keep
-        # the graph of the inputs, without which higher derivatives would be zero.
-        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (grad, *inputs)]
-        gradients = torch.autograd.grad(function(*views[1:]), views[1:], views[0], create_graph=True)
+    num_outputs = len(tensors) - len(cotangents)
+    with torch.enable_grad(), no_autocast(tensors[0]):
+        # Views, since a gradient may itself depend on the inputs, and a path through it would be counted twice. They
+        # keep the graph of the inputs, without which higher derivatives would be zero.
+        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        grads, inputs = views[:num_outputs], views[num_outputs:]
+        gradients = torch.autograd.grad(function(*inputs), inputs, grads, create_graph=True)
         return torch.autograd.grad(gradients, views, cotangents, create_graph=create_graph, materialize_grads=True)
 
 

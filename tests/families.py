@@ -12,6 +12,7 @@ from capszoo.models import (
     DeepCaps,
     EfficientCapsNet,
     InvertedAttentionCapsNet,
+    MatrixCapsNet,
     SelfRoutingNet,
 )
 from capszoo.registry import family_of
@@ -23,6 +24,7 @@ _SIZES = {
     DeepCaps: {"conv_dim": 6, "num_types": 2, "class_dim": 5},
     EfficientCapsNet: {"conv_dims": [4, 5, 6]},
     InvertedAttentionCapsNet: {"stem_dims": [4, 6], "stem_depths": [1, 1], "num_types": 2, "pose_size": 3},
+    MatrixCapsNet: {"conv_dim": 4, "num_types": [2, 2, 2], "pose_size": 2},
     SelfRoutingNet: {"conv_dims": [4, 5, 6], "num_blocks": 1, "num_types": 3, "caps_dim": 4},
 }
 

@@ -161,6 +161,7 @@ def pytest_configure():
 def operators():
     """Each operator, and its kernel for CUDA."""
     from capszoo.kernels import ops
+    from capszoo.kernels.gaussian_routing import ops as gaussian_routing
     from capszoo.kernels.inverted_attention import ops as inverted_attention
     from capszoo.kernels.self_attention import ops as self_attention
 
@@ -169,6 +170,8 @@ def operators():
         (ops.squash_backward_op, ops._squash_backward_cuda),
         (ops.dynamic_routing_op, ops._routing_cuda),
         (ops.dynamic_routing_backward_op, ops._routing_backward_cuda),
+        (gaussian_routing.mixture_moments_op, gaussian_routing._moments_cuda),
+        (gaussian_routing.mixture_moments_backward_op, gaussian_routing._moments_backward_cuda),
         (inverted_attention.forward_op, inverted_attention._forward_cuda),
         (inverted_attention.backward_op, inverted_attention._backward_cuda),
         (self_attention.forward_op, self_attention._forward_cuda),
@@ -179,6 +182,7 @@ def operators():
 def launchers():
     """Modules of Triton kernels, the names of their launchers, and the PyTorch operators that take their places."""
     from capszoo.kernels import dispatch, ops
+    from capszoo.kernels.gaussian_routing import ops as gaussian_routing
     from capszoo.kernels.inverted_attention import ops as inverted_attention
     from capszoo.kernels.self_attention import ops as self_attention
 
@@ -187,6 +191,8 @@ def launchers():
         (dispatch.triton_squash, "squash_backward", ops._squash_backward),
         (dispatch.triton_routing, "dynamic_routing", ops._routing),
         (dispatch.triton_routing, "dynamic_routing_backward", routing_backward),
+        (gaussian_routing.launchers, "moments", gaussian_routing._moments),
+        (gaussian_routing.launchers, "moments_backward", gaussian_routing._moments_backward),
         (inverted_attention.launchers, "forward", inverted_attention._forward),
         (inverted_attention.launchers, "backward", inverted_attention._backward),
         (self_attention.launchers, "forward", self_attention._forward),

@@ -37,7 +37,7 @@ def make_model(name, small, **options):
     if small:
         # The smallest size whose capsules are several; float16 takes a CPU long.
         img_size = 14 if name.startswith("efficient") else 20
-        sizes = {**sizes_of(name), "img_size": img_size, "num_types": 2, "decoder_dims": (16, 16)}
+        sizes = {"num_types": 2, **sizes_of(name), "img_size": img_size, "decoder_dims": (16, 16)}
         if name == "capsnet_pruned":
             sizes["keep_types"] = 1
         options = {**sizes, **options}

@@ -7,8 +7,22 @@ from .conv_caps import capsule_patches, conv_caps_size
 from .decoder import Decoder
 from .deep_caps import ConvCaps, ConvDynamicRouting, DeconvDecoder
 from .depthwise import DepthwiseConv2d
-from .functional import capsule_lengths, dynamic_routing, inverted_attention_routing, squash
+from .functional import (
+    capsule_lengths,
+    dynamic_routing,
+    em_routing,
+    inverted_attention_routing,
+    squash,
+    vb_routing,
+)
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
+from .matrix_caps import (
+    ClassMatrixCaps,
+    ConvMatrixCaps,
+    PosePrimaryCaps,
+    join_matrix_capsules,
+    split_matrix_capsules,
+)
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
@@ -17,8 +31,10 @@ from .self_routing import ConvSelfRouting, PoseCaps, SelfRouting, join_capsules,
 __all__ = [
     "Backbone",
     "ClassCaps",
+    "ClassMatrixCaps",
     "ConvCaps",
     "ConvDynamicRouting",
+    "ConvMatrixCaps",
     "ConvSelfRouting",
     "Decoder",
     "DeconvDecoder",
@@ -28,6 +44,7 @@ __all__ = [
     "InvertedAttentionConvCaps",
     "MatrixPrimaryCaps",
     "PoseCaps",
+    "PosePrimaryCaps",
     "PrimaryCaps",
     "ScaledConv2d",
     "SelfAttentionRouting",
@@ -38,19 +55,23 @@ __all__ = [
     "conv_caps_size",
     "create_routing",
     "dynamic_routing",
+    "em_routing",
     "exponential_squash",
     "fan_in_scale",
     "fold_scales",
     "inverted_attention_routing",
     "join_capsules",
+    "join_matrix_capsules",
     "list_routings",
     "self_attention_routing",
     "self_routing_scores",
     "set_fourier_conv",
     "set_fused_routing",
     "split_capsules",
+    "split_matrix_capsules",
     "squash",
     "unfold_scales",
     "use_fourier_conv",
     "use_fused_routing",
+    "vb_routing",
 ]

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.derivatives import no_autocast
+from capszoo.kernels.gaussian_routing import by_moments
+from capszoo.kernels.gaussian_routing import reference as gaussian_reference
 from capszoo.kernels.self_attention import reference as self_attention
 from capszoo.kernels.weighted_votes import weighted_votes_reference
 
@@ -19,9 +22,11 @@ from .config import use_fused_routing
 __all__ = [
     "capsule_lengths",
     "dynamic_routing",
+    "em_routing",
     "inverted_attention_routing",
     "route_by_self_attention",
     "squash",
+    "vb_routing",
     "weighted_votes",
 ]
 
@@ -91,6 +96,61 @@ def weighted_votes(couplings: Tensor, poses: Tensor, weight: Tensor) -> Tensor:
     if use_fused_routing():
         return kernels.weighted_votes(couplings, poses, weight)
     return weighted_votes_reference(couplings, poses, weight)
+
+
+@register_notrace_function
+def em_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    offset: Tensor | None = None,
+    stride: int = 1,
+    num_iters: int = 3,
+    final_lambda: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """Route maps of matrix capsules by EM, see :func:`capszoo.kernels.em_routing`."""
+    if has_torch_function_variadic(poses, activations, weight, beta_u, beta_a):
+        tensors = (poses, activations, weight, beta_u, beta_a)
+        return handle_torch_function(
+            em_routing, tensors, poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+        )
+    if torch.jit.is_scripting():
+        return by_moments.em_routing(
+            poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+        )
+    if use_fused_routing():
+        return kernels.em_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda)
+    with no_autocast(poses):
+        return gaussian_reference.em_routing(
+            poses, activations, weight, beta_u, beta_a, offset, stride, num_iters, final_lambda
+        )
+
+
+@register_notrace_function
+def vb_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    offset: Tensor | None = None,
+    stride: int = 1,
+    num_iters: int = 3,
+) -> tuple[Tensor, Tensor]:
+    """Route maps of matrix capsules by variational Bayes, see :func:`capszoo.kernels.vb_routing`."""
+    if has_torch_function_variadic(poses, activations, weight, beta_u, beta_a):
+        tensors = (poses, activations, weight, beta_u, beta_a)
+        return handle_torch_function(
+            vb_routing, tensors, poses, activations, weight, beta_u, beta_a, offset, stride, num_iters
+        )
+    if torch.jit.is_scripting():
+        return by_moments.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
+    if use_fused_routing():
+        return kernels.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
+    with no_autocast(poses):
+        return gaussian_reference.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
 
 
 def capsule_lengths(x: Tensor) -> Tensor:

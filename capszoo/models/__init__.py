@@ -7,6 +7,7 @@ from .cnn_baseline import CNNBaseline
 from .deepcaps import DeepCaps
 from .efficient_capsnet import EfficientCapsNet
 from .inverted_attention import InvertedAttentionCapsNet
+from .matrix_capsnet import MatrixCapsNet
 from .self_routing import SelfRoutingNet
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DeepCaps",
     "EfficientCapsNet",
     "InvertedAttentionCapsNet",
+    "MatrixCapsNet",
     "SelfRoutingNet",
     "list_heads",
 ]
