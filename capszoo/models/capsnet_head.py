@@ -10,6 +10,7 @@ A head makes primary capsules of the map of one level of the backbone's features
 are those of the other families: to compare them, a backbone and all else can stay the same.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -198,9 +199,12 @@ class CapsNetHead(nn.Module):
     def search_space(self) -> list[SearchedArgument]:
         """What a search may vary: the number of capsule types, and how long they are."""
         num_types, caps_dim = self._arguments["num_types"], self._arguments["caps_dim"]
+        smaller = max(1, caps_dim // 2)
+        if self._arguments["head"] == "inverted_attention":  # whose poses are squares
+            smaller = max(1, math.isqrt(caps_dim) // 2) ** 2
         return [
             SearchedArgument("num_types", [max(1, num_types // part) for part in (1, 2, 4)]),
-            SearchedArgument("caps_dim", [max(1, caps_dim // part) for part in (1, 2)]),
+            SearchedArgument("caps_dim", [caps_dim, smaller]),
         ]
 
     @torch.jit.ignore

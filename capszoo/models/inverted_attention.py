@@ -218,10 +218,11 @@ class InvertedAttentionCapsNet(nn.Module):
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:
         """What a search may vary: the passes, how they are ordered, and the size of the capsule layers."""
+        num_types = self._arguments["num_types"]
         return [
-            SearchedArgument("num_passes", [2, 1, 3]),
-            SearchedArgument("concurrent", [True, False]),
-            SearchedArgument("num_types", [32, 16]),
+            SearchedArgument("num_passes", [self.num_passes, *({1, 2, 3} - {self.num_passes})]),
+            SearchedArgument("concurrent", [self.concurrent, not self.concurrent]),
+            SearchedArgument("num_types", [num_types, max(1, num_types // 2)]),
         ]
 
     @torch.jit.ignore

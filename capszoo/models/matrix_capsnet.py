@@ -193,7 +193,8 @@ class MatrixCapsNet(nn.Module):
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:
         """What a search may vary: the routing iterations."""
-        return [SearchedArgument("num_routing", [3, 2, 1])]
+        num_routing = self._arguments["num_routing"]
+        return [SearchedArgument("num_routing", [num_routing, *({1, 2, 3} - {num_routing})])]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""What capszoo does with one family it does with all: exploring, policies, pruning or a clear refusal of it."""
+
+import itertools
+import re
+from collections.abc import Mapping
+
+import pytest
+import torch
+from families import sizes_of
+
+import capszoo
+from capszoo import prune
+from capszoo.contract import Explorable, Prunable
+from capszoo.data import Split
+from capszoo.engine import CapsuleTask, Trainer, find_lr
+from capszoo.models import list_heads
+from capszoo.policies import create_policy, list_policies
+from capszoo.pretrained import image_statistics
+from capszoo.registry import family_of
+
+# A model of each family, and each head; images are as small as all of them take.
+CASES = {
+    **{name: (name, {}) for name in ("capsnet", "cnn_baseline_tiny", "deepcaps", "efficient_capsnet")},
+    **{name: (name, {}) for name in ("capsnet_conv_ia", "capsnet_resnet_sr", "capsnet_em_mini", "capsnet_vb_mini")},
+    **{f"head {head}": ("capsnet_head", {"head": head}) for head in list_heads()},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+# Policies whose first phases take epochs of their own.
+OPTIONS = {
+    "ada_batch": {"warm_epochs": 1, "warm_batch": 2, "first_batch": 4},
+    "warm_ada_batch": {"warm_epochs": 1, "warm_batch": 2, "first_batch": 4},
+}
+
+
+def make(case, **more):
+    name, kwargs = CASES[case]
+    torch.manual_seed(0)
+    return capszoo.create_model(
+        name, **{**sizes_of(name), "in_chans": 1, "img_size": 20, "num_classes": 3, **kwargs, **more}
+    )
+
+
+def images(count=6):
+    return torch.randint(256, (count, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_all_families_are_here():
+    families = {family_of(name) for name in capszoo.list_models()}
+    assert {family_of(name) for name, _ in CASES.values()} == families
+
+
+def space_of(model):
+    """Arguments that a search varies, and for each choice the keywords that it stands for, the unreduced one first."""
+    for argument in model.search_space() if isinstance(model, Explorable) else ():
+        choices, first = argument.values, argument.first_choice
+        named = choices if isinstance(choices, Mapping) else dict(zip(map(str, choices), choices, strict=True))
+        needed = {argument.needs: True} if argument.needs else {}
+        ways = [needed | ({} if value is None else {argument.keyword: value}) for value in named.values()]
+        place = list(named).index(first if isinstance(choices, Mapping) else str(first))
+        yield argument, [ways[place], *ways[:place], *ways[place + 1 :]]
+
+
+@every_case
+def test_search_space_is_of_networks_that_train(case):
+    x, target = images().float() / 255, torch.arange(6) % 3
+    for _, (_, *others) in space_of(make(case)):  # the first is the network that all other tests train
+        for kwargs in others:
+            model = make(case, **kwargs).train()
+            loss = CapsuleTask(model, verbose=False)(x, target)["loss"]
+            loss.backward()
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            assert loss.isfinite() and gradients and all(map(is_finite, gradients)), kwargs
+
+
+@every_case
+def test_the_unreduced_network_comes_first(case):
+    """Of what a search does not add, such as the decoder, the first choice is that of the network itself."""
+    model = make(case)
+    arguments = model.arguments()
+    for argument, (first, *_) in space_of(model):
+        if argument.keyword not in ("decoder", *argument.needs) and not argument.needs:
+            assert arguments[argument.keyword] == first.get(argument.keyword), argument.keyword
+
+
+def train(case, policy):
+    model = make(case)
+    epochs = 2 if policy in OPTIONS else 1
+    mean, std = image_statistics(model)
+    split = Split(torch.arange(6) % 3, images(), mean=mean, std=std)
+    options = dict(lr=1e-3, batch_size=2, epochs=epochs, num_images=6, **OPTIONS.get(policy, {}))
+    made = create_policy(policy, **options)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    task, optimizer = CapsuleTask(model, verbose=False), torch.optim.Adam(model.parameters())
+    trainer = Trainer(task, optimizer, made, split, None, cuda_graphs=False)
+    if policy == "lr_finder":
+        rates, losses = find_lr(trainer)
+        assert len(rates) == len(losses) >= 2 and all(loss > 0 for loss in losses)
+    else:
+        trainer.fit()
+        assert len(trainer.history) == epochs and trainer.finished
+    assert any(not torch.equal(value, before[key]) for key, value in model.named_parameters())
+    assert all(map(is_finite, model.state_dict().values()))
+
+
+def is_finite(x):
+    return bool(x.isfinite().all())
+
+
+# Each family once, and each policy at least once; all others with the long tests.
+PAIRS = [*zip(CASES, itertools.cycle(list_policies()))]  # noqa: B905
+
+
+@pytest.mark.parametrize(("case", "policy"), PAIRS)
+def test_policies_train_families(case, policy):
+    train(case, policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "policy"), [pair for pair in itertools.product(CASES, list_policies()) if pair not in PAIRS]
+)
+def test_every_policy_trains_every_family(case, policy):
+    train(case, policy)
+
+
+@every_case
+def test_pruned_or_refused_in_one_line(case):
+    name, _ = CASES[case]
+    model = make(case)
+    if isinstance(model, Prunable) and model.prunable_parts():
+        smaller, _ = prune.prune(model, {"conv1": 4}, "magnitude")
+        assert smaller(torch.rand(2, 1, 20, 20)).shape == (2, 3)
+        return
+    message = re.escape(f"{name} cannot be pruned: give a ")
+    for part in prune.PARTS:
+        with pytest.raises(ValueError, match=f"^{message}.*CapsNet.* that capszoo.create_model made, not wrapped$"):
+            prune.prune(model, {part: 1}, "magnitude")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        prune.scores(model, "types", "magnitude")
