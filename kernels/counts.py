@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import all_classes, per_class
+from .gaussian_routing.ops import launchers as mixtures
 from .inverted_attention.ops import launchers as inverted_attention
 from .ops import triton_routing as routing
 from .ops import triton_squash as squash
@@ -44,6 +45,8 @@ class Launch:
     """Of poses and matrices, in Triton's words."""
     ones: tuple[str, ...] = ()
     """Arguments that are 1, which Triton compiles into a kernel."""
+    problem: str = ""
+    """What it works on, where a kernel is compiled for several sizes of networks."""
 
     @property
     def function(self) -> triton.JITFunction:
@@ -61,7 +64,7 @@ class Launch:
 
     @property
     def flags(self) -> str:
-        names = ("UNIFORM", "BACKWARD", "APPROXIMATE", "FIRST", "LAST")
+        names = ("UNIFORM", "EQUAL", "BACKWARD", "APPROXIMATE", "FIRST", "LAST")
         return " ".join(name for name in names if self.constants.get(name))
 
     @property
@@ -100,9 +103,34 @@ def launches_of_inverted_attention() -> list[Launch]:
         parents = x.new_empty(128, places, places, num_parents, side, side)
         for name in ("sum_kernel", "poses_kernel", "weight_kernel"):
             _, _, chosen = inverted_attention.launch(x, weight, parents, stride=2, backward=name != "sum_kernel")
-            config = triton.Config({}, num_warps=chosen["num_warps"])
-            constants = {name: chosen[name] for name in ("KERNEL", "S", "BLOCK_N", "BLOCK_S", "BLOCK_J")}
-            found.append(Launch(getattr(inverted_attention, name), config, constants))
+            blocks = {name: chosen[name] for name in ("BLOCK_N", "BLOCK_S", "BLOCK_J")}
+            config = triton.Config(blocks, num_warps=chosen["num_warps"])
+            constants = {"KERNEL": k, "S": side, **blocks}
+            problem = f"{k}x{k}, {types} to {num_parents} types of {side}x{side}"
+            found.append(Launch(getattr(inverted_attention, name), config, constants, problem=problem))
+    return found
+
+
+def launches_of_mixtures() -> list[Launch]:
+    """The kernels of EM and variational Bayes at the sizes of their networks: convolutional and class capsules."""
+    found = []
+    for k, num_parents, offset in ((3, 32, False), (4, 10, True)):  # the matrices of classes hold their places
+        poses = torch.empty(32, 4, 4, 128, 8 - k, 8 - k, device="meta")
+        weight = poses.new_empty(32, k, k, num_parents, 4, 4)
+        places = poses.new_empty(k, k, 4, 4) if offset else None
+        sizes = mixtures.Problem(poses, poses[:, 0, 0], weight, places, 1).sizes
+        blocks = {name: sizes[name] for name in ("BLOCK_R", "BLOCK_J", "BLOCK_P")}
+        config = triton.Config(blocks, num_warps=mixtures.NUM_WARPS)
+        problem = f"{k}x{k}, 32 to {num_parents} types of 4x4"
+        passes = [
+            (mixtures.children_kernel, {}),
+            *((mixtures.moments_kernel, {"EQUAL": e, "BACKWARD": b}) for e, b in ((0, 0), (1, 0), (0, 1))),
+            *((mixtures.dchildren_kernel, {"EQUAL": equal}) for equal in (False, True)),
+            (mixtures.dweight_kernel, {"EQUAL": False}),
+        ]
+        for kernel, flags in passes:
+            constants = {"P": 4, "OFFSET": offset, **blocks, **{name: bool(flag) for name, flag in flags.items()}}
+            found.append(Launch(kernel, config, constants, problem=problem))
     return found
 
 

@@ -3,10 +3,12 @@
     python recipes/kernels.py                             # recipes/results/kernels-sm_90.csv and kernels-launches.csv
     python recipes/kernels.py --target sm_80 --output runs/kernels
 
-The first table has a row for each kernel, pass, precision and tile, at the sizes of the standard network: registers,
-bytes spilled, shared memory, and the instructions of a warp in its longest loop. The second has the launches of a
-forward and a backward pass, and the bytes of the tensors that they read or write. Both belong into a commit that
-changes a kernel: the difference shows what the change does. Times are the benchmark's, on a GPU.
+The first table has a row for each kernel, pass, precision and tile, at the sizes of the standard network, and for
+inverted attention, EM and variational Bayes at those of their networks (self-attention launches the kernels of dynamic
+routing): registers, bytes spilled, shared memory, and the instructions of a warp in its longest loop. The second has
+the launches of a forward and a backward pass of dynamic routing, and the bytes of the tensors that they read or write.
+Both belong into a commit that changes a kernel: the difference shows what the change does. Times are the benchmark's,
+on a GPU.
 """
 
 from collections.abc import Iterator
@@ -32,6 +34,13 @@ WORDS = {
     "barriers": ("BAR",),
 }
 
+# Functions of `capszoo.kernels.counts` whose launches have one precision and one tile each.
+WHOLE = {
+    "rows": "launches_on_rows",
+    "inverted attention": "launches_of_inverted_attention",
+    "mixtures": "launches_of_mixtures",
+}
+
 
 def compiled_row(target: str, task: tuple[str, str, str, int, int]) -> dict:
     """The row of one compilation: sizes, precision, dtype, and the places of the pass and of its tile."""
@@ -40,8 +49,8 @@ def compiled_row(target: str, task: tuple[str, str, str, int, int]) -> dict:
     from capszoo.kernels import counts
 
     sizes, precision, dtype, place, tile = task
-    if sizes == "rows":
-        launch = counts.launches_on_rows()[place]
+    if sizes in WHOLE:
+        launch = getattr(counts, WHOLE[sizes])()[place]
     else:
         kernel, flags = counts.PASSES[place]
         launch = counts.tile_launches(kernel, getattr(counts, sizes), precision, dtype, **flags)[tile]
@@ -51,7 +60,7 @@ def compiled_row(target: str, task: tuple[str, str, str, int, int]) -> dict:
         "pass": launch.flags,
         "tile": launch.tile,
         "stages": launch.config.num_stages if launch.config else "",
-        "matrices": {"OWN": "one a capsule", "SHARED": "one for 36 capsules"}.get(sizes, ""),
+        "matrices": {"OWN": "one a capsule", "SHARED": "one for 36 capsules"}.get(sizes, launch.problem),
         "precision": precision,
         "poses": dtype,
         "registers": found.registers,
@@ -71,8 +80,9 @@ def tasks() -> Iterator[tuple[str, str, str, int, int]]:
         for place, (kernel, _) in enumerate(counts.PASSES):
             for tile in range(len(kernel.configs)):
                 yield sizes, precision, dtype, place, tile
-    for place in range(len(counts.launches_on_rows())):
-        yield "rows", "", "fp32", place, 0
+    for sizes, function in WHOLE.items():
+        for place in range(len(getattr(counts, function)())):
+            yield sizes, "", "fp32", place, 0
 
 
 def launch_rows() -> Iterator[dict]:

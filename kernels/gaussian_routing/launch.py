@@ -16,8 +16,11 @@ MAX_BLOCK_J = 16
 # Programs to split sums for, where the tiles alone are fewer: four for each multiprocessor of a large GPU.
 NUM_PROGRAMS = 512
 
+# Of each program.
+NUM_WARPS = 4
 
-class _Problem:
+
+class Problem:
     """Sizes that the kernels take, and tensors as they take them: capsules last, contiguous."""
 
     def __init__(self, poses: Tensor, activations: Tensor, weight: Tensor, offset: Tensor | None, stride: int):
@@ -55,7 +58,7 @@ class _Problem:
             return (self.J * counts).log().expand(self.a.shape).contiguous()
         lse = torch.empty_like(self.a)
         children_kernel[self.by_child](
-            self.x, self.weight, self.offset, mean, precision, prior, lse, num_warps=4, **self.sizes
+            self.x, self.weight, self.offset, mean, precision, prior, lse, num_warps=NUM_WARPS, **self.sizes
         )
         return lse
 
@@ -70,7 +73,7 @@ class _Problem:
             self.x, self.a, self.weight, self.offset, mean, mean if precision is None else precision,
             mean if prior is None else prior, lse, *(backward or unused), mass, first, second,
             num_types=self.num_types, num_parts=num_parts, EQUAL=precision is None, BACKWARD=bool(backward),
-            num_warps=4, **self.sizes,
+            num_warps=NUM_WARPS, **self.sizes,
         )  # fmt: skip
         return mass.sum(0), first.sum(0), second.sum(0)
 
@@ -86,7 +89,7 @@ def moments(
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `cpu.moments`; all tensors are float32, and no size is 0."""
-    problem = _Problem(poses, activations, weight, offset, stride)
+    problem = Problem(poses, activations, weight, offset, stride)
     with torch.cuda.device_of(poses):
         if mean is None:  # around the average, which a first pass around zero finds
             center = poses.new_zeros(problem.B, problem.H, problem.W, problem.J, problem.P, problem.P)
@@ -121,7 +124,7 @@ def moments_backward(
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `cpu.moments_backward`."""
-    problem = _Problem(poses, activations, weight, offset, stride)
+    problem = Problem(poses, activations, weight, offset, stride)
     equal = mean is None
     with torch.cuda.device_of(poses):
         center = problem.parents(average if mean is None else mean)
@@ -137,7 +140,7 @@ def moments_backward(
         da, dx = torch.empty_like(problem.a), torch.empty_like(problem.x)
         inputs = (problem.x, problem.a, problem.weight, problem.offset, center, center if equal else factor,
                   center if equal else prior, lse, dtotal, ds1, ds2, da)  # fmt: skip
-        sizes = dict(EQUAL=equal, num_warps=4, **problem.sizes)
+        sizes = dict(EQUAL=equal, num_warps=NUM_WARPS, **problem.sizes)
         dchildren_kernel[problem.by_child](*inputs, dx, **sizes)
         places = problem.num_types * problem.Kh * problem.Kw
         num_parts = max(1, min(problem.rows, NUM_PROGRAMS // (places * problem.types)))
