@@ -7,7 +7,7 @@ loaded, unless `capszoo.set_fused_routing(False)` kept the operators out of them
 
 from . import reference
 from .couplings import routing_couplings
-from .gaussian_routing import em_routing, vb_routing
+from .gaussian_routing import em_couplings, em_routing, vb_couplings, vb_routing
 from .inverted_attention import inverted_attention_couplings, inverted_attention_routing
 from .ops import dynamic_routing, squash
 from .self_attention import self_attention_couplings, self_attention_routing
@@ -15,6 +15,7 @@ from .weighted_votes import weighted_votes
 
 __all__ = [
     "dynamic_routing",
+    "em_couplings",
     "em_routing",
     "inverted_attention_couplings",
     "inverted_attention_routing",
@@ -23,6 +24,7 @@ __all__ = [
     "self_attention_couplings",
     "self_attention_routing",
     "squash",
+    "vb_couplings",
     "vb_routing",
     "weighted_votes",
 ]

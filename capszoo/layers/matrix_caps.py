@@ -13,6 +13,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from capszoo.kernels import em_couplings, vb_couplings
 from capszoo.kernels.gaussian_routing import reference
 
 from .config import FollowsFusedRouting
@@ -267,8 +268,26 @@ class ClassMatrixCaps(_MatrixRouting):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map capsules ``[B, I * P * P + I, h, w]`` to poses ``[B, J, P, P]`` and activations ``[B, J]`` of classes."""
         poses, activations = split_matrix_capsules(x, self.in_types, self.pose_size)
-        h, w = x.shape[2], x.shape[3]
-        offset = map_coordinates(x, self.pose_size)
-        weight = self.weight[:, None, None].expand(-1, h, w, -1, -1, -1)
-        poses, activations = self.route(poses, activations, weight, offset)
+        poses, activations = self.route(poses, activations, self._matrices(x), map_coordinates(x, self.pose_size))
         return poses.squeeze(5).squeeze(4), activations.squeeze(3).squeeze(2)
+
+    def _matrices(self, x: Tensor) -> Tensor:
+        return self.weight[:, None, None].expand(-1, x.shape[2], x.shape[3], -1, -1, -1)
+
+    def to_capsules(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A map as poses ``[B, I * h * w, P, P]`` and activations ``[B, I * h * w]``, by type, then by position."""
+        poses, activations = split_matrix_capsules(x, self.in_types, self.pose_size)
+        return poses.permute(0, 1, 4, 5, 2, 3).flatten(1, 3), activations.flatten(1)
+
+    @torch.jit.ignore
+    def couplings(self, x: Tensor) -> Tensor:
+        """Couplings of the capsules of a map to the classes in each iteration, ``[R, B, I * h * w, J]``."""
+        poses, activations = split_matrix_capsules(x, self.in_types, self.pose_size)
+        inputs = (poses, activations, self._matrices(x), self.beta_u)
+        offset = map_coordinates(x, self.pose_size)
+        if self.method == "em":
+            beta_a = (self.beta_a - 2) / self.last_lambda
+            found = em_couplings(*inputs, beta_a, offset, 1, self.num_routing, self.final_lambda)
+        else:
+            found = vb_couplings(*inputs, self.beta_a, offset, 1, self.num_routing)
+        return found.flatten(3)

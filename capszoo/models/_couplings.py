@@ -85,7 +85,8 @@ def routed_poses(self: Any, features: Tensor) -> tuple[Tensor, None]:
     return below.permute(0, 1, 4, 5, 2, 3).flatten(1, 3), None
 
 
-# Self-routing: capsules have activations; the types at a place stand together.
+# Class capsules take a map as it is. Capsules of self-routing have logarithms of activations, and the types at a place
+# stand together.
 
 
 @torch.jit.ignore

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_matrix_capsules, split_matrix_capsules
 from capszoo.losses import CrossEntropyLoss, SpreadLoss
-from capszoo.models import _builder
+from capszoo.models import _builder, _couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["MatrixCapsNet"]
@@ -158,6 +158,8 @@ class MatrixCapsNet(nn.Module):
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
     get_classifier = _builder.get_classifier
+    couplings = _couplings.couplings
+    couplings_of = _couplings.couplings_of_map
 
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
@@ -189,6 +191,17 @@ class MatrixCapsNet(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves out."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("beta_u", "beta_a")}
+
+    @torch.jit.ignore
+    def routed_capsules(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Poses ``[B, T * H' * W', P, P]`` that the class capsules take, and their activations ``[B, T * H' * W']``."""
+        return self.class_caps.to_capsules(features)
+
+    @torch.jit.ignore
+    def capsule_places(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """The last map and the place there of each capsule, which are ordered by type, then by place."""
+        height, width = self.grid_size
+        return [(height, width)], torch.arange(height * width).repeat(self.num_types)
 
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:

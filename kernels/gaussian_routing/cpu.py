@@ -78,8 +78,7 @@ def moments(
             if mean is None:
                 w = equal * active.values[i].unsqueeze(1)
             else:
-                logits = prior - torch.mul(u, u, out=work).mul_(factor).sum(dim=(2, 3))
-                w = active.couplings(logits).mul_(active.values[i].unsqueeze(1))
+                w = active.couplings(_logits(u, prior, factor, work)).mul_(active.values[i].unsqueeze(1))
             total += w.sum(0)
             torch.mul(u, w[:, :, None, None], out=work)
             first += work.sum(0)
@@ -91,6 +90,41 @@ def moments(
         average[..., batch, :, :] = (center + shift).view(shape).transpose(1, 2)
         scatter[..., batch, :, :] = second.clamp_(min=0).view(shape).transpose(1, 2)
     return mass, average, scatter
+
+
+def couplings(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    precision: Tensor | None,
+    log_prior: Tensor | None,
+    stride: int,
+) -> Tensor:
+    """Couplings `[I, Kh * Kw, J, B, H, W]` by which `moments`, whose arguments these are, weighs votes."""
+    poses, weight = _with_offset(poses, weight, offset)
+    num_types, B, J = poses.shape[0], poses.shape[3], weight.shape[3]
+    H, W = _map_size(activations, weight, stride)
+    matrices = _rows_of_columns(weight)
+    found = poses.new_zeros(num_types, matrices.shape[1], J, B, H, W)
+    for batch in _tiles(B, weight, H * W, poses):
+        active = _Places(activations[:, batch], weight, stride)
+        if mean is None or precision is None or log_prior is None:
+            found[:, :, :, batch] = active.equal_couplings(J).unflatten(2, (-1, H, W))
+            continue
+        center, factor, prior = _by_rows(mean, batch), _by_rows(precision, batch), log_prior[:, batch].reshape(J, -1)
+        u, work = center.new_empty(2, matrices.shape[1], *center.shape)
+        for i in range(num_types):
+            torch.bmm(matrices[i], active.seen(poses[i][:, :, batch]), out=u.view(len(u), matrices.shape[2], -1))
+            u -= center
+            found[i, :, :, batch] = active.couplings(_logits(u, prior, factor, work)).unflatten(2, (-1, H, W))
+    return found
+
+
+def _logits(u: Tensor, prior: Tensor, factor: Tensor, work: Tensor) -> Tensor:
+    """Logits of the couplings of votes less the mean; `work` is memory as large as these."""
+    return prior - torch.mul(u, u, out=work).mul_(factor).sum(dim=(2, 3))
 
 
 def moments_backward(
@@ -148,7 +182,7 @@ def moments_backward(
             if mean is None:
                 r = equal
             else:
-                r = active.couplings(prior - torch.mul(u, u, out=work).mul_(factor).sum(dim=(2, 3)))
+                r = active.couplings(_logits(u, prior, factor, work))
             w = r * active.values[i].unsqueeze(1)
             torch.mul(u, ds2, out=half)
             torch.add(half, ds1, out=du)

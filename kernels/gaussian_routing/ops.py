@@ -207,7 +207,7 @@ def em_routing(
         return handle_torch_function(
             em_routing, tensors, *tensors, offset, stride, num_iters, final_lambda, min_variance
         )
-    _check(*tensors, offset, stride, num_iters)
+    check_inputs(*tensors, offset, stride, num_iters)
     form = reference if has_tangent(*tensors) else by_moments
     with no_autocast(poses):
         return form.em_routing(*tensors, offset, stride, num_iters, final_lambda, min_variance)
@@ -249,13 +249,13 @@ def vb_routing(
     tensors = (poses, activations, weight, beta_u, beta_a)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(vb_routing, tensors, *tensors, offset, stride, num_iters)
-    _check(*tensors, offset, stride, num_iters)
+    check_inputs(*tensors, offset, stride, num_iters)
     form = reference if has_tangent(*tensors) else by_moments
     with no_autocast(poses):
         return form.vb_routing(*tensors, offset, stride, num_iters)
 
 
-def _check(
+def check_inputs(
     poses: Tensor,
     activations: Tensor,
     weight: Tensor,
@@ -265,6 +265,7 @@ def _check(
     stride: int,
     num_iters: int,
 ) -> None:
+    """Check what the routings take; the errors of `em_routing`."""
     if poses.dim() != 6 or poses.shape[2] != poses.shape[3]:
         raise ValueError(f"poses have shape {list(poses.shape)}: give [B, I, P, P, h, w]")
     B, num_types, P, _, h, w = poses.shape

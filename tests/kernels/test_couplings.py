@@ -1,5 +1,6 @@
-"""Couplings on request, against plain loops in float64: inverted attention and self-attention."""
+"""Couplings on request against plain loops in float64; those of dynamic routing are in tests/test_inspect.py."""
 
+import itertools
 import math
 
 import pytest
@@ -8,12 +9,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from capszoo.kernels import (
+    em_couplings,
     inverted_attention_couplings,
     inverted_attention_routing,
     self_attention_couplings,
     self_attention_routing,
+    vb_couplings,
 )
+from capszoo.kernels.gaussian_routing import cpu as gaussian_cpu
 from capszoo.kernels.inverted_attention import cpu
+
+
+def digamma(x):
+    return float(torch.digamma(torch.tensor(x, dtype=torch.float64)))
 
 
 def softmax(logits):
@@ -127,3 +135,100 @@ def test_couplings_of_self_attention(sizes, attention):
     votes = torch.einsum("bik,ikjd->bijd", x, weight)
     sums = self_attention_routing(x, weight, prior, attention)
     torch.testing.assert_close((found.unsqueeze(3) * votes).sum(1), sums)
+
+
+def gaussians_by_loops(poses, activations, weight, offset, method, beta_u, beta_a, num_iters, final_lambda):
+    """Couplings of class capsules: one child and one parent at a time, by the two papers' procedures."""
+    num_types, height, width, num_parents, side, _ = weight.shape
+    dim, iterations = side * side, []
+    for b in range(len(poses)):
+        children = [(i, y, x) for i in range(num_types) for y in range(height) for x in range(width)]
+        votes = [
+            [(poses[b, i, :, :, y, x] @ weight[i, y, x, j] + offset[y, x]).flatten() for j in range(num_parents)]
+            for i, y, x in children
+        ]
+        active = [float(activations[b, i, y, x]) for i, y, x in children]
+        shares = [[1 / num_parents] * num_parents for _ in children]
+        found = [shares]
+        for iteration in range(num_iters - 1):
+            parents = []
+            for j in range(num_parents):
+                weights = [share[j] * a for share, a in zip(shares, active, strict=True)]
+                mass = sum(weights)
+                mean = sum(w * vote[j] for w, vote in zip(weights, votes, strict=True)) / (mass + 1e-8)
+                scatter = sum(w * (vote[j] - mean) ** 2 for w, vote in zip(weights, votes, strict=True))
+                parents.append((mass, mean, scatter))
+            logits = []
+            for j, (mass, mean, scatter) in enumerate(parents):
+                if method == "em":
+                    variance = scatter / (mass + 1e-8) + 5e-4
+                    cost = float(((beta_u[j] + variance.sqrt().log()) * mass).sum())
+                    score = final_lambda * (1 - 0.95 ** (iteration + 1)) * (float(beta_a[j]) - cost)
+                    log_active = -math.log1p(math.exp(-score))
+                    normal = torch.distributions.Normal(mean, variance.sqrt())
+                    # The density, but for the power of 2 pi that all parents have.
+                    logits.append(
+                        [
+                            log_active + float(normal.log_prob(vote[j]).sum()) + dim * math.log(2 * math.pi) / 2
+                            for vote in votes
+                        ]
+                    )
+                else:
+                    kappa, nu = 1 + mass, dim + 1 + mass
+                    center = mass / kappa * mean
+                    inverse = 1 + scatter + mass / kappa * mean**2
+                    total = sum(1 + other[0] for other in parents)
+                    log_pi = digamma(1 + mass) - digamma(total)
+                    halves = sum(digamma((nu - d) / 2) for d in range(dim))
+                    log_det = halves + dim * math.log(2) - float(inverse.log().sum())
+                    logits.append(
+                        [
+                            log_pi + (log_det - dim / kappa - float((nu * (vote[j] - center) ** 2 / inverse).sum())) / 2
+                            for vote in votes
+                        ]
+                    )
+            shares = [softmax([logits[j][child] for j in range(num_parents)]) for child in range(len(children))]
+            found.append(shares)
+        iterations.append(torch.tensor(found, dtype=poses.dtype))
+    return torch.stack(iterations, dim=1)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 3, 2), (1, 1, 3, 1, 3), (3, 3, 1, 4, 2)])
+@pytest.mark.parametrize("method", ["em", "vb"])
+def test_couplings_of_mixtures(method, sizes, monkeypatch):
+    num_types, height, width, num_parents, side = sizes
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, num_types, side, side, height, width), (num_types, height, width, num_parents, side, side)
+    poses, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in shapes)
+    activations = torch.rand(3, num_types, height, width, generator=generator, dtype=torch.float64)
+    offset = torch.rand(height, width, side, side, generator=generator, dtype=torch.float64)
+    beta_u, beta_a = torch.randn(2, num_parents, generator=generator, dtype=torch.float64)
+    expected = gaussians_by_loops(poses, activations, weight, offset, method, beta_u, beta_a, 3, 0.3)
+    couplings, more = (em_couplings, (0.3,)) if method == "em" else (vb_couplings, ())
+    inputs = (poses, activations, weight, beta_u, beta_a, offset)
+    for tile in (1, 2**21):
+        monkeypatch.setattr(gaussian_cpu, "TILE_BYTES", tile)
+        found = couplings(*inputs, 1, 3, *more)
+        torch.testing.assert_close(found.flatten(3), expected, rtol=1e-8, atol=1e-10)
+    single = couplings(*(t.float() for t in inputs), 1, 3, *more)
+    torch.testing.assert_close(single.double().flatten(3), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("couplings", [em_couplings, vb_couplings])
+def test_couplings_of_mixtures_compete_over_space(couplings):
+    """Those of a child add up to 1 over all parents at all positions of the kernel that cover it."""
+    generator = torch.Generator().manual_seed(0)
+    poses, weight = (
+        torch.randn(2, 2, 2, 2, 5, 4, generator=generator),
+        torch.randn(2, 3, 3, 3, 2, 2, generator=generator),
+    )
+    activations, beta = torch.rand(2, 2, 5, 4, generator=generator), torch.zeros(3)
+    found = couplings(poses, activations, weight, beta, beta, None, 1, 2)
+    assert found.shape == (2, 2, 2 * 9, 3, 3, 2)
+    for r, b, i in itertools.product(range(2), range(2), range(2)):
+        total = torch.zeros(5, 4)
+        for tap, (y, x) in itertools.product(range(9), itertools.product(range(3), range(2))):
+            total[y + tap // 3, x + tap % 3] += found[r, b, i * 9 + tap, :, y, x].sum()
+        torch.testing.assert_close(total, torch.ones(5, 4))
+    with pytest.raises(ValueError, match="num_iters=0: routing needs at least 1 iteration"):
+        couplings(poses, activations, weight, beta, beta, None, 1, 0)

@@ -20,6 +20,8 @@ CASES = {
     "self-routing": ("capsnet_resnet_sr", {}, 1, {"couplings": "uniform"}),
     "two layers": ("capsnet_resnet_sr", {"num_layers": 2}, 1, {"couplings": "uniform"}),
     "DeepCaps": ("deepcaps", {}, 3, {"num_routing": 1}),
+    "EM": ("capsnet_em_mini", {"num_routing": 3}, 3, {"num_routing": 1}),
+    "variational Bayes": ("capsnet_vb_mini", {}, 2, {"num_routing": 1}),
     "dynamic head": ("capsnet_head", {}, 3, {"head_kwargs": {"num_routing": 1}}),
     "self-attention head": ("capsnet_head", {"head": "self_attention"}, 1, {"head_kwargs": {"couplings": "uniform"}}),
     "inverted attention head": ("capsnet_head", {"head": "inverted_attention"}, 2, {"head_kwargs": {"num_passes": 1}}),
@@ -32,9 +34,12 @@ def make(name, **kwargs):
     torch.manual_seed(0)
     model = capszoo.create_model(name, **{**sizes_of(name), "in_chans": 1, "img_size": 20, "num_classes": 4, **kwargs})
     layer = model.get_classifier()
-    with torch.no_grad():
-        if hasattr(layer, "uniform"):  # zeros at first
-            torch.nn.init.normal_(layer.weight)
+    if hasattr(layer, "uniform"):  # zeros at first
+        torch.nn.init.normal_(layer.weight)
+    if hasattr(layer, "beta_u"):  # poses of a small network are nearly zero at first, and votes equal
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter)
     return model.eval()
 
 

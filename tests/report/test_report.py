@@ -94,6 +94,7 @@ FAMILIES = {
     "efficient_capsnet": {},
     "capsnet_resnet_ia": {},
     "capsnet_resnet_sr": {},
+    "capsnet_vb_mini": {},
     "deepcaps": {},
     "capsnet_head": {"head": "self_routing"},
 }
