@@ -16,6 +16,7 @@ from capszoo.command_line import add_result, key_value, parse_resumable
 from capszoo.command_line.training import build_parser
 from capszoo.data import load_data
 from capszoo.engine.run_state import check_resume_state, load_state
+from capszoo.losses import MarginLoss
 from capszoo.models.capsnet import _cfg
 from capszoo.prune.options import PruneOptions
 from capszoo.prune.run import Run
@@ -134,7 +135,7 @@ def resume_pruning(folder: Path, data: bytes) -> None:
     path = folder / PRUNING_FILES[data[0] % 4 if data else 0]
     sound = path.read_bytes()
     path.write_bytes(data[1:])
-    work = Run(PruneOptions(), None, None, [{}], folder, torch.device("cpu"), lambda text: None, lambda: False)
+    work = Run(PruneOptions(), MarginLoss(), None, [{}], folder, torch.device("cpu"), lambda text: None, lambda: False)
     try:
         if path.name == "start.safetensors":
             work.begin(1)
