@@ -243,3 +243,15 @@ def test_heads_are_asked_as_the_families():
     assert torch.equal(model.couplings(x, iteration=None), expected)
     with pytest.raises(RuntimeError, match="has num_classes=0"):
         make("capsnet_head", num_classes=0).couplings(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@every_case
+def test_on_a_gpu(case):
+    name, kwargs, _, _ = CASES[case]
+    model, x = make(name, **kwargs), images()
+    expected, maps = model.couplings(x, iteration=None), inspect.part_maps(model, x)
+    moved = model.cuda()
+    torch.testing.assert_close(moved.couplings(x.cuda(), iteration=None).cpu(), expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(inspect.part_maps(moved, x.cuda()).cpu(), maps, rtol=1e-2, atol=1e-3)
