@@ -4,7 +4,7 @@
     python recipes/show.py capsnet_tiny.mnist --data-dir data         # shipped weights
     python recipes/show.py runs/NAME cat.png more/images              # images of your own, whose classes are not known
 
-The report, report.html, and a folder with its pictures as PNG files are written into the run folder, or into the
+The report, show.html, and a folder with its pictures as PNG files are written into the run folder, or into the
 working directory for other weights.
 """
 
@@ -41,7 +41,7 @@ def build_parser() -> OptionParser:
     add("--split", default="test", choices=["train", "val", "test"], help="images to look at")
     add("--val-fraction", type=float, default=0.1, help="part of the training images that is the validation split")
     add("--limit", type=int, default=2000, help="images of the data set to look at, at most")
-    add("--output", metavar="FILE.html", help="the report; default report.html in the run folder, or NAME.html")
+    add("--output", metavar="FILE.html", help="the report; default show.html in the run folder, or NAME.html")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     return parser
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     if not model.num_classes:
         raise UsageError(f"{args.weights!r} has no classes to look at: use other weights")
     folder = Path(args.weights) if Path(args.weights).is_dir() else None
-    output = Path(args.output or (folder / "report.html" if folder else f"{opened.file.stem}.html"))
+    output = Path(args.output or (folder / "show.html" if folder else f"{opened.file.stem}.html"))
     if output.suffix.lower() != ".html":
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")
     if not output.absolute().parent.is_dir():

@@ -259,7 +259,9 @@ def train(
     if options.report:
         report_run(trainer, options, data, folder, result, console)
     if not options.quiet:
-        console.print(f"next: capszoo validate {folder}, capszoo show {folder}, or capszoo predict {folder} IMAGE...")
+        links = " --follow-links" if options.follow_links else ""
+        own = f"capszoo validate {folder}{links}, capszoo show {folder}{links}"
+        console.print(f"next: {own}, or capszoo predict {folder} IMAGE...")
     return 0
 
 

@@ -119,7 +119,9 @@ def train(model, precision, steps, count=4, dtype=torch.float32):
 @pytest.mark.parametrize("precision", AUTOCAST)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_small_networks(name, precision):
-    train(make_model(name, small=True), precision, steps=210)
+    # Of the larger families fewer steps: what overflows does so in the first of them, and the slow tests take all.
+    short = name in ("capsnet_em", "capsnet_em_small", "capsnet_vb", "capsnet_vb_small", "deepcaps")
+    train(make_model(name, small=True), precision, steps=21 if short or "_resnet_" in name else 210)
 
 
 @pytest.mark.slow

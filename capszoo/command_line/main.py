@@ -146,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in RECIPES:
         # The outermost layer of all: what it runs must not be imported before it is asked for.
         recipe = importlib.import_module(f"capszoo.recipes.{argv[0]}")
+        sys.argv[0] = f"capszoo {argv[0]}"  # what its help calls it
         return recipe.main(argv[1:])
     if argv and argv[0] == "predict":
         from .predict import main as predict

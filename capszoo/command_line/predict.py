@@ -148,7 +148,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             found.append((row, prediction))
     if args.json:
-        values = [{**dict(zip(columns, row, strict=True)), "scores": prediction.scores} for row, prediction in found]
+        names = class_names_of(model)
+        values = [
+            {**dict(zip(columns, row, strict=True)), "classes": names, "scores": prediction.scores}
+            for row, prediction in found
+        ]
         print(json.dumps(values, indent=2))
     elif found:
         print_table([row for row, _ in found])

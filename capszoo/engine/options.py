@@ -89,7 +89,9 @@ class TrainingOptions(Augmentation):
         None, "go on with the run in this folder", "what", metavar="RUN_DIR", saved=False, may_change=True
     )
     pretrained: bool = option(False, "start from the weights shipped for --model", "model", flag=True)
-    checkpoint: str | None = option(None, "start from the weights in a safetensors file", "model", metavar="FILE")
+    checkpoint: str | None = option(
+        None, "start from the weights in a safetensors file, or the best of a run folder", "model", metavar="FILE"
+    )
     img_size: int | list[int] | None = option(
         None, "pixels of a side, or height and width; default the data set's", "model", many="+", join=read_size
     )

@@ -21,6 +21,7 @@ from capszoo.errors import UsageError
 from capszoo.fields import words
 from capszoo.files import write_json
 from capszoo.losses import CrossEntropyLoss, MarginLoss
+from capszoo.opening import weights_in
 from capszoo.policies import Policy, create_policy
 from capszoo.precision import resolve_amp
 from capszoo.pretrained import image_statistics
@@ -97,7 +98,7 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
     kwargs = model_arguments(options, data)
     model = create_model(options.model, pretrained=options.pretrained, **kwargs)
     if options.checkpoint:
-        load_weights(model, options.checkpoint)
+        load_weights(model, weights_in(options.checkpoint))
     model.creation_args = kwargs
     # Weights are used to images as they were trained on.
     has_weights = options.pretrained or options.checkpoint or ":" in options.model or kwargs.get("backbone_pretrained")
@@ -152,6 +153,11 @@ def make_trainer(
         ValueError: For a model, policy, optimizer or precision that cannot be made.
     """
     check_ranges(options)
+    if data.num_classes == 1 and not data.multi_label:
+        raise UsageError(
+            f"all images of {options.dataset!r} are of class {data.class_names[0]!r}: give a folder for each of two "
+            "classes or more"
+        )
     resolve_amp(options.amp, device)  # says what is impossible before anything is made
     translate = default_translate(options.dataset) if options.translate is None else options.translate
     # Says whether images are large enough for these shifts, and whether they can be changed so.

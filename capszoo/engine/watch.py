@@ -42,10 +42,12 @@ class Saturation(NamedTuple):
     Attributes:
         saturated: Share of the primary capsules longer than 0.99, over all images; None for models without any.
         spread: Standard deviation over the images of the score that differs most between them.
+        least: The lowest score of all classes and images.
     """
 
     saturated: float | None
     spread: float
+    least: float = 0.0
 
     @property
     def is_stuck(self) -> bool:
@@ -69,7 +71,7 @@ def measure_saturation(model: Any, images: Tensor) -> Saturation:
     saturated = None
     if isinstance(model, HasPrimaryCapsules):
         saturated = float((capsule_lengths(model.primary_capsules(features).float()) > _LONG).float().mean())
-    return Saturation(saturated, float(scores.std(dim=0).max()))
+    return Saturation(saturated, float(scores.std(dim=0).max()), float(scores.min()))
 
 
 class Watch:
@@ -166,6 +168,8 @@ class Watch:
             share = (
                 "" if found.saturated is None else f"{found.saturated:.0%} of the primary capsules are saturated and "
             )
+            if found.least > _LONG and not getattr(trainer.task.model, "returns_logits", False):
+                share = "all class capsules are saturated and "
             _logger.warning(
                 f"at step {trainer.position.step} of epoch {trainer.position.epoch + 1} {share}all images score alike "
                 f"(to {found.spread:.1g}): this run will hardly learn any more; start again with a tenth of --lr, or "

@@ -117,6 +117,7 @@ class DynamicHead(VectorHead):
         num_types, caps_dim = primary.num_types, primary.caps_dim
         num_capsules = num_types * grid_size[0] * grid_size[1]
         more: dict[str, Any] = dict(num_weights=num_types if share_weights else num_capsules, num_routing=num_routing)
+        more |= _stem.fresh_votes("default", share_weights, grid_size[0] * grid_size[1])
         class_caps = ClassCaps(num_capsules, caps_dim, num_classes, class_dim, **more, **dd)
         super().__init__(num_types, caps_dim, class_caps, grid_size)
 

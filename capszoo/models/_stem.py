@@ -1,11 +1,12 @@
 """The layers before the capsules, as families share them: a backbone or none, and the sizes of the convolutions."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 
 from capszoo.layers.backbone import LEAST_MAP, Backbone, plan_backbone
 
@@ -13,12 +14,14 @@ __all__ = [
     "ConvPlan",
     "cfg_overlay",
     "default_conv",
+    "fresh_votes",
     "group_matcher",
     "image_weights",
     "kept_arguments",
     "least_map",
     "make_backbone",
     "plan_convs",
+    "rescale_votes",
     "strided_grid",
     "without_sources",
 ]
@@ -195,3 +198,29 @@ def group_matcher(model: nn.Module, coarse: bool = False) -> dict[str, Any]:
     if model.backbone is None:
         return dict(stem=r"^conv1", blocks=r"^primary_caps")
     return model.backbone.group_matcher("backbone.", [r"^conv1", r"^primary_caps"], coarse)
+
+
+def fresh_votes(start: str, shared: bool, positions: int) -> dict[str, float]:
+    """Scale of fresh vote matrices: class capsules add up votes of all positions, and are as long as those of 28x28
+    images, 36 positions, at any size. Votes by one matrix add up in proportion to the positions, others to their root.
+    """
+    if start == "paper":
+        return dict(init_std=1.0, init_bias=0.0)
+    ratio = 36 / max(36, positions)
+    return dict(init_std=0.1 * (ratio if shared else ratio**0.5)) if start == "default" else {}
+
+
+def rescale_votes(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Fit vote matrices that the positions of a map share to more of them, whose votes class capsules add up.
+
+    Args:
+        state_dict: Weights that were trained on images of the size in the model's `pretrained_cfg`.
+        model: The model, of another size.
+    """
+    key = "class_caps.weight"
+    if not model.share_weights or model.backbone is not None or key not in state_dict:
+        return state_dict
+    kernel, (height, width) = model.conv1.kernel_size[0], model.pretrained_cfg["input_size"][1:]
+    before = math.prod((side - 2 * (kernel - 1) - 1) // 2 + 1 for side in (height, width))
+    ratio = before / math.prod(model.grid_size)
+    return {**state_dict, key: state_dict[key].float() * ratio} if ratio < 1 else state_dict

@@ -204,7 +204,7 @@ class CapsNet(nn.Module):
             num_routing=num_routing,
             routing=routing,
             approximate_squash=approximate,
-            **(dict(init_std=1.0, init_bias=0.0) if start == "paper" else {}),
+            **_stem.fresh_votes(start, share_weights, grid[0] * grid[1]),
         )
         self._decoder_args: dict[str, Any] | None = None
         if decoder:
@@ -347,6 +347,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     state_dict = unfold_scales(select_caps.select_types(state_dict, model), model)
     other_classes, other_chans, other_size = _builder.trained_otherwise(model)
+    if other_size:
+        state_dict = _stem.rescale_votes(state_dict, model)
     may_differ = {
         **dict.fromkeys(_stem.image_weights(model), other_chans),
         "class_caps.weight": other_classes or other_size,

@@ -63,7 +63,8 @@ class Section:
 
 def training_section(rows: Sequence[Mapping[str, Any]]) -> Section:
     """The curves of a run, of the rows of its `summary.csv`."""
-    best = max(rows, key=lambda row: float(row["eval_top1"] or 0))
+    # As the trainer chooses it: of equal accuracies that of the lower loss.
+    best = max(rows, key=lambda row: (float(row["eval_top1"] or 0), -float(row["eval_loss"] or 0)))
     validated = f"; the best, {float(best['eval_top1']):.2%}, is of epoch {best['epoch']}" if best["eval_top1"] else ""
     return Section("training", "Training", f"{len(rows)} epochs{validated}.", network.draw_training(rows))
 
