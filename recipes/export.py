@@ -34,9 +34,9 @@ from capszoo.opening import open_model
 from capszoo.registry import model_header, model_keywords
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
-COMPUTING = ("num_routing", "routing", "couplings", "squash", "keep_capsules")
+COMPUTING = "num_routing num_passes concurrent routing couplings squash form head head_kwargs keep_capsules".split()
 # Options that say where and how fast a run is computed, and not what comes out.
-NOT_IN_RECIPE = {"data_dir", "device", "download", "workers", "quiet", "tensorboard", "save_every", "cuda_graphs"}
+NOT_IN_RECIPE = set("data_dir device download workers quiet tensorboard save_every cuda_graphs report".split())
 # Recipes that train, and leave an args.yaml.
 TRAINERS = ("train", "prune")
 # Options that a recipe names even at their default, for those who read it.
