@@ -26,6 +26,7 @@ from capszoo.opening import OpenedModel, load_data_for, open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
 from capszoo.pretrained import image_statistics
+from capszoo.registry import is_model
 from capszoo.report import Findings, find, sections_of, training_section, write_sheet
 
 
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     model: Any = opened.model.to(device).eval()
     if not model.num_classes:
         raise UsageError(f"{args.weights!r} has no classes to look at: use other weights")
-    folder = Path(args.weights) if Path(args.weights).is_dir() else None
+    # A folder may have the name of shipped weights, as the pictures of their report have.
+    folder = Path(args.weights) if Path(args.weights).is_dir() and not is_model(args.weights) else None
     output = Path(args.output or (folder / "show.html" if folder else f"{opened.file.stem}.html"))
     if output.suffix.lower() != ".html":
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")

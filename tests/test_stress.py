@@ -16,7 +16,8 @@ from capszoo.engine.batch_norm import has_batch_norm
 from capszoo.engine.task import CapsuleTask
 from capszoo.kernels import dynamic_routing, reference, squash
 from capszoo.layers import set_fused_routing, use_fused_routing
-from capszoo.registry import model_keywords
+from capszoo.models import CapsNet, CNNBaseline, EfficientCapsNet
+from capszoo.registry import family_of, model_keywords
 
 MODELS = capszoo.list_models()
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,9 +120,9 @@ def train(model, precision, steps, count=4, dtype=torch.float32):
 @pytest.mark.parametrize("precision", AUTOCAST)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_small_networks(name, precision):
-    # Of the larger families fewer steps: what overflows does so in the first of them, and the slow tests take all.
-    short = name in ("capsnet_em", "capsnet_em_small", "capsnet_vb", "capsnet_vb_small", "deepcaps")
-    train(make_model(name, small=True), precision, steps=21 if short or "_resnet_" in name else 210)
+    # Of the deeper families fewer steps: what overflows does so in the first of them, and the slow tests take all.
+    flat = issubclass(family_of(name), (CapsNet, CNNBaseline, EfficientCapsNet))
+    train(make_model(name, small=True), precision, steps=210 if flat else 21)
 
 
 @pytest.mark.slow

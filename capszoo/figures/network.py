@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import style
@@ -117,17 +118,19 @@ def draw_sweep(drawn: Tensor, values: Sequence[float]) -> "Figure":
         drawn: ``[D, V, C, H, W]``.
         values: The V changes.
     """
-    dims, count = drawn.shape[:2]
-    figure = style.make_figure(width=0.56 * count + 0.6, height=0.56 * dims + 0.5)
-    layout: Any = figure.get_layout_engine()
-    layout.set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    grid = figure.subplots(dims, count, squeeze=False)
-    for row in range(dims):
-        for column in range(count):
-            _show(grid[row, column], drawn[row, column])
-        grid[row, 0].set_ylabel(str(row), rotation=0, fontsize=8, ha="right", va="center")
-    for column, value in enumerate(values):
-        grid[0, column].set_title(f"{value:+.2f}" if value else "0", fontsize=8)
+    dims, count, _, height, width = drawn.shape
+    # One picture, with a line of white between: as many axes would take seconds to lay out.
+    bordered = F.pad(drawn, (1, 1, 1, 1), value=1.0)
+    mosaic = bordered.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    figure = style.make_figure(width=0.56 * count + 0.6, height=0.56 * dims * height / width + 0.5)
+    axes = figure.subplots()
+    _show(axes, mosaic)
+    centers = (torch.arange(max(dims, count)) + 0.5).tolist()
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=8)
+    texts = [f"{value:+.2f}" if value else "0" for value in values]
+    axes.set_xticks([center * (width + 2) for center in centers[:count]], texts)
+    axes.set_yticks([center * (height + 2) for center in centers[:dims]], [*map(str, range(dims))])
     return figure
 
 

@@ -69,7 +69,9 @@ def compile_all(*arguments):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("target", list(CASES))
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("sm_80", "sm_100"))) for name in CASES]
+)
 def test_first_tiles_fit(target):
     compile_all("first", target)
 

@@ -71,14 +71,14 @@ def test_what_hinders_a_report_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_show_a_run(run_folder, tmp_path, capsys):
     page = tmp_path / "page.html"
-    assert show.main([str(run_folder), "--device", "cpu", "--limit", "300", "--output", str(page)]) == 0
+    assert show.main([str(run_folder), "--device", "cpu", "--limit", "60", "--output", str(page)]) == 0
     assert f"{page}, and" in capsys.readouterr().out
     headings = re.findall("<h2>(.*?)</h2>", page.read_text())
     for expected in ("Training", "Recognised", "Confusion", "Calibration", "Robustness", "Couplings over the image",
                      "What routing decides"):  # fmt: skip
         assert expected in headings
     assert sum(heading.startswith("What the capsule of") for heading in headings) == 2
-    assert "300 of the 360 test images of digits" in page.read_text()
+    assert "60 of the 360 test images of digits" in page.read_text()
 
 
 def test_show_images_of_which_the_class_is_not_known(run_folder, tmp_path, monkeypatch):
