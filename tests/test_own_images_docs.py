@@ -48,7 +48,8 @@ def make_images(folder, count=12, size=40):
 
 def run(words, folder):
     """Run a command line that begins with python or capszoo; `< FILE` at its end is standard input."""
-    program, *words = words
+    # Weights that timm has come from the network, which no test needs.
+    program, *words = [word for word in words if word != "--backbone-pretrained"]
     given = "/dev/null"
     if "<" in words:
         given, words = words[words.index("<") + 1], words[: words.index("<")]
