@@ -24,7 +24,7 @@ import capszoo
 from capszoo import inspect
 from capszoo.checkpoint import load_weights
 from capszoo.command_line import OptionParser, StopSignal, key_value, results_folder, run
-from capszoo.contract import HasCouplings
+from capszoo.contract import has_couplings
 from capszoo.data import DataSplits, Loader
 from capszoo.engine import Trainer, evaluate
 from capszoo.engine.options import options_from
@@ -118,7 +118,7 @@ def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.devi
     loader = Loader(data.test, 250, device)
     found = {name: round(value, 4) for name, value in measure_robustness(model, loader).items()}
     entropy = ""
-    if isinstance(model, HasCouplings):
+    if has_couplings(model):
         images, _ = next(iter(Loader(data.test, LOOKED_AT, device)))
         entropy = round(float(inspect.coupling_entropy(model, images)[-1]), 4)
     for path in folder.iterdir():

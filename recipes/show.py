@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import Tensor
 
 from capszoo.command_line import OptionParser, run
-from capszoo.data import Loader
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import UsageError
@@ -27,7 +26,7 @@ from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
 from capszoo.pretrained import image_statistics
 from capszoo.registry import is_model
-from capszoo.report import Findings, find, sections_of, training_section, write_sheet
+from capszoo.report import Findings, find, first_batches, sections_of, training_section, write_sheet
 
 
 def build_parser() -> OptionParser:
@@ -80,14 +79,7 @@ def look_at_data(opened: OpenedModel, args: Any, device: torch.device) -> tuple[
     split = {"train": data.train, "val": data.val, "test": data.test}[args.split]
     if split is None:
         raise UsageError(f"{dataset!r} has no validation split with --val-fraction {args.val_fraction}: give more")
-    loader = Loader(split, 250, device)
-    wanted, taken = max(1, args.limit), []
-    for images, labels in loader:
-        taken.append((images[:wanted], labels[:wanted]))
-        wanted -= len(labels)
-        if wanted <= 0:
-            break
-    found = find(model, taken, data.class_names)
+    found = find(model, first_batches(split, max(1, args.limit), device), data.class_names)
     return found, f"{found.count:,} of the {len(split):,} {args.split} images of {dataset}"
 
 

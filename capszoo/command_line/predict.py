@@ -148,7 +148,6 @@ def main(argv: list[str] | None = None) -> int:
         else:
             found.append((row, prediction))
     if args.json:
-        names = class_names_of(model)
         values = [
             {**dict(zip(columns, row, strict=True)), "classes": names, "scores": prediction.scores}
             for row, prediction in found

@@ -20,6 +20,7 @@ from capszoo.models import _stem
 from capszoo.pretrained import check_source
 
 __all__ = [
+    "arguments",
     "auxiliary_modules",
     "build_model",
     "capsule_layers",
@@ -248,9 +249,16 @@ def reconstruct(self: Any, x: Tensor, target: Tensor | None = None) -> Tensor:
 
 
 @torch.jit.ignore
+def arguments(self: Any) -> dict[str, Any]:
+    """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
+    now = {key: getattr(self, key) for key in ("num_classes", "global_pool", "drop_rate")}
+    return {**self._arguments, **now}
+
+
+@torch.jit.ignore
 def auxiliary_modules(self: Any) -> dict[str, nn.Module | None]:
-    """Modules that only training uses: the decoder; a method of models with a `decoder`, which may be None."""
-    return {"decoder": self.decoder}
+    """Modules that only training uses: the decoder, which may be None, of families that can have one."""
+    return {"decoder": self.decoder} if hasattr(self, "decoder") else {}
 
 
 @torch.jit.ignore

@@ -245,13 +245,7 @@ class CapsNet(nn.Module):
     @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
         """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
-        return {
-            **self._arguments,
-            "num_classes": self.num_classes,
-            "global_pool": self.global_pool,
-            "keep_capsules": list(self.keep_capsules) or None,
-            "drop_rate": self.drop_rate,
-        }
+        return {**_builder.arguments(self), "keep_capsules": list(self.keep_capsules) or None}
 
     @torch.jit.ignore
     def primary_capsules(self, features: Tensor) -> Tensor:

@@ -147,6 +147,8 @@ class CapsNetHead(nn.Module):
         if num_classes:
             self.head = _heads.make_head(self.primary_caps, num_classes, **self._head_args, **dd)
 
+    arguments = _builder.arguments
+    auxiliary_modules = _builder.auxiliary_modules
     reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
@@ -157,21 +159,6 @@ class CapsNetHead(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The class capsules."""
         return self.head.class_caps if self.num_classes else self.head
-
-    @torch.jit.ignore
-    def arguments(self) -> dict[str, Any]:
-        """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
-        return {
-            **self._arguments,
-            "num_classes": self.num_classes,
-            "global_pool": self.global_pool,
-            "drop_rate": self.drop_rate,
-        }
-
-    @torch.jit.ignore
-    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
-        """Modules that only training uses: none."""
-        return {}
 
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:

@@ -104,25 +104,12 @@ class CNNBaseline(nn.Module):
         self.num_classes = num_classes
         self.fc = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
 
+    arguments = _builder.arguments
+    auxiliary_modules = _builder.auxiliary_modules
     reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
-
-    @torch.jit.ignore
-    def arguments(self) -> dict[str, Any]:
-        """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
-        return {
-            **self._arguments,
-            "num_classes": self.num_classes,
-            "global_pool": self.global_pool,
-            "drop_rate": self.drop_rate,
-        }
-
-    @torch.jit.ignore
-    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
-        """Modules that only training uses: none."""
-        return {}
 
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:

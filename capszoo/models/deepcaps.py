@@ -157,6 +157,7 @@ class DeepCaps(nn.Module):
         has_decoder = num_classes > 0 and self._decoder_args is not None
         self.register_module("decoder", DeconvDecoder(**self._decoder_args, **dd) if has_decoder else None)
 
+    arguments = _builder.arguments
     reset_classifier = _builder.reset_classifier
     prune_intermediate_layers = _builder.prune_intermediate_layers
     set_grad_checkpointing = _builder.set_grad_checkpointing
@@ -183,16 +184,6 @@ class DeepCaps(nn.Module):
         _, maps = _builder.forward_intermediates(self, x, None, norm, stop_early, output_fmt)
         taken, _ = feature_take_indices(len(maps), indices)
         return maps[-1] if self.is_cut else self._join(maps[2], maps[3]), [maps[i] for i in taken]
-
-    @torch.jit.ignore
-    def arguments(self) -> dict[str, Any]:
-        """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
-        return {
-            **self._arguments,
-            "num_classes": self.num_classes,
-            "global_pool": self.global_pool,
-            "drop_rate": self.drop_rate,
-        }
 
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:

@@ -242,6 +242,7 @@ class EfficientCapsNet(nn.Module):
         decoder = Decoder(num_classes=num_classes, **self._decoder_args, **dd) if has_decoder else None
         self.register_module("decoder", decoder)
 
+    arguments = _builder.arguments
     reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
@@ -254,16 +255,6 @@ class EfficientCapsNet(nn.Module):
     capsule_layers = _builder.capsule_layers
     no_weight_decay = _builder.no_weight_decay
     get_classifier = _builder.get_classifier
-
-    @torch.jit.ignore
-    def arguments(self) -> dict[str, Any]:
-        """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
-        return {
-            **self._arguments,
-            "num_classes": self.num_classes,
-            "global_pool": self.global_pool,
-            "drop_rate": self.drop_rate,
-        }
 
     @torch.jit.ignore
     def primary_capsules(self, features: Tensor) -> Tensor:

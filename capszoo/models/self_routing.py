@@ -178,6 +178,8 @@ class SelfRoutingNet(nn.Module):
         else:
             self.class_caps = SelfRouting(num_classes=num_classes, **self._class_caps_args, **dd)
 
+    arguments = _builder.arguments
+    auxiliary_modules = _builder.auxiliary_modules
     reset_classifier = _builder.reset_classifier
     forward_intermediates = _builder.forward_intermediates
     prune_intermediate_layers = _builder.prune_intermediate_layers
@@ -187,21 +189,6 @@ class SelfRoutingNet(nn.Module):
     couplings_of = _couplings.couplings_of_map
     routed_capsules = _couplings.routed_with_activations
     capsule_places = _couplings.places_by_place
-
-    @torch.jit.ignore
-    def arguments(self) -> dict[str, Any]:
-        """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
-        return {
-            **self._arguments,
-            "num_classes": self.num_classes,
-            "global_pool": self.global_pool,
-            "drop_rate": self.drop_rate,
-        }
-
-    @torch.jit.ignore
-    def auxiliary_modules(self) -> dict[str, nn.Module | None]:
-        """Modules that only training uses: none."""
-        return {}
 
     @torch.jit.ignore
     def capsule_layers(self) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from capszoo.figures import write_report  # of an exploration, which stood here before
 
-from .findings import Findings, find
+from .findings import Findings, find, first_batches
 from .of_run import write_run_report
 from .sheet import Section, sections_of, training_section, write_sheet
 
@@ -10,6 +10,7 @@ __all__ = [
     "Findings",
     "Section",
     "find",
+    "first_batches",
     "sections_of",
     "training_section",
     "write_report",

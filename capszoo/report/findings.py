@@ -1,7 +1,7 @@
 """What is measured for a report, in one pass over the images and some more over a few of them."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from capszoo import inspect
 from capszoo.contract import HasCapsules, decoder_of, has_couplings, to_probabilities
+from capszoo.data import Loader, Split
 from capszoo.engine.robustness import transform
 from capszoo.engine.task import Normalization
 from capszoo.errors import InspectionError
 
-__all__ = ["Curve", "Findings", "find"]
+__all__ = ["Curve", "Findings", "find", "first_batches"]
 
 # Images that are shown: of right and of wrong answers each, and those that are looked into.
 SHOWN = 10
@@ -94,6 +95,15 @@ class Findings:
     part_maps: Tensor | None = None
     entropy: tuple[float, ...] = ()
     robustness: list[Curve] = field(default_factory=list)
+
+
+def first_batches(split: Split, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the first so many images of a split, normalised as it says, and their classes."""
+    for images, labels in Loader(split, 250, device):
+        yield images[:count], labels[:count]
+        count -= len(labels)
+        if count <= 0:
+            return
 
 
 @torch.inference_mode()

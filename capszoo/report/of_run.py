@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from capszoo.data import DataSplits, Loader
+from capszoo.data import DataSplits
 from capszoo.engine.run_folder import read_summary
 
-from .findings import find
+from .findings import find, first_batches
 from .sheet import sections_of, training_section, write_sheet
 
 __all__ = ["write_run_report"]
@@ -39,12 +39,7 @@ def write_run_report(
     """
     sections = [training_section(read_summary(folder))]
     if not data.multi_label:  # a mistake is then not one class for another
-        taken, left = [], SEEN
-        for images, labels in Loader(data.test, 250, device):
-            taken.append((images, labels))
-            left -= len(labels)
-            if left <= 0:
-                break
+        taken = first_batches(data.test, SEEN, device)
         sections += sections_of(find(model, taken, data.class_names, looks_inside=False, changes=False))
     page, *_ = write_sheet(folder / "report.html", title, facts, sections)
     return page
