@@ -12,9 +12,8 @@ Example:
     ```
 """
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +21,19 @@ from torch import Tensor, nn
 
 from .contract import HasCapsules, HasRoutedCapsules, decoder_of, has_couplings
 from .errors import InspectionError
+from .receptive_fields import derivative_profiles, evaluating, noise_images, pixel_windows, receptive_fields
 
-__all__ = ["agreement", "attribution", "coupling_entropy", "dead_capsules", "part_maps", "perturb", "receptive_fields"]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """The model in evaluation mode; derivatives by its parameters are not taken."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, needs in wanted.items():
-            parameter.requires_grad_(needs)
+__all__ = [
+    "agreement",
+    "attribution",
+    "coupling_entropy",
+    "dead_capsules",
+    "part_maps",
+    "perturb",
+    "place_centers",
+    "place_couplings",
+    "receptive_fields",
+]
 
 
 def _couplings(model: Any, x: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ def perturb(
     decoder = decoder_of(model)
     if decoder is None or not isinstance(model, HasCapsules):
         raise InspectionError("this model has no decoder to draw with: make it with decoder=True, or use other weights")
-    with _evaluating(model):
+    with evaluating(model):
         capsules, scores = model.forward_capsules(x)
         target = scores.argmax(dim=1) if target is None else target
         shape, capsules = capsules.shape, capsules.flatten(2)
@@ -137,7 +131,7 @@ def coupling_entropy(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         InspectionError: If the model has no couplings.
     """
-    with _evaluating(model):
+    with evaluating(model):
         shares = _couplings(model, x).clamp(min=0)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
         entropy = -torch.special.xlogy(shares, shares).sum(dim=-1)
@@ -159,100 +153,80 @@ def agreement(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         InspectionError: If the model has no couplings.
     """
-    with _evaluating(model):
+    with evaluating(model):
         found = _couplings(model, x)
         first = found[0] if len(found) > 1 else torch.full_like(found[-1], 1 / found.shape[-1])
         return found[-1] / first.clamp(min=torch.finfo(found.dtype).tiny)
 
 
-def receptive_fields(model: Any) -> Tensor:
-    """The part of the image that each place of the map of primary capsules sees, found by derivatives.
+def _routed(model: Any, x: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]], Tensor]:
+    """Couplings ``[R, B, I, J]``, how much each capsule is there ``[B, I]``, and grids and places of `_places`."""
+    couplings = _couplings(model, x)
+    features = model.forward_features(x)
+    capsules, activations = _routed_capsules(model, features)
+    grids, places = _places(model, (features.shape[2], features.shape[3]), capsules.shape[1])
+    if activations is None:
+        activations = couplings.new_ones(capsules.shape[:2])
+    return couplings, activations.to(couplings), grids, places
+
+
+def _windows_of(model: Any, grids: list[tuple[int, int]], places: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each map the weights of the rows ``[height, H]`` and columns ``[width, W]`` that its places look at."""
+    with evaluating(model, gradients=True):
+        x = noise_images(model)
+        values, _ = _routed_capsules(model, model.forward_features(x))
+        found = derivative_profiles(values, places, grids, x)
+    return [(pixel_windows(rows), pixel_windows(columns)) for rows, columns in found]
+
+
+def place_couplings(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Couplings of the parts of an image: those of the capsules at each place of the map, as a mean by their lengths.
 
     Args:
-        model: A model.
+        model: A model with couplings of the capsules of a map.
+        x: Images ``[B, C, H, W]``.
 
     Returns:
-        Top, left, bottom (exclusive) and right (exclusive) of each place, in pixels, int64 ``[H', W', 4]``. What the
-        network pads does not count, and a field that a global operation widens is the whole image.
+        Shares ``[R, B, P, J]`` of each place in each class in each iteration of routing, 0 where no capsule is there,
+        and how much capsules are there, ``[B, P]``: the mean of their lengths or activations.
+
+    Raises:
+        InspectionError: If the model has no couplings, or routes capsules of the whole image, which have no place.
     """
-    with _evaluating(model, gradients=True):
-        x = _noise(model)
-        features = model.forward_features(x)
-        grids = [(features.shape[2], features.shape[3])]
-        if has_couplings(model) and isinstance(model, HasRoutedCapsules):
-            maps, _ = model.capsule_places()
-            if sum(map(math.prod, maps)) == math.prod(grids[0]):
-                grids = maps  # which the map of features has one after the other
-        values = features.flatten(2).transpose(1, 2)
-        profiles = _profiles(values, torch.arange(values.shape[1]), grids, x)
-    fields = []
-    for axes in profiles:
-        (tops, bottoms), (lefts, rights) = (_extents(axis) for axis in axes)
-        for top, bottom in zip(tops, bottoms, strict=True):
-            fields += [torch.stack((top, left, bottom, right)) for left, right in zip(lefts, rights, strict=True)]
-    return torch.stack(fields).unflatten(0, features.shape[2:])
+    with evaluating(model):
+        return couplings_by_place(model, x)
 
 
-def _noise(model: Any) -> Tensor:
-    """Images to take derivatives at: eight, so that rectifiers hide nothing, and fewer large ones."""
-    height, width = model.img_size
-    count = min(8, max(2, 8 * 32 * 32 // (height * width)))
-    noise = torch.rand(count, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(0))
-    return noise.to(next(model.parameters())).requires_grad_()
+def couplings_by_place(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`place_couplings` of a model that is in evaluation mode: exporters trace this, which changes nothing."""
+    couplings, activations, grids, places = _routed(model, x)
+    count = sum(map(math.prod, grids))
+    belongs = torch.nn.functional.one_hot(places, count).to(couplings)
+    total = activations @ belongs
+    votes = (couplings * activations.unsqueeze(2)).transpose(-1, -2) @ belongs
+    shares = votes / total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(1)
+    return shares.transpose(-1, -2), total / belongs.sum(dim=0).clamp(min=1)
 
 
-def _profiles(values: Tensor, places: Tensor, grids: list[tuple[int, int]], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """How much capsules look at each row and at each column of the image: absolute derivatives.
+def place_centers(model: Any) -> Tensor:
+    """Where the places of :func:`place_couplings` look: the middles of their receptive fields, see :func:`part_maps`.
 
     Args:
-        values: Of the capsules, ``[B, I, ...]``.
-        places: Of the capsules in the maps, ``[I]``.
-        grids: Height and width of each map.
-        x: The images ``[B, C, H, W]`` that the values were computed of.
+        model: A model with couplings of the capsules of a map.
 
     Returns:
-        For each map ``[height, H]`` and ``[width, W]``. A place's rows are those of its whole row of places, and its
-        columns those of its column.
+        Rows and columns in pixels, ``[P, 2]``.
+
+    Raises:
+        InspectionError: As :func:`place_couplings`.
     """
-    found, first = [], 0
-    for height, width in grids:
-        inside = (places >= first) & (places < first + height * width)
-        axes = []
-        for axis, (count, line) in enumerate(((height, (places - first) // width), (width, (places - first) % width))):
-            rows = []
-            for number in range(count):
-                chosen = (inside & (line == number)).nonzero().flatten().to(values.device)
-                (gradient,) = torch.autograd.grad(values[:, chosen].abs().sum(), x, retain_graph=True)
-                rows.append(gradient.abs().sum(dim=(0, 1, 3 - axis)))
-            axes.append(torch.stack(rows).cpu())
-        found.append((axes[0], axes[1]))
-        first += height * width
-    return found
-
-
-def _extents(profile: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one past the last pixel that places look at, of ``[places, pixels]``; all where nothing is seen."""
-    seen = profile > 0
-    seen |= ~seen.any(dim=1, keepdim=True)
-    first = seen.int().argmax(dim=1)
-    return first, seen.shape[1] - seen.flip(1).int().argmax(dim=1)
-
-
-def _windows(profile: Tensor) -> Tensor:
-    """Weights ``[places, pixels]`` of the pixels along an axis, which add up to 1 for each place.
-
-    They are those of a Hann window over the receptive field. Where padding lets borders cut fields off, what is left
-    of them is no longer around the place, and may be the whole image for all: then the derivatives are the weights.
-    """
-    first, end = _extents(profile)
-    sizes, pixels = end - first, profile.shape[1]
-    if len(profile) > 1 and (bool((sizes != sizes[0]).any()) or int(sizes[0]) == pixels):
-        weights = profile + (profile.sum(dim=1, keepdim=True) == 0)
-    else:
-        weights = torch.zeros(profile.shape)
-        for row, start, size in zip(weights, first.tolist(), sizes.tolist(), strict=True):
-            row[start : start + size] = torch.hann_window(size + 2, periodic=False)[1:-1]
-    return weights / weights.sum(dim=1, keepdim=True)
+    with evaluating(model):
+        _, _, grids, places = _routed(model, noise_images(model)[:1].detach())
+    found = []
+    for axes in _windows_of(model, grids, places):
+        rows, columns = (weights @ (torch.arange(weights.shape[1]) + 0.5) for weights in axes)
+        found.append(torch.cartesian_prod(rows, columns))
+    return torch.cat(found)
 
 
 def part_maps(model: Any, x: Tensor, iteration: int | None = -1) -> Tensor:
@@ -274,23 +248,13 @@ def part_maps(model: Any, x: Tensor, iteration: int | None = -1) -> Tensor:
     Raises:
         InspectionError: If the model has no couplings, or routes capsules of the whole image, which have no place.
     """
-    with _evaluating(model):
-        couplings = _couplings(model, x)
-        features = model.forward_features(x)
-        capsules, activations = _routed_capsules(model, features)
-        grids, places = _places(model, (features.shape[2], features.shape[3]), capsules.shape[1])
-        if activations is None:
-            activations = couplings.new_ones(capsules.shape[:2])
+    with evaluating(model):
+        couplings, activations, grids, places = _routed(model, x)
         couplings = couplings if iteration is None else couplings[iteration]
-    with _evaluating(model, gradients=True):
-        noise = _noise(model)
-        values, _ = _routed_capsules(model, model.forward_features(noise))
-        profiles = _profiles(values, places, grids, noise)
-    windows = []
-    for rows, columns in profiles:
-        windows.append(torch.einsum("iy,jx->ijyx", _windows(rows), _windows(columns)).flatten(0, 1).flatten(1))
-    looks = torch.cat(windows).to(couplings)[places.to(couplings.device)]  # [I, H*W]
-    activations = activations.to(couplings)
+    fields = []
+    for rows, columns in _windows_of(model, grids, places):
+        fields.append(torch.einsum("iy,jx->ijyx", rows, columns).flatten(0, 1).flatten(1))
+    looks = torch.cat(fields).to(couplings)[places.to(couplings.device)]  # [I, H*W]
     total = (activations @ looks).clamp(min=torch.finfo(looks.dtype).tiny)
     votes = (couplings * activations.unsqueeze(2)).transpose(-1, -2) @ looks
     return (votes / total.unsqueeze(1)).unflatten(-1, x.shape[2:])
@@ -313,7 +277,7 @@ def attribution(model: nn.Module, x: Tensor, target: Tensor | None = None, steps
     from .engine.task import Normalization
 
     black = Normalization(model, x.device)(torch.zeros_like(x)).to(x)
-    with _evaluating(model, gradients=True):
+    with evaluating(model, gradients=True):
         if target is None:
             with torch.no_grad():
                 target = model(x).argmax(dim=1)
@@ -340,7 +304,7 @@ def dead_capsules(model: Any, batches: Iterable[Any], threshold: float = 0.05) -
         InspectionError: If there are no images, or the model has no capsules that can be dead.
     """
     longest: Tensor | None = None
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             x = batch if isinstance(batch, Tensor) else batch[0]
             _, lengths = _routed_capsules(model, model.forward_features(x))

@@ -81,6 +81,25 @@ def dynamic_routing(
     return squash(_weighted_sum(votes, logits, bias), approximate_squash).to(x.dtype)
 
 
+def dynamic_routing_couplings(
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int = 3, approximate_squash: bool = False
+) -> Tensor:
+    """Couplings of each iteration of `dynamic_routing` (its arguments), `[R, B, I, J]`, which add up to 1 over J.
+
+    The logits of iteration r are u . (v^1 + ... + v^(r-1)), where v^r is what routing by r iterations gives.
+    """
+    dtype = _compute_dtype(x, weight)
+    poses = x.to(dtype).unflatten(1, [weight.shape[0], -1])
+    votes = torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2)
+    logits = torch.zeros_like(votes[..., 0])
+    couplings = [logits.softmax(dim=2)]
+    for iters in range(1, num_iters):
+        v = dynamic_routing(x, weight, bias, iters, approximate_squash).to(dtype)
+        logits = logits + (votes * v.unsqueeze(1)).sum(dim=3)
+        couplings.append(logits.softmax(dim=2))
+    return torch.stack(couplings)
+
+
 def _weighted_sum(votes: Tensor, logits: Tensor, bias: Tensor) -> Tensor:
     couplings = logits.softmax(dim=2)
     return (couplings.unsqueeze(3) * votes).sum(dim=1) + bias.to(votes.dtype)

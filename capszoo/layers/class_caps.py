@@ -47,7 +47,8 @@ class DynamicRouting(FollowsFusedRouting, nn.Module):
     @torch.jit.ignore
     def couplings(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Couplings of each iteration, ``[R, B, I, J]``, see :func:`capszoo.kernels.routing_couplings`."""
-        return routing_couplings(x, weight, bias, self.num_iters, self.approximate_squash)
+        compute = routing_couplings if self.fused else reference.dynamic_routing_couplings
+        return compute(x, weight, bias, self.num_iters, self.approximate_squash)
 
     def extra_repr(self) -> str:
         return f"num_iters={self.num_iters}, approximate_squash={self.approximate_squash}"
