@@ -39,6 +39,7 @@ RECIPES = {
     "show": "look into a trained network: one HTML report",
     "prune": "prune a trained network, and train what is left",
     "explore": "search for the Pareto-optimal ways to train",
+    "explorer": "draw digits for a trained network, in the browser",
     "export": "make a model folder for timm and transformers, or ship weights",
     "benchmark": "time routing, training and inference on this machine",
 }
