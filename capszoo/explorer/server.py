@@ -96,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, kind, data)
 
     def _check_source(self) -> None:
+        if self.request_version == "HTTP/0.9":
+            raise RequestError("HTTP/0.9 is not served")
         hosts, origins = self.headers.get_all("Host") or [], self.headers.get_all("Origin") or []
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
             raise RequestError(
@@ -136,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, kind: str, data: bytes) -> None:
         self.connection.settimeout(PATIENCE)
+        self.request_version = "HTTP/1.0"  # answers to one of 0.9 would have no head
         self.send_response(status)
         for name, value in _HEADERS.items():
             self.send_header(name, value)

@@ -10,6 +10,7 @@ const byId = name => document.getElementById(name);
 
 export async function start(engine) {
   const fail = error => {
+    if (error) byId("loading")?.remove();
     byId("problem").hidden = !error;
     byId("problem").textContent = error ? error.message : "";
   };
@@ -34,8 +35,9 @@ class Page {
     byId("second-choice").hidden = models.length < 2;
     byId("second").checked = models.length > 1;
     byId("second").addEventListener("change", () => this.arrange());
-    this.arrange();
     this.board.showExample(DIGITS[5]);
+    byId("loading").remove();
+    this.arrange();
     document.documentElement.dataset.ready = "true";
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
       this.panels.forEach(panel => panel.drawCouplings());
@@ -78,8 +80,10 @@ class Page {
       button.addEventListener("click", () => this.board.showExample(strokes));
       byId("digits").append(button);
     });
+    // On a phone they would stand between the board and what the network says.
+    byId("changes").open = !matchMedia("(max-width: 820px)").matches;
     byId("straight").addEventListener("click", () => {
-      for (const [name, value] of [["rotate", 0], ["right", 0], ["down", 0], ["size", 100]]) {
+      for (const [name, value] of [["rotate", 0], ["right", 0], ["down", 0], ["size", 100], ["pen", 8]]) {
         byId(name).value = value;
         byId(name).dispatchEvent(new Event("input"));
       }
