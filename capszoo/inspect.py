@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contract import HasCapsules, HasRoutedCapsules, decoder_of, has_couplings
@@ -53,13 +54,16 @@ def _routed_capsules(model: Any, features: Tensor) -> tuple[Tensor, Tensor | Non
 
 
 def _places(model: Any, grid: tuple[int, int], count: int) -> tuple[list[tuple[int, int]], Tensor]:
-    """Sizes of the maps of the capsules that are routed, and the place of each, see `HasRoutedCapsules`."""
-    kept = getattr(model, "keep_capsules", ())  # of a pruned network, places among all capsules of the map
+    """Sizes of the maps of the capsules that are routed, and the place of each, see `HasRoutedCapsules`.
+
+    A capsule of zeros, which stands for a pruned one, has the place after the last.
+    """
+    index = getattr(model, "capsule_index", None)  # of a pruned network, places among all capsules of the map
     size = grid[0] * grid[1]
     if isinstance(model, HasRoutedCapsules):
         grids, places = model.capsule_places()
-    elif kept:
-        grids, places = [grid], torch.tensor(kept) % size
+    elif index is not None:
+        grids, places = [grid], torch.where(index < model.num_primary, index % size, size).cpu()
     else:
         grids, places = [] if count % size else [grid], torch.arange(count) % size
     if not grids:
@@ -201,7 +205,7 @@ def couplings_by_place(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`place_couplings` of a model that is in evaluation mode: exporters trace this, which changes nothing."""
     couplings, activations, grids, places = _routed(model, x)
     count = sum(map(math.prod, grids))
-    belongs = torch.nn.functional.one_hot(places, count).to(couplings)
+    belongs = F.one_hot(places, count + 1)[:, :count].to(couplings)
     total = activations @ belongs
     votes = (couplings * activations.unsqueeze(2)).transpose(-1, -2) @ belongs
     shares = votes / total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(1)
@@ -254,7 +258,7 @@ def part_maps(model: Any, x: Tensor, iteration: int | None = -1) -> Tensor:
     fields = []
     for rows, columns in _windows_of(model, grids, places):
         fields.append(torch.einsum("iy,jx->ijyx", rows, columns).flatten(0, 1).flatten(1))
-    looks = torch.cat(fields).to(couplings)[places.to(couplings.device)]  # [I, H*W]
+    looks = F.pad(torch.cat(fields), (0, 0, 0, 1)).to(couplings)[places.to(couplings.device)]  # [I, H*W]
     total = (activations @ looks).clamp(min=torch.finfo(looks.dtype).tiny)
     votes = (couplings * activations.unsqueeze(2)).transpose(-1, -2) @ looks
     return (votes / total.unsqueeze(1)).unflatten(-1, x.shape[2:])

@@ -65,39 +65,38 @@ def dynamic_routing(
     Returns:
         Class capsules, `[B, J, D]`, in the dtype of `x`. Any size may be 0; without votes they are the squashed bias.
     """
-    dtype = _compute_dtype(x, weight)
-    num_types = weight.shape[0]
-    no_types = isinstance(num_types, int) and num_types == 0  # a traced graph asks nothing about its sizes
-    per_type = 0 if no_types else x.shape[1] // num_types
-    poses = x.to(dtype).unflatten(1, [num_types, per_type])
-    votes = torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2).to(dtype)
-
-    # Broadcasts to [B, I, J]. Made of sizes that an ONNX file may fix: never of the batch's.
-    logits = votes.new_zeros(1, 1, votes.shape[2])
-    for _ in range(num_iters - 1):
-        v = squash(_weighted_sum(votes, logits, bias), approximate_squash)
-        agreement = (votes * v.unsqueeze(1)).sum(dim=3)
-        logits = logits + agreement
+    votes = _votes(x, weight)
+    logits = _logits(votes, bias, num_iters, approximate_squash)[-1]
     return squash(_weighted_sum(votes, logits, bias), approximate_squash).to(x.dtype)
 
 
 def dynamic_routing_couplings(
     x: Tensor, weight: Tensor, bias: Tensor, num_iters: int = 3, approximate_squash: bool = False
 ) -> Tensor:
-    """Couplings of each iteration of `dynamic_routing` (its arguments), `[R, B, I, J]`, which add up to 1 over J.
+    """Couplings of each iteration of `dynamic_routing` (its arguments), `[R, B, I, J]`, which add up to 1 over J."""
+    votes = _votes(x, weight)
+    logits = _logits(votes, bias, num_iters, approximate_squash)
+    return torch.stack([each.softmax(dim=2).expand_as(votes[..., 0]) for each in logits])
 
-    The logits of iteration r are u . (v^1 + ... + v^(r-1)), where v^r is what routing by r iterations gives.
-    """
+
+def _votes(x: Tensor, weight: Tensor) -> Tensor:
     dtype = _compute_dtype(x, weight)
-    poses = x.to(dtype).unflatten(1, [weight.shape[0], -1])
-    votes = torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2)
-    logits = torch.zeros_like(votes[..., 0])
-    couplings = [logits.softmax(dim=2)]
-    for iters in range(1, num_iters):
-        v = dynamic_routing(x, weight, bias, iters, approximate_squash).to(dtype)
-        logits = logits + (votes * v.unsqueeze(1)).sum(dim=3)
-        couplings.append(logits.softmax(dim=2))
-    return torch.stack(couplings)
+    num_types = weight.shape[0]
+    no_types = isinstance(num_types, int) and num_types == 0  # a traced graph asks nothing about its sizes
+    per_type = 0 if no_types else x.shape[1] // num_types
+    poses = x.to(dtype).unflatten(1, [num_types, per_type])
+    return torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2).to(dtype)
+
+
+def _logits(votes: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool) -> list[Tensor]:
+    """Logits of each iteration, which broadcast to `[B, I, J]`."""
+    # Made of sizes that an ONNX file may fix: never of the batch's.
+    logits = [votes.new_zeros(1, 1, votes.shape[2])]
+    for _ in range(num_iters - 1):
+        v = squash(_weighted_sum(votes, logits[-1], bias), approximate_squash)
+        agreement = (votes * v.unsqueeze(1)).sum(dim=3)
+        logits.append(logits[-1] + agreement)
+    return logits
 
 
 def _weighted_sum(votes: Tensor, logits: Tensor, bias: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ def test_couplings_are_those_of_the_procedure(sizes, num_iters, approximate):
     x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     expected = couplings_of_the_reference(x, weight, bias, num_iters, approximate)
     torch.testing.assert_close(routing_couplings(x, weight, bias, num_iters, approximate), expected)
+    plain = reference.dynamic_routing_couplings(x, weight, bias, num_iters, approximate)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
     actual = routing_couplings(x.float(), weight.float(), bias.float(), num_iters, approximate)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -147,6 +149,38 @@ def test_a_part_votes_where_it_is():
     model.couplings = couplings
     maps = inspect.part_maps(model, x)
     assert maps[0, 3, 14, 3] > 0.85 and maps[0, 3, 14, 25] < 0.15
+
+
+def test_couplings_of_places():
+    """Means over the types at a place, which count by their lengths."""
+    model, x = make(img_size=28), images(size=28)
+    shares, presence = inspect.place_couplings(model, x)
+    types = model.num_types
+    assert shares.shape == (3, 3, 36, 10) and presence.shape == (3, 36)
+    lengths = model.to_capsules(model.forward_features(x)).norm(dim=2).unflatten(1, (types, 36))
+    torch.testing.assert_close(presence, lengths.mean(dim=1).detach())
+    couplings = model.couplings(x, iteration=None).unflatten(2, (types, 36))
+    expected = (couplings * lengths.unsqueeze(-1)).sum(dim=2) / lengths.sum(dim=1).unsqueeze(-1)
+    torch.testing.assert_close(shares, expected.detach())
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(3, 3, 36))
+    with capszoo.set_fused_routing(False):  # what exporters trace
+        torch.testing.assert_close(inspect.place_couplings(model, x)[0], shares, rtol=1e-4, atol=1e-6)
+
+
+def test_centers_of_places():
+    """Receptive fields of 17 pixels, 2 apart."""
+    centers = inspect.place_centers(make(img_size=(20, 24)))
+    expected = torch.cartesian_prod(torch.tensor([8.5, 10.5]), torch.tensor([8.5, 10.5, 12.5, 14.5]))
+    torch.testing.assert_close(centers, expected)
+    pruned = make(img_size=28, keep_capsules=[0, 5, 40])
+    kept = [0, 4, 5]  # the places of the capsules that are left; the others look nowhere
+    off = inspect.place_centers(pruned) - inspect.place_centers(make(img_size=28))
+    assert off[kept].abs().max() < 2
+    assert inspect.part_maps(pruned, images(size=28)).shape == (3, 10, 28, 28)
+    shares, presence = inspect.place_couplings(pruned, images(size=28))
+    assert shares.shape == (3, 3, 36, 10) and (presence > 0).any(dim=0).nonzero().flatten().tolist() == kept
+    with pytest.raises(InspectionError):
+        inspect.place_centers(capszoo.create_model("cnn_baseline_tiny", img_size=20))
 
 
 def test_attribution_adds_up():

@@ -7,7 +7,7 @@ import pytest
 
 from capszoo.command_line.training import build_parser
 
-PARSERS = ("train", "validate", "predict", "show", "prune", "explore", "export", "benchmark", "starts", "kernels")
+PARSERS = "train validate predict show prune explore explorer export benchmark starts kernels".split()
 
 
 def parser_of(name):
