@@ -83,7 +83,10 @@ class Network:
             raise UsageError(f"{opened.name!r} has no classes to explore: use other weights")
         if model.in_chans not in (1, 3):
             raise UsageError(f"{opened.name!r} takes images of {model.in_chans} channels: nobody can draw such images")
-        self.model, self.name, self.dataset = model, opened.name, opened.dataset
+        # Pages are shown to others: of a file's path they say the folder of the run, or its own name.
+        file = opened.file
+        short = file.parent.name if file.stem in ("best", "last", "model") and file.parent.name else file.name
+        self.model, self.name, self.dataset = model, opened.name.replace(str(file), short), opened.dataset
         self.shape = (model.in_chans, *model.img_size)
         self.device = torch.device(device)
         self.classes = class_names_of(model)

@@ -1,6 +1,7 @@
 """What the page shows of a network and an image, against the functions of the network itself."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from capszoo.opening import OpenedModel, open_model
 
 def network(name, **kwargs):
     torch.manual_seed(0)
-    return Network(OpenedModel(capszoo.create_model(name, **kwargs), name, None, {}, None))
+    return Network(OpenedModel(capszoo.create_model(name, **kwargs), name, Path(name), {}, None))
 
 
 def numbers(shape):
@@ -99,6 +100,17 @@ def test_numbers_that_json_does_not_have(tiny):
     torch.nn.init.constant_(broken.model.conv1.bias, math.nan)
     answer = broken.look(numbers(broken.shape))
     assert all(math.isfinite(value) for value in (*answer["scores"], *answer["capsules"], *answer["presence"]))
+
+
+def test_pages_do_not_tell_where_files_are(tmp_path):
+    (tmp_path / "first").mkdir()
+    for file, name in (
+        (tmp_path / "first" / "best.safetensors", "first"),
+        (tmp_path / "a.safetensors", "a.safetensors"),
+    ):
+        model = capszoo.create_model("capsnet_tiny")
+        opened = OpenedModel(model, f"capsnet_tiny {file}", file, {}, None)
+        assert Network(opened).describe()["name"] == f"capsnet_tiny {name}"
 
 
 def test_networks_that_nobody_can_draw_for():

@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ RUNTIME = {"ort.js": b"js", "ort.wasm": b"wasm"}
 
 def fresh(name, **kwargs):
     torch.manual_seed(0)
-    return Network(OpenedModel(capszoo.create_model(name, **kwargs), name, None, {}, None))
+    return Network(OpenedModel(capszoo.create_model(name, **kwargs), name, Path(name), {}, None))
 
 
 def check_graphs(network, folder, files):

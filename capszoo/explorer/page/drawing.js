@@ -155,10 +155,13 @@ export class Board extends EventTarget {
       context.imageSmoothingEnabled = !isCoarse;
       context.imageSmoothingQuality = "high";
       const w = width * scale, h = height * scale;
-      const before = context.filter;
-      if (this.settings.invert) context.filter = "invert(1)";
       context.drawImage(this.image, (side - w) / 2, (side - h) / 2, w, h);
-      context.filter = before;
+      if (this.settings.invert) {  // the difference to white
+        context.globalCompositeOperation = "difference";
+        context.fillStyle = "#fff";
+        context.fillRect((side - w) / 2, (side - h) / 2, w, h);
+        context.globalCompositeOperation = "source-over";
+      }
       return;
     }
     context.strokeStyle = context.fillStyle = "#fff";

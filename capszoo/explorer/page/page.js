@@ -8,23 +8,29 @@ import {Panel} from "./panel.js";
 
 const byId = name => document.getElementById(name);
 
+// Errors by what they are of, of which the first is shown.
+const problems = new Map();
+
+function fail(source, error) {
+  problems.set(source, error?.message);
+  const text = [...problems.values()].find(Boolean) ?? "";
+  byId("problem").hidden = !text;
+  byId("problem").textContent = text;
+}
+
 export async function start(engine) {
-  const fail = error => {
-    if (error) byId("loading")?.remove();
-    byId("problem").hidden = !error;
-    byId("problem").textContent = error ? error.message : "";
-  };
   try {
-    new Page(engine, await engine.models(), fail);
+    new Page(engine, await engine.models());
   } catch (error) {
-    fail(error);
+    byId("loading")?.remove();
+    fail("start", error);
     throw error;
   }
 }
 
 class Page {
-  constructor(engine, models, fail) {
-    Object.assign(this, {engine, models, fail});
+  constructor(engine, models) {
+    Object.assign(this, {engine, models});
     this.said = new Map();
     this.board = new Board(byId("board"));
     this.board.addEventListener("change", () => this.update());
@@ -46,11 +52,14 @@ class Page {
 
   arrange() {
     const count = byId("second").checked ? 2 : 1;
-    while (this.panels.length > count) this.panels.pop().root.remove();
+    while (this.panels.length > count) {
+      this.panels.pop().root.remove();
+      fail(this.panels.length, null);
+    }
     while (this.panels.length < count) {
       const number = this.panels.length;
-      const say = text => this.say(number, text);
-      const panel = new Panel(this.engine, this.models, number, {say, fail: this.fail});
+      const said = {say: text => this.say(number, text), fail: error => fail(number, error)};
+      const panel = new Panel(this.engine, this.models, number, said);
       this.panels.push(panel);
       byId("panels").append(panel.root);
       panel.update(this.board);
@@ -127,9 +136,9 @@ class Page {
         const isLight = await this.board.open(file);
         byId("invert").checked = this.board.settings.invert = isLight && this.models.every(model => model.shape[0] === 1);
         this.board.changed();
-        this.fail(null);
+        fail("file", null);
       } catch {
-        this.fail(new Error(`${file.name} is not an image that this browser can open.`));
+        fail("file", new Error(`${file.name} is not an image that this browser can open.`));
       }
     };
     byId("file").addEventListener("change", event => open(event.target.files[0]));

@@ -59,7 +59,7 @@ export class Panel {
     parts.radios.replaceChildren();
     parts.iterations.hidden = true;
     parts.note.textContent = model.dims && !model.centers.length
-      ? "No lines here: the couplings of this network are not of parts of the image." : "";
+      ? "No lines: this page has no couplings of parts of the image for this network." : "";
     parts.target.replaceChildren(...model.classes.map((name, j) => make("option", {value: j, textContent: name})));
     const rows = Math.min(model.classes.length, MOST_ROWS);
     this.rows = Array.from({length: rows}, () => {
