@@ -37,9 +37,12 @@ __all__ = [
 ]
 
 
-def _couplings(model: Any, x: Tensor) -> Tensor:
+def _couplings(model: Any, x: Tensor, features: Tensor | None = None) -> Tensor:
+    """Couplings of all iterations; families of the zoo take features that are there already."""
     if not has_couplings(model):
         raise InspectionError(f"{type(model).__name__} has no couplings to look at: give a model with capsule layers")
+    if features is not None and hasattr(model, "couplings_of"):
+        return model.couplings_of(features)
     return model.couplings(x, iteration=None)
 
 
@@ -165,8 +168,8 @@ def agreement(model: nn.Module, x: Tensor) -> Tensor:
 
 def _routed(model: Any, x: Tensor) -> tuple[Tensor, Tensor, list[tuple[int, int]], Tensor]:
     """Couplings ``[R, B, I, J]``, how much each capsule is there ``[B, I]``, and grids and places of `_places`."""
-    couplings = _couplings(model, x)
     features = model.forward_features(x)
+    couplings = _couplings(model, x, features)
     capsules, activations = _routed_capsules(model, features)
     grids, places = _places(model, (features.shape[2], features.shape[3]), capsules.shape[1])
     if activations is None:

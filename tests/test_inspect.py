@@ -141,12 +141,12 @@ def test_a_part_votes_where_it_is():
     """Capsules of the left half that vote for class 3 are seen at the left."""
     model, x = make(img_size=28), images(1, 28)
 
-    def couplings(x, iteration=None):
+    def couplings_of(features):
         shares = torch.full((1, 1, model.num_types, 6, 6, 10), 0.1)
         shares[..., :3, 3] = 0.9
         return shares.flatten(2, 4)
 
-    model.couplings = couplings
+    model.couplings_of = couplings_of
     maps = inspect.part_maps(model, x)
     assert maps[0, 3, 14, 3] > 0.85 and maps[0, 3, 14, 25] < 0.15
 
