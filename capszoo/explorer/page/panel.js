@@ -52,8 +52,8 @@ export class Panel {
       + (model.dataset ? `, trained on ${model.dataset}` : "");
     parts.column.textContent = {length: "length of the capsule", probability: "probability", score: "score"}[model.score];
     parts.drawnFigure.hidden = !model.draws;
-    parts.capsule.hidden = !model.dims;
-    parts.numbers.hidden = parts.reset.hidden = !model.draws;
+    parts.capsule.hidden = !model.draws;
+
     this.pinned = this.answer = null;
     this.iteration = -1;
     parts.radios.replaceChildren();
