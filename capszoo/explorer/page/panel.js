@@ -53,7 +53,6 @@ export class Panel {
     parts.column.textContent = {length: "length of the capsule", probability: "probability", score: "score"}[model.score];
     parts.drawnFigure.hidden = !model.draws;
     parts.capsule.hidden = !model.draws;
-
     this.pinned = this.answer = null;
     this.iteration = -1;
     parts.radios.replaceChildren();
