@@ -89,7 +89,7 @@ class CapsuleModule(LightningModule):
             model = create_model(model, **(model_args or {}))
         elif model_args:
             raise UsageError(
-                f"model_args are for the name of a model, and a {type(model).__name__} is there: leave one"
+                f"model_args are for a model by name, and a {type(model).__name__} is given: leave one out"
             )
         if keeps_contract(type(model)):
             header = model_header(model)
