@@ -39,7 +39,7 @@ RECIPES = {
     "show": "look into a trained network: one HTML report",
     "prune": "prune a trained network, and train what is left",
     "explore": "search for the Pareto-optimal ways to train",
-    "export": "make a model folder for timm and transformers, or ship weights",
+    "export": "make a model folder, a compiled package or a kernel of the Hub, or ship weights",
     "benchmark": "time routing, training and inference on this machine",
 }
 
