@@ -9,7 +9,7 @@
 `ship` writes capszoo/weights/NAME.safetensors in float16, with a card in its header, and its sha256 and the essentials
 of the card to capszoo/weights/weights.json. `hub` writes config.json, model.safetensors and README.md, as timm's
 `local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them, and transformers, too. `aoti` compiles a model ahead of time, and
-`kernels` writes the project that Hugging Face's kernel-builder builds; see docs/integrations.md.
+`kernels` writes the project that Hugging Face's kernel-builder builds; see docs/timm.md.
 """
 
 import argparse
