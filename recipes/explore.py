@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     front = exploration.front()
     # Of all: a front in fewer than three objectives lacks what others would choose.
     chosen = choose(exploration.solutions(), args.choose, max_drop=args.max_drop, within=args.within, baseline=baseline)
-    missing = write_reports(exploration, folder, chosen)
+    missing, doubts = write_reports(exploration, folder, chosen)
     console.print(solutions_table(front, f"front of {len(front)} Pareto-optimal solutions"))
     if rows:
         solutions = retime_at_rest(exploration) if args.retime else exploration.solutions()
@@ -270,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
             write_comparison(Path(args.results), exploration, solutions, compared, clock, command)
     for line in missing:
         console.print(f"not drawn: {line}")
+    for line in doubts:
+        console.print(f"caution: {line}")
     console.print(f"report: {folder / 'report.html'}")
     if chosen is None:
         console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --max-drop and --within")

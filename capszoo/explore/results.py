@@ -15,6 +15,7 @@ from capszoo._version import __version__
 from capszoo.figures import plot_accuracy, plot_comparison, plot_front, plot_time_to_best, plot_tradeoff, write_report
 from capszoo.files import write_atomically, write_csv
 
+from .caution import cautions
 from .exploration import Exploration
 from .solution import Solution
 
@@ -34,8 +35,8 @@ def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
     write_csv(Path(path), _SOLUTION_COLUMNS, rows)
 
 
-def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> list[str]:
-    """Write tables, figures and the page; return what could not be drawn."""
+def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> tuple[list[str], list[str]]:
+    """Write tables, figures and the page; return what could not be drawn, and why the trials may not compare."""
     import yaml
 
     solutions, front = exploration.solutions(), exploration.front()
@@ -57,9 +58,10 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
         "date": time.strftime("%Y-%m-%d"),
     }
     title = f"{facts['model']} on {facts['dataset']}"
+    doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None)
     write_report(
         folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
-        study=exploration.study, command=command,
+        study=exploration.study, command=command, cautions=doubts,
     )  # fmt: skip
     missing = []
     for name, draw in (
@@ -72,7 +74,7 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
             draw(folder / f"{name}.png")
         except ValueError as error:
             missing.append(f"{name}.png: {error}")
-    return missing
+    return missing, doubts
 
 
 def write_comparison(

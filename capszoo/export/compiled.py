@@ -19,7 +19,7 @@ __all__ = ["compile_package"]
 _TOLERANCE = 1e-4
 
 
-def compile_package(path: str | Path, model: nn.Module, *, plain: bool = False, **metadata: Any) -> float:
+def compile_package(path: str | Path, model: nn.Module, /, *, plain: bool = False, **metadata: Any) -> float:
     """Compile a model for its device, and write it as a package that takes batches of any size.
 
     `torch._inductor.aoti_load_package(path)` gives the function from images ``[B, C, H, W]`` to scores ``[B, J]``. The

@@ -41,6 +41,7 @@ def write_report(
     objectives: Sequence[str],
     study: "optuna.Study | None" = None,
     command: str = "",
+    cautions: Sequence[str] = (),
 ) -> None:
     """Write what an exploration found as one HTML file: the front, interactive figures, every trial.
 
@@ -53,6 +54,8 @@ def write_report(
         objectives: Names of the objectives, in the study's order.
         study: The Optuna study, for Optuna's own figure of the front where there are two or three objectives.
         command: What trains the chosen solution.
+        cautions: Why the trials may be too few, too short or too alike to compare, from
+            :func:`capszoo.explore.cautions`.
 
     Raises:
         ImportError: If plotly is not installed.
@@ -66,6 +69,9 @@ def write_report(
     figures = draw_figures(solutions, front, objectives, study)
     common = _common(solutions)
     parts = [_head(title, solutions, front, facts, objectives, common)]
+    if cautions:
+        lines = "".join(f"<li>{escape(line[:1].upper() + line[1:])}.</li>" for line in cautions)
+        parts.append(f"<aside class=cautions><h2>Before you compare</h2><ul>{lines}</ul></aside>")
     if front:
         count = f"{len(front)} of the complete trials" if len(front) > 1 else "one complete trial"
         note = f"No other trial is at least as good in everything that was asked for and better in something: {count}."
