@@ -21,7 +21,7 @@ _COLORS = (
 )  # fmt: skip
 # Bars that are wide enough for an accuracy above each.
 _MOST_TEXTS = 20
-_MARKED = ", where a double-click shows them, and till then at the triangles"
+_MARKED = "Triangles lie below the axis, and a double-click shows all"
 # Readable on white and on black, until the page's script knows which it is.
 _INK, _GRID = "#777", "rgba(128, 128, 128, 0.25)"
 
@@ -41,7 +41,9 @@ def draw_figures(
     found = {}
     if study is not None and len(objectives) in (2, 3):
         measured = [(s.name, s.accuracy) for s in complete if is_number(s.accuracy)]
-        note = "Optuna's figure of the study." + (_below(measured, "") if "accuracy" in objectives else "")
+        note = "Optuna's figure of the study." + (
+            _below(measured, "Below the axis") if "accuracy" in objectives else ""
+        )
         found["pareto"] = "The front over all objectives", note, _pareto(study, solutions, objectives)
     points = [s for s in complete if is_number(s.accuracy) and is_number(s.seconds) and s.seconds > 0]
     if points:
@@ -209,8 +211,8 @@ def _mark_below(figure: "go.Figure", color: str, points: Sequence[tuple[float, s
         )  # fmt: skip
 
 
-def _below(accuracies: Sequence[tuple[str, float]], how: str, shown: Sequence[float] | None = None) -> str:
-    """A sentence on what lies below an axis of accuracies and how that is shown, escaped; empty where nothing does."""
+def _below(accuracies: Sequence[tuple[str, float]], lead: str, shown: Sequence[float] | None = None) -> str:
+    """A sentence that names what lies below an axis of accuracies, escaped; empty where nothing does."""
     if not accuracies:
         return ""
     bottom = accuracy_limits([value for _, value in accuracies] if shown is None else shown)[0]
@@ -224,7 +226,7 @@ def _below(accuracies: Sequence[tuple[str, float]], how: str, shown: Sequence[fl
         f"{escape(name) or '(no name)'} ({', '.join(map(percent, sorted(values)[:3]))}{', ...' * (len(values) > 3)})"
         for name, values in lowest.items()
     ]
-    return f" Below the axis{how}: {'; '.join(named)}."
+    return f" {lead}: {'; '.join(named)}."
 
 
 def _add_curve(figure: "go.Figure", run: "Solution", column: int, color: str, width: int, **options: Any) -> None:

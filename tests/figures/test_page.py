@@ -148,7 +148,9 @@ def test_what_lies_below_the_axis_is_marked_and_named(tmp_path):
     poor = [solution(8, "poor & bad", 0.3, seconds=10.0), solution(9, "poor & bad", 0.2, seconds=100.0)]
     found = interactive.draw_figures([*good, *poor], good, OBJECTIVES, None)
     heading, note, figure = found["tradeoff"]
-    assert " Below the axis, where" in note and note.endswith(" at the triangles: poor &amp; bad (20.00 %, 30.00 %).")
+    assert note.endswith(
+        " Triangles lie below the axis, and a double-click shows all: poor &amp; bad (20.00 %, 30.00 %)."
+    )
     marks = [mark for mark in figure.layout.annotations if mark.text == "\u25bc"]
     assert [(mark.x, mark.y, mark.yref) for mark in marks] == [(1, 0, "y domain"), (2, 0, "y domain")]  # of a log axis
     assert "accuracy 30.00 %" in marks[0].hovertext and {mark.font.color for mark in marks} == {interactive._COLORS[8]}
@@ -159,7 +161,7 @@ def test_what_lies_below_the_axis_is_marked_and_named(tmp_path):
         (1, "poor &amp; bad: 28.00 %"), (2, "poor &amp; bad: 29.00 %"), (3, "poor &amp; bad: 30.00 %")
     ]  # fmt: skip
     for _, note, figure in interactive.draw_figures(good, good, OBJECTIVES, None).values():
-        assert "Below the axis" not in note and not figure.layout.annotations
+        assert "below the axis" not in note and not figure.layout.annotations
 
 
 def test_bars_of_times_say_accuracies_while_there_is_room():
