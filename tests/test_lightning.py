@@ -15,7 +15,8 @@ from capszoo.policies import create_policy, list_policies
 
 
 def test_without_lightning_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning", None)
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "capszoo.lightning", raising=False)
     message = 'capszoo.lightning needs Lightning: pip install lightning, or "capszoo[lightning]"'
     with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(message)}$"):

@@ -149,7 +149,6 @@ def test_panels_of_accuracy_fill_rows(explored, count, shape):
     assert figure.axes[0].get_gridspec().get_geometry() == shape
     lowest = figure.axes[:count][-shape[1] :]
     assert all(axes.xaxis.get_tick_params()["labelbottom"] for axes in lowest)
-    figure.draw_without_rendering()
 
 
 def test_what_lies_below_the_axis_is_marked(explored):
