@@ -57,7 +57,7 @@ CARD_KINDS: dict[str, Any] = {
     **dict.fromkeys(("dataset", "policy", "amp", "license", "recipe", "capszoo_version", "date"), (str, MISSING)),
 }
 # All files together; they are part of every clone and every wheel.
-MAX_BYTES = 45_000_000
+MAX_BYTES = 50_000_000
 
 
 def build_parser() -> OptionParser:

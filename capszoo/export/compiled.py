@@ -55,7 +55,7 @@ def compile_package(path: str | Path, model: nn.Module, /, *, plain: bool = Fals
     model.eval()
     try:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad(), set_fused_routing(not plain):
-            batch = ({0: torch.export.Dim("batch", min=1)},)
+            batch = ({0: torch.export.Dim("batch", min=1, max=2**30)},)
             program = torch.export.export(model, (batches[0],), dynamic_shapes=batch)
             made = aoti_compile_and_package(
                 program,
