@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = choose(
         exploration.candidates(), args.choose, max_drop=args.max_drop, within=args.within, baseline=baseline
     )
-    missing = write_reports(exploration, folder, chosen)
+    missing, doubts = write_reports(exploration, folder, chosen)
     console.print(solutions_table(front, f"front of {len(front)} Pareto-optimal solutions"))
     if rows:
         solutions = retime_at_rest(exploration) if args.retime else exploration.solutions()
@@ -278,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
             write_comparison(Path(args.results), exploration, solutions, compared, clock, command)
     for line in missing:
         console.print(f"not drawn: {line}")
+    for line in doubts:
+        console.print(f"caution: {line}")
     console.print(f"report: {folder / 'report.html'}")
     if chosen is None:
         console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --max-drop and --within")

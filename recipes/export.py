@@ -1,12 +1,15 @@
-"""Put trained weights where others load them from: into capszoo itself, or into a folder for the Hugging Face hub.
+"""Put trained weights and operators where others load them from.
 
     python recipes/export.py ship runs/NAME/best.safetensors --name capsnet_ws.mnist
     python recipes/export.py hub capsnet_ws.mnist --output FOLDER            # shipped weights
     python recipes/export.py hub runs/NAME/best.safetensors --output FOLDER  # the weights of a run
+    python recipes/export.py aoti capsnet_ws.mnist --output model.pt2        # a compiled package
+    python recipes/export.py kernels FOLDER                                  # the operators, for kernel-builder
 
 `ship` writes capszoo/weights/NAME.safetensors in float16, with a card in its header, and its sha256 and the essentials
 of the card to capszoo/weights/weights.json. `hub` writes config.json, model.safetensors and README.md, as timm's
-`local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them, and transformers, too; see docs/timm.md.
+`local-dir:FOLDER` and `hf-hub:OWNER/NAME` read them, and transformers, too. `aoti` compiles a model ahead of time, and
+`kernels` writes the project that Hugging Face's kernel-builder builds; see docs/timm.md.
 """
 
 import argparse
@@ -28,9 +31,11 @@ from capszoo import pretrained
 from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
 from capszoo.command_line import OptionParser, run
 from capszoo.errors import UsageError, first_line
+from capszoo.export import compile_package, model_card, write_kernel
 from capszoo.files import check_kinds, read_json, read_yaml, write_json
 from capszoo.layers import unfold_scales
 from capszoo.opening import open_model
+from capszoo.precision import choose_device
 from capszoo.registry import model_header, model_keywords
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
@@ -53,18 +58,10 @@ CARD_KINDS: dict[str, Any] = {
 }
 # All files together; they are part of every clone and every wheel.
 MAX_BYTES = 50_000_000
-# Names of the data sets on the Hugging Face hub.
-HUB_DATASETS = {
-    "mnist": "ylecun/mnist",
-    "fashion_mnist": "zalando-datasets/fashion_mnist",
-    "cifar10": "uoft-cs/cifar10",
-    "cifar100": "uoft-cs/cifar100",
-    "svhn": "ufldl-stanford/svhn",
-}
 
 
 def build_parser() -> OptionParser:
-    parser = OptionParser(description="Ship trained weights with capszoo, or make a folder for the Hugging Face hub.")
+    parser = OptionParser(description="Ship trained weights, or write them and the operators for other software.")
     jobs = parser.add_subparsers(dest="job", required=True, parser_class=argparse.ArgumentParser)
     job = jobs.add_parser("ship", allow_abbrev=False, help="write weights into capszoo/weights, in float16")
     job.add_argument("file", help="best.safetensors of a finished run")
@@ -76,6 +73,16 @@ def build_parser() -> OptionParser:
     job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
     job.add_argument("--output", required=True, metavar="FOLDER", help="folder to make; must be empty or absent")
     job.add_argument("--license", help="licence of the weights; default as shipped, else mit")
+    job = jobs.add_parser("aoti", allow_abbrev=False, help="compile a model ahead of time into a package, NAME.pt2")
+    job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
+    job.add_argument("--output", required=True, metavar="FILE.pt2", help="package to write")
+    job.add_argument(
+        "--device", default="auto", help="what it is compiled for: auto, cpu, cuda, cuda:1 ... (default: auto)"
+    )
+    job.add_argument("--plain", action="store_true", help="for processes without capszoo: by PyTorch's operators alone")
+    job = jobs.add_parser("kernels", allow_abbrev=False, help="write the operators as a project of kernel-builder")
+    job.add_argument("folder", metavar="FOLDER", help="folder to make; must be empty or absent")
+    job.add_argument("--repo-id", metavar="OWNER/NAME", help="where the builder uploads it")
     for job in jobs.choices.values():
         job.error = parser.error  # one line, as everywhere
     return parser
@@ -316,79 +323,29 @@ def write_hub_weights(file: Path, model: nn.Module, path: Path) -> None:
     save_tensors(path, own, {key: value for key, value in header.items() if key != "precision"})
 
 
-def model_card(name: str, card: dict[str, Any], info: capszoo.ModelInfo) -> str:
-    """The README.md of a model folder: YAML for the hub, and what a reader wants to know."""
-    import yaml
+def aoti(args: argparse.Namespace) -> int:
+    """Write a compiled package."""
+    opened = open_model(args.weights, decoder=False)
+    model = opened.model.to(choose_device(args.device))
+    header = model_header(
+        model, **{key: opened.header[key] for key in ("class_names", "dataset") if key in opened.header}
+    )
+    difference = compile_package(args.output, model, plain=args.plain, **header)
+    needs = "PyTorch alone" if args.plain else "import capszoo before it is loaded"
+    print(f"{args.output}: {opened.name}, scores within {difference:.1g} of the model's; needs {needs}")
+    return 0
 
-    dataset, top1 = card.get("dataset"), card.get("test_top1")
-    dataset = None if dataset is None else Path(str(dataset)).name  # a folder of images may be given by its path
-    front: dict[str, Any] = {
-        "library_name": "timm",
-        "tags": ["image-classification", "timm", "capszoo", "capsule-network"],
-        "license": card["license"],
-        "pipeline_tag": "image-classification",
-    }
-    if dataset is not None:
-        hub_dataset = HUB_DATASETS.get(dataset, dataset)
-        front["datasets"] = [hub_dataset]
-    precision = card.get("test_mean_average_precision")  # of images that show several classes
-    metric, accuracy = ("accuracy", "top-1") if precision is None else ("exact_match", "exact-match accuracy")
-    front["metrics"] = [metric]
-    if dataset is not None and top1 is not None:
-        front["model-index"] = [
-            {
-                "name": name,
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"type": hub_dataset, "name": dataset, "split": "test"},
-                        "metrics": [{"type": metric, "value": round(top1, 6)}],
-                    }
-                ],
-            }
-        ]
-    channels, height, width = info.input_size
-    pixels = "pixels in [0, 1]"
-    if "mean" in card and "std" in card and (card["mean"], card["std"]) != ([0.0], [1.0]):
-        mean, std = (", ".join(f"{value:.4f}" for value in card[key]) for key in ("mean", "std"))
-        pixels += f", normalised by mean {mean} and standard deviation {std}"
-    facts = [
-        ("Parameters", f"{info.parameters:,}"),
-        ("MACs", f"{info.macs / 1e6:.1f} M"),
-        ("Image size", f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}, {pixels}"),
-        ("Data set", dataset),
-        (f"Test {accuracy} (float32)", None if top1 is None else f"{top1:.4f}"),
-        ("Test mean average precision (float32)", None if precision is None else f"{precision:.4f}"),
-        (f"Validation {accuracy} (float32)", f"{card['eval_top1']:.4f}" if "eval_top1" in card else None),
-        ("Epochs", card.get("epochs")),
-        ("Seed", card.get("seed")),
-        ("Recipe", f"`{card['recipe']}`" if card.get("recipe") else None),
-        ("capszoo", card.get("capszoo_version")),
-        ("Date", card.get("date")),
-        ("Licence", card["license"]),
-    ]
-    lines = "\n".join(f"- **{key}:** {value}" for key, value in facts if value is not None)
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-# {name}
 
-A model of capszoo, capsule networks for timm. Importing capszoo registers the architecture with timm.
-
-{lines}
-
-```python
-import capszoo, timm, torch
-
-model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"
-scores = model(torch.rand(1, {channels}, {height}, {width}))  # the largest is the class
-```
-"""
+def kernels(args: argparse.Namespace) -> int:
+    """Write the project of the operators."""
+    files = write_kernel(args.folder, args.repo_id)
+    print(f"{args.folder}: {len(files)} files, build them there with: kernel-builder build-and-copy")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
-    return ship(args) if args.job == "ship" else hub(args)
+    return {"ship": ship, "hub": hub, "aoti": aoti, "kernels": kernels}[args.job](args)
 
 
 if __name__ == "__main__":

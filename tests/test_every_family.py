@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from exporting import check_export, check_onnx
 from families import sizes_of
 
 import capszoo
@@ -138,3 +139,17 @@ def test_pruned_or_refused_in_one_line(case):
             prune.prune(model, {part: 1}, "magnitude")
     with pytest.raises(ValueError, match=f"^{message}"):
         prune.scores(model, "types", "magnitude")
+
+
+@pytest.mark.slow
+@every_case
+@pytest.mark.parametrize("fused", [True, False])
+def test_exported_with_an_open_batch_size(case, fused):
+    with capszoo.set_fused_routing(fused):
+        check_export(make(case).eval(), images(2).float() / 255)
+
+
+@pytest.mark.slow
+@every_case
+def test_onnx_with_an_open_batch_size(case, tmp_path):
+    check_onnx(make(case).eval(), images(2).float() / 255, tmp_path / "model.onnx")

@@ -42,7 +42,7 @@ RECIPES = {
     "prune": "prune a trained network, and train what is left",
     "explore": "search for the Pareto-optimal ways to train",
     "explorer": "draw digits for a trained network, in the browser",
-    "export": "make a model folder for timm and transformers, or ship weights",
+    "export": "make a model folder, a compiled package or a kernel of the Hub, or ship weights",
     "benchmark": "time routing, training and inference on this machine",
 }
 

@@ -14,6 +14,7 @@ Paper: "FasTrCaps: An Integrated Framework for Fast yet Accurate Training of Cap
 https://arxiv.org/abs/1905.10142.
 """
 
+from .caution import cautions
 from .exploration import Exploration
 from .grid import Row, compare
 from .results import write_solutions
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "Solution",
     "Space",
+    "cautions",
     "choose",
     "compare",
     "pareto_front",

@@ -65,7 +65,7 @@ def solutions_table(solutions: list[Solution], title: str) -> Table:
     for s in solutions:
         parameters = "" if s.parameters is None else f"{s.parameters:,}"
         name = s.name if s.state in ("complete", "running") else f"{s.name} ({s.state})"
-        gain = gain_text(s.gain.mean, s.gain.low, s.gain.high) if s.gain else "-"
+        gain = str(s.gain or "-")
         accuracy = percent(s.accuracy) + ("" if s.accuracy_std is None else f" ±{100 * s.accuracy_std:.2f}")
         over_seeds = [str(s.runs), gain] if repeated else []
         table.add_row(str(s.number), name, accuracy, *over_seeds, seconds_text(s.seconds), parameters, short_options(s))
@@ -90,16 +90,9 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
             row["name"], str(row["runs"]), cell(row, "accuracy", 100, ".2f"), cell(row, "test_top1", 100, ".2f"),
             cell(row, "best_epoch", 1, ".1f"), cell(row, "epoch_seconds", 1, ".1f"),
             f"{cell(row, 'seconds_to_baseline', 1, '.0f')} s ({row['reached']}/{row['runs']})",
-            f"{cell(row, 'saving', 100, '.0f')} %", gain_text(row["gain"], row["gain_low"], row["gain_high"]),
+            f"{cell(row, 'saving', 100, '.0f')} %", str(row["gain"] or "-"),
         )  # fmt: skip
     return table
-
-
-def gain_text(mean: float | None, low: float | None, high: float | None) -> str:
-    """Accuracy above the baseline's, in percent, with the confidence interval."""
-    if mean is None:
-        return "-"
-    return f"{100 * mean:+.2f}" + ("" if low is None or high is None else f" ({100 * low:+.2f} to {100 * high:+.2f})")
 
 
 def short_options(solution: Solution) -> str:

@@ -16,6 +16,7 @@ from capszoo.engine import Trainer
 from capszoo.errors import TrainingError, unknown_name
 from capszoo.precision import resolve_amp
 
+from .caution import RANDOM_TRIALS
 from .grid import Row
 from .reclaim import Reclaimer, retry
 from .solution import OBJECTIVES, ExplorationError, Solution, most_repeated, over_seeds, pareto_front
@@ -132,7 +133,9 @@ class Exploration:
                 self.study.set_user_attr("facts", facts)
                 self._fill_queue(trials, seeds)
                 seed = int(self.options.get("seed", 0)) % 2**32  # NumPy takes no larger one
-        self.study.sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+        self.study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=RANDOM_TRIALS, multivariate=True, group=True, seed=seed
+        )
         if not is_grid:
             # So that all workers draw from one space.
             plan.epochs, plan.amps = self.study.user_attrs["epochs"], self.study.user_attrs["amps"]

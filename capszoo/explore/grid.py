@@ -116,9 +116,8 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
 
     Returns:
         A dictionary a row, in the order of their first trials: means, and standard deviations (`_std`) over seeds.
-        Missing are times where no seed got there; `reached` counts the seeds that did. `gain` is the mean over pairs of
-        equal seeds of the accuracy above the baseline's, on the test set where all runs were measured on it, and
-        `gain_low` and `gain_high` are the ends of its 95 % confidence interval.
+        Missing are times where no seed got there; `reached` counts the seeds that did. `gain` is the difference of its
+        accuracy from the baseline's, a :class:`Difference`, on the test set where all runs were measured on it.
     """
     complete = [solution for solution in solutions if solution.state == "complete"]
     references = {s.seed: s for s in complete if s.name == baseline}
@@ -150,8 +149,7 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
         row["reached"] = len(times)
         key = "test_top1" if all(run.test_top1 is not None for run in [*runs, *references.values()]) else "accuracy"
         by_seed = {run.seed: getattr(run, key) for run in runs}
-        gain = paired_difference(by_seed, {seed: getattr(run, key) for seed, run in references.items()})
-        row |= {"gain": gain and gain.mean, "gain_low": gain and gain.low, "gain_high": gain and gain.high}
+        row["gain"] = paired_difference(by_seed, {seed: getattr(run, key) for seed, run in references.items()})
         row["parameters"] = runs[0].parameters
         rows.append(row)
     return rows

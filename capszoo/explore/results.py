@@ -15,8 +15,9 @@ from capszoo._version import __version__
 from capszoo.figures import plot_accuracy, plot_comparison, plot_front, plot_time_to_best, plot_tradeoff, write_report
 from capszoo.files import write_atomically, write_csv
 
+from .caution import cautions
 from .exploration import Exploration
-from .solution import Solution
+from .solution import Difference, Solution
 
 _SOLUTION_COLUMNS = (
     "number", "name", "state", "accuracy", "seconds", "parameters", "seconds_to_best", "best_epoch", "test_top1",
@@ -31,14 +32,18 @@ def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
     rows = []
     for solution in solutions:
         row = {**solution.options, **asdict(solution), "options": json.dumps(solution.options)}
-        gain = solution.gain
-        row |= {"gain": gain and gain.mean, "gain_low": gain and gain.low, "gain_high": gain and gain.high}
+        row |= _columns_of(solution.gain)
         rows.append({key: row.get(key) for key in _SOLUTION_COLUMNS})
     write_csv(Path(path), _SOLUTION_COLUMNS, rows)
 
 
-def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> list[str]:
-    """Write tables, figures and the page; return what could not be drawn."""
+def _columns_of(gain: Difference | None) -> dict[str, float | None]:
+    """A difference as columns of a table."""
+    return {"gain": gain and gain.mean, "gain_low": gain and gain.low, "gain_high": gain and gain.high}
+
+
+def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> tuple[list[str], list[str]]:
+    """Write tables, figures and the page; return what could not be drawn, and why the trials may not compare."""
     import yaml
 
     solutions, front = exploration.solutions(), exploration.front()
@@ -60,9 +65,10 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
         "date": time.strftime("%Y-%m-%d"),
     }
     title = f"{facts['model']} on {facts['dataset']}"
+    doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None)
     write_report(
         folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
-        study=exploration.study, command=command,
+        study=exploration.study, command=command, cautions=doubts,
     )  # fmt: skip
     missing = []
     for name, draw in (
@@ -75,7 +81,7 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
             draw(folder / f"{name}.png")
         except ValueError as error:
             missing.append(f"{name}.png: {error}")
-    return missing
+    return missing, doubts
 
 
 def write_comparison(
@@ -106,7 +112,7 @@ def write_comparison(
         "command": command,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**row, **facts} for row in rows]
+    rows = [{**row, **_columns_of(row["gain"]), **facts} for row in rows]
     write_csv(path, list(rows[0]), rows)
     with open(_PUBLISHED, newline="") as file:
         published = [row for row in csv.DictReader(file) if row["dataset"] == dataset]

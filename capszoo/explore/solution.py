@@ -88,6 +88,13 @@ class Difference:
     high: float | None
     pairs: int
 
+    def __str__(self) -> str:
+        """Of accuracies, in percent: mean, and from where to where."""
+        interval = (
+            "" if self.low is None or self.high is None else f" ({100 * self.low:+.2f} to {100 * self.high:+.2f})"
+        )
+        return f"{100 * self.mean:+.2f}{interval}"
+
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
     """How much larger values are than those of a reference with the same seeds.

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _COLORS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 )  # fmt: skip
+# Bars that are wide enough for an accuracy above each.
+_MOST_TEXTS = 20
+_MARKED = "Triangles lie below the axis, and a double-click shows all"
 # Readable on white and on black, until the page's script knows which it is.
 _INK, _GRID = "#777", "rgba(128, 128, 128, 0.25)"
 
@@ -37,23 +40,29 @@ def draw_figures(
     colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(colors)}
     found = {}
     if study is not None and len(objectives) in (2, 3):
-        note = "Optuna's figure of the study. The axis leaves out trials that are far less accurate than the others."
+        measured = [(s.name, s.accuracy) for s in complete if is_number(s.accuracy)]
+        note = "Optuna's figure of the study." + (
+            _below(measured, "Below the axis") if "accuracy" in objectives else ""
+        )
         found["pareto"] = "The front over all objectives", note, _pareto(study, solutions, objectives)
     points = [s for s in complete if is_number(s.accuracy) and is_number(s.seconds) and s.seconds > 0]
     if points:
         note = (
-            "The area of a point is the number of parameters; points with an outline are on the front. The axis leaves "
-            "out trials that are far less accurate than the others: a double-click shows all."
+            "The area of a point is the number of parameters; points with an outline are on the front."
+            f"{_below([(point.name, point.accuracy) for point in points], _MARKED)}"
         )
         found["tradeoff"] = "Accuracy, time and size", note, _tradeoff(points, front, colors)
     runs = [solution for solution in solutions if solution.history and solution.state != "failed"]
     if runs:
         note = "The best trial of each name in bold; the other ones can be switched on and off in the legend."
+        best = _best_of_names(runs, colors)
+        shown = [accuracy for run in best.values() for _, _, accuracy in run.history]
+        note += _below([(name, _best(run)) for name, run in best.items()], _MARKED, shown)
         found["epochs"] = "Accuracy over epochs", note, _curves(runs, colors, 0, "epoch")
         found["time"] = "Accuracy over training time", note, _curves(runs, colors, 1, "training time, s")
     timed = [solution for solution in complete if is_number(solution.seconds_to_best)]
     if timed:
-        note = "Training time until the epoch with the best accuracy, a bar for each complete trial."
+        note = "Training time until the epoch with the best accuracy, a bar for each complete trial with its number."
         found["best"] = "Time to the best accuracy", note, _time_to_best(timed, colors)
     return found
 
@@ -148,7 +157,12 @@ def _tradeoff(points: Sequence["Solution"], front: Sequence["Solution"], colors:
                       "font": {"size": 12}, "bordercolor": _GRID}],
     )  # fmt: skip
     figure.update_xaxes(type="log", title_text="training time, s", **_time_ticks([point.seconds for point in points]))
-    _accuracy_axis(figure, [point.accuracy for point in points])
+    accuracies = [point.accuracy for point in points]
+    _accuracy_axis(figure, accuracies)
+    bottom = accuracy_limits(accuracies)[0]
+    for name in colors:
+        below = [point for point in points if point.name == name and point.accuracy < bottom]
+        _mark_below(figure, colors[name], [(math.log10(point.seconds), _hover(point)) for point in below])
     return figure
 
 
@@ -156,14 +170,7 @@ def _curves(runs: Sequence["Solution"], colors: dict[str, str], column: int, lab
     """Accuracy over one column of the histories, a line for each trial."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
-    best: dict[str, Solution] = {}
-    for name in colors:
-        group = [run for run in runs if run.name == name]
-        # An unfinished trial stands for its name only where nothing else can.
-        leader = max(group, key=lambda run: (run.state == "complete", _best(run), -run.number), default=None)
-        if leader is not None:
-            best[name] = leader
+    figure, best = go.Figure(), _best_of_names(runs, colors)
     # Lines that are drawn later lie on top: all others first.
     legend = True
     for name in colors:
@@ -176,8 +183,50 @@ def _curves(runs: Sequence["Solution"], colors: dict[str, str], column: int, lab
         _add_curve(figure, run, column, colors[name], 3, name=_label(name))
     _dress(figure, height=460)
     figure.update_xaxes(title_text=label, rangemode="tozero")
-    _accuracy_axis(figure, [accuracy for run in best.values() for _, _, accuracy in run.history])
+    shown = [accuracy for run in best.values() for _, _, accuracy in run.history]
+    _accuracy_axis(figure, shown)
+    bottom = accuracy_limits(shown)[0]
+    for name, run in best.items():
+        points = [(point[column], point[2]) for point in run.history if point[2] < bottom]
+        _mark_below(figure, colors[name], [(x, f"{_label(name)}: {percent(value)}") for x, value in points])
     return figure
+
+
+def _best_of_names(runs: Sequence["Solution"], names: Iterable[str]) -> dict[str, "Solution"]:
+    """The trial that stands for each name: an unfinished one only where nothing else can."""
+    groups = {name: [run for run in runs if run.name == name] for name in names}
+    return {
+        name: max(group, key=lambda run: (run.state == "complete", _best(run), -run.number))
+        for name, group in groups.items()
+        if group
+    }
+
+
+def _mark_below(figure: "go.Figure", color: str, points: Sequence[tuple[float, str]]) -> None:
+    """Triangles at the lower end of the axis of accuracies: places, and what is shown of them."""
+    for x, text in points:
+        figure.add_annotation(
+            x=x, y=0, yref="y domain", text="\u25bc", showarrow=False, yanchor="bottom", font={"color": color},
+            hovertext=text, captureevents=True,
+        )  # fmt: skip
+
+
+def _below(accuracies: Sequence[tuple[str, float]], lead: str, shown: Sequence[float] | None = None) -> str:
+    """A sentence that names what lies below an axis of accuracies, escaped; empty where nothing does."""
+    if not accuracies:
+        return ""
+    bottom = accuracy_limits([value for _, value in accuracies] if shown is None else shown)[0]
+    lowest: dict[str, list[float]] = {}
+    for name, value in accuracies:
+        if value < bottom:
+            lowest.setdefault(name, []).append(value)
+    if not lowest:
+        return ""
+    named = [
+        f"{escape(name) or '(no name)'} ({', '.join(map(percent, sorted(values)[:3]))}{', ...' * (len(values) > 3)})"
+        for name, values in lowest.items()
+    ]
+    return f" {lead}: {'; '.join(named)}."
 
 
 def _add_curve(figure: "go.Figure", run: "Solution", column: int, color: str, width: int, **options: Any) -> None:
@@ -205,13 +254,15 @@ def _time_to_best(timed: Sequence["Solution"], colors: dict[str, str]) -> "go.Fi
     for name in colors:
         group = sorted((s for s in timed if s.name == name), key=lambda solution: solution.seconds_to_best)
         if group:
-            ticks[start + (len(group) - 1) / 2] = _label(name)
+            accuracies = [solution.accuracy for solution in group if is_number(solution.accuracy)]
+            best = f"<br>best {percent(max(accuracies))}" if accuracies and len(timed) > _MOST_TEXTS else ""
+            ticks[start + (len(group) - 1) / 2] = _label(name) + best
             figure.add_bar(
                 x=[start + index for index in range(len(group))],
                 y=[solution.seconds_to_best for solution in group],
                 marker={"color": colors[name], "line": {"width": 0}},
                 name=_label(name),
-                text=[str(solution.number) for solution in group] if len(timed) <= 40 else None,
+                text=[_above_bar(solution, len(timed)) for solution in group] if len(timed) <= 40 else None,
                 textposition="outside",
                 textangle=0,
                 cliponaxis=False,
@@ -225,6 +276,13 @@ def _time_to_best(timed: Sequence["Solution"], colors: dict[str, str]) -> "go.Fi
     figure.update_xaxes(ticklabeloverflow="allow")
     figure.update_yaxes(title_text="training time, s", rangemode="tozero")
     return figure
+
+
+def _above_bar(solution: "Solution", count: int) -> str:
+    """Number of a trial, and its accuracy where bars are wide enough for that."""
+    if count > _MOST_TEXTS or not is_number(solution.accuracy):
+        return str(solution.number)
+    return f"{solution.number}<br>{100 * solution.accuracy:.4g}&#8239;%"
 
 
 def _dress(figure: "go.Figure", height: int) -> None:

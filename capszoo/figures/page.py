@@ -41,6 +41,7 @@ def write_report(
     objectives: Sequence[str],
     study: "optuna.Study | None" = None,
     command: str = "",
+    cautions: Sequence[str] = (),
 ) -> None:
     """Write what an exploration found as one HTML file: the front, interactive figures, every trial.
 
@@ -53,6 +54,8 @@ def write_report(
         objectives: Names of the objectives, in the study's order.
         study: The Optuna study, for Optuna's own figure of the front where there are two or three objectives.
         command: What trains the chosen solution.
+        cautions: Why the trials may be too few, too short or too alike to compare, from
+            :func:`capszoo.explore.cautions`.
 
     Raises:
         ImportError: If plotly is not installed.
@@ -66,10 +69,21 @@ def write_report(
     figures = draw_figures(solutions, front, objectives, study)
     common = _common(solutions)
     parts = [_head(title, solutions, front, facts, objectives, common)]
+    if cautions:
+        lines = "".join(f"<li>{escape(line[:1].upper() + line[1:])}.</li>" for line in cautions)
+        parts.append(f"<aside class=cautions><h2>Before you compare</h2><ul>{lines}</ul></aside>")
     if front:
         count = f"{len(front)} of the complete trials" if len(front) > 1 else "one complete trial"
+        columns, repeated = list(_FRONT_COLUMNS), any(solution.runs > 1 for solution in front)
+        if repeated:
+            columns[columns.index("test") : columns.index("test")] = ["runs", "above baseline"]
         note = f"No other trial is at least as good in everything that was asked for and better in something: {count}."
-        parts.append(f"<h2>Pareto front</h2><p>{note}</p>{_table(front, _FRONT_COLUMNS, common)}")
+        if repeated:
+            note += (
+                " Figures are means over the runs of different seeds; what lies above the baseline is the mean over "
+                "pairs of equal seeds, with its 95 % confidence interval, in percent."
+            )
+        parts.append(f"<h2>Pareto front</h2><p>{note}</p>{_table(front, columns, common)}")
     if command:
         parts.append(f"<h2>Train the chosen solution</h2><pre><code>{escape(command)}</code></pre>")
     if figures:
@@ -158,6 +172,8 @@ def _cell(solution: "Solution", column: str, common: set[tuple[str, str]], link:
         # What all trials have is said above, and the policy mostly in the name.
         left_out = common | {("policy", solution.name)}
         shown = (_short([pair for pair in flat(solution.options) if pair not in left_out]), "")
+    elif column == "above baseline":
+        shown = (str(solution.gain or ""), solution.gain.mean if solution.gain else "")
     elif column == "reason":
         shown = (escape(solution.reason), solution.reason)
     elif column == "folder":
@@ -166,10 +182,12 @@ def _cell(solution: "Solution", column: str, common: set[tuple[str, str]], link:
         key, form = {
             "accuracy": ("accuracy", percent), "test": ("test_top1", percent), "seconds": ("seconds", seconds_text),
             "to best, s": ("seconds_to_best", seconds_text), "parameters": ("parameters", "{:,}".format),
-            "best epoch": ("best_epoch", str),
+            "best epoch": ("best_epoch", str), "runs": ("runs", str),
         }[column]  # fmt: skip
         value = getattr(solution, key)
         text, value = ("", "") if not is_number(value) else (form(value), value)
+        if column == "accuracy" and solution.accuracy_std is not None:
+            text += f" ± {100 * solution.accuracy_std:.2f}"
         return f'<td class=number data-value="{value}">{text}</td>'
     kind = f' class="text {column}"' if column in ("options", "reason") else ""
     return f'<td{kind} data-value="{escape(str(shown[1]))}">{shown[0]}</td>'

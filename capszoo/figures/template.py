@@ -36,6 +36,9 @@ a { color: var(--accent); }
 pre { overflow-x: auto; padding: .8rem 1rem; background: var(--band); border-radius: 6px; }
 code { font: .9em ui-monospace, Menlo, Consolas, monospace; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.cautions { margin-top: 1.5rem; padding: .7rem 1rem; background: var(--band); border-left: 4px solid #b9770e; }
+.cautions h2 { margin: 0 0 .3rem; font-size: 1rem; }
+.cautions ul { margin: 0; padding-left: 1.2rem; }
 .facts th { text-align: left; font-weight: 500; color: var(--soft); padding: .1rem 1.2rem .1rem 0; }
 .facts th, .facts td { vertical-align: top; }
 .facts td { overflow-wrap: anywhere; }

@@ -78,9 +78,9 @@ def test_comparison_with_the_baseline_of_the_same_seed(solution):
     assert quick["saving_std"] == pytest.approx(0.1 / 2**0.5)
     assert quick["accuracy"] == pytest.approx(0.96) and quick["test_top1"] == pytest.approx(0.95)
     assert quick["epoch_seconds"] == pytest.approx((4 + 20 / 3) / 2)
-    assert quick["gain"] == pytest.approx((0.05 + 0.01) / 2) and quick["gain_low"] < 0 < quick["gain_high"]
-    assert baseline["gain"] == baseline["gain_low"] == 0 and poor["gain"] == pytest.approx(-0.7)
-    assert poor["gain_low"] is None
+    assert quick["gain"].mean == pytest.approx((0.05 + 0.01) / 2) and quick["gain"].low < 0 < quick["gain"].high
+    assert baseline["gain"].mean == baseline["gain"].low == 0 and str(poor["gain"]) == "-70.00"
+    assert str(quick["gain"]) == "+3.00 (-22.41 to +28.41)"
     assert poor["reached"] == 0 and poor["seconds_to_baseline"] is poor["saving"] is poor["accuracy_std"] is None
 
 

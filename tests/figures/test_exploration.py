@@ -109,15 +109,61 @@ def test_tradeoff_has_areas_by_parameters(explored):
     assert sizes == ["1 M", "2 M", "4 M"]
 
 
+def own_lines(figure):
+    """By its title, what a panel shows in colour, above and then below the axis; others are grey."""
+    found = {}
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if line.get_color() != "0.8"]
+        found.setdefault(axes.get_title(), []).append([list(zip(*line.get_data(), strict=True)) for line in lines])
+    return found
+
+
 def test_accuracy_is_a_mean_over_seeds_or_the_best_trial(explored):
-    epochs, time = explored("accuracy").axes
-    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in epochs.lines}
-    assert list(drawn) == ["baseline", "fixed, 2 seeds", "one_cycle", "ada_batch"]
-    assert drawn["fixed, 2 seeds"] == [(1, pytest.approx(0.966)), (2, pytest.approx(0.976)), (3, pytest.approx(0.986))]
-    assert drawn["one_cycle"] == [(1, pytest.approx(0.985)), (2, 0.995)]  # trial 4
-    assert len(drawn["ada_batch"]) == 3  # stopped, and nothing else to show; the failed one is left out
-    assert len(epochs.collections) == len(time.collections) == 1
-    assert list(time.lines[1].get_xdata()) == [pytest.approx(25 / 3), pytest.approx(50 / 3), 25]
+    figure = explored("accuracy")
+    panels = own_lines(figure)
+    assert list(panels) == ["baseline", "fixed, 2 seeds", "one_cycle", "ada_batch"]
+    ((epochs,), (time,)) = panels["fixed, 2 seeds"]
+    assert epochs == [(1, pytest.approx(0.966)), (2, pytest.approx(0.976)), (3, pytest.approx(0.986))]
+    assert [x for x, _ in time] == [pytest.approx(25 / 3), pytest.approx(50 / 3), 25]
+    assert panels["one_cycle"][0] == [[(1, pytest.approx(0.985)), (2, 0.995)]]  # trial 4
+    assert len(panels["ada_batch"][0][0]) == 3  # stopped, and nothing else to show; the failed one is left out
+    assert [bool(axes.collections) for axes in figure.axes] == [False, True, False, False] * 2  # the range of the seeds
+
+
+def test_panels_of_accuracy_share_axes_and_show_the_others_in_grey(explored):
+    figure = explored("accuracy")
+    for block in (figure.axes[:4], figure.axes[4:]):
+        assert len({(axes.get_xlim(), axes.get_ylim()) for axes in block}) == 1
+        for axes in block:
+            assert sum(line.get_color() == "0.8" for line in axes.lines) == 3
+    colors = [axes.title.get_color() for axes in figure.axes]
+    assert colors[:4] == colors[4:] and len(set(colors)) == 4
+    texts = [axes.texts[0].get_text() for axes in figure.axes[:4]]
+    assert texts == ["best 99.00 %", "best 98.60 %", "best 99.50 %", "best 97.00 %"]
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (5, (1, 5)), (6, (2, 3)), (9, (2, 5)), (11, (3, 4))])
+def test_panels_of_accuracy_fill_rows(explored, count, shape):
+    figure = explored("accuracy", [trial(number, f"name {number}") for number in range(count)])
+    assert len(figure.axes) == 2 * count
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+    lowest = figure.axes[:count][-shape[1] :]
+    assert all(axes.xaxis.get_tick_params()["labelbottom"] for axes in lowest)
+
+
+def test_what_lies_below_the_axis_is_marked(explored):
+    good = [trial(number, f"name {number}", accuracy=0.99) for number in range(5)]
+    poor = trial(5, "poor", accuracy=0.3)
+    dip = trial(6, "dip", history=[[1, 10.0, 0.98], [2, 20.0, 0.2], [3, 30.0, 0.985]], accuracy=0.985)
+    figure = explored("accuracy", [*good, poor, dip])
+    panels = own_lines(figure)
+    bottom = figure.axes[0].get_ylim()[0]
+    assert 0.9 < bottom
+    assert panels["poor"][0][1] == [(1, bottom), (2, bottom), (3, bottom)]
+    assert panels["dip"][0][1] == [(2, bottom)] and panels["dip"][1][1] == [(20, bottom)]
+    assert all(len(panels[t.name][0]) == 1 for t in good)
+    texts = {axes.get_title(): axes.texts[0].get_text() for axes in figure.axes}
+    assert texts["poor"] == "best 30.00 %, below the axis" and texts["dip"] == "best 98.50 %"
 
 
 def test_trials_with_other_options_are_not_averaged():
@@ -130,7 +176,14 @@ def test_time_to_best_has_bars_of_means_and_points(explored):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["baseline", "one_cycle", "fixed"]
     assert [bar.get_width() for bar in axes.patches] == [50, 22.5, 12.5]
     assert [list(line.get_xdata()) for line in axes.lines] == [[20, 22.5, 25], [10, 15]]
-    assert [text.get_text() for text in axes.texts] == ["50.0 s", "mean 22.5 s", "mean 12.5 s"]
+    assert [text.get_text() for text in axes.texts] == [
+        "50.0 s, 99.00 %", "mean 22.5 s, 11.00 to 99.50 %", "mean 12.5 s, 98.50 to 98.70 %"
+    ]  # fmt: skip
+
+
+def test_time_to_best_without_accuracies_has_times(explored):
+    (axes,) = explored("time_to_best", [Solution(1, "fixed", "complete", seconds_to_best=15.0)]).axes
+    assert [text.get_text() for text in axes.texts] == ["15.0 s"]
 
 
 def test_poor_trials_do_not_squash_the_accuracies():

@@ -11,6 +11,7 @@ from html import escape, unescape
 import pytest
 
 from capszoo.explore import Solution, pareto_front
+from capszoo.explore.solution import Difference
 from capszoo.figures import interactive, write_report
 
 optuna = pytest.importorskip("optuna")
@@ -99,6 +100,17 @@ def test_every_trial_is_a_row(tmp_path):
     assert "python train.py --lr 2" in page and "high accuracy, short training time, few parameters" in page
 
 
+def test_repetitions_have_their_spread_and_difference(tmp_path):
+    trials = [
+        solution(0, "baseline", runs=3, accuracy_std=0.001, gain=Difference(0.0, 0.0, 0.0, 3)),
+        solution(1, seconds=20.0, runs=3, accuracy_std=0.0021, gain=Difference(0.0015, -0.0005, 0.0035, 3)),
+    ]
+    page = write(tmp_path / "r.html", trials)
+    front = page.split("<h2>Pareto front</h2>")[1].split("<h2>")[0]
+    assert "means over the runs" in front and "+0.15 (-0.05 to +0.35)" in front and "± 0.21" in front
+    assert "above baseline" not in write(tmp_path / "r.html").split("<h2>All trials")[0]
+
+
 def test_options_of_all_trials_are_said_once(tmp_path):
     found = rows(page := write(tmp_path / "report.html", TRIALS[:4]))
     assert "<th>in all trials</th><td>model&nbsp;<b>tiny</b></td>" in page
@@ -141,6 +153,44 @@ def test_figure_of_optuna_has_our_hover_text(tmp_path):
     texts = {trace.name: list(trace.text) for trace in figure.data}
     assert texts["Pareto front"] == [interactive._hover(TRIALS[number]) for number in (1, 2, 8)]
     assert texts["complete trials"] == [interactive._hover(TRIALS[number]) for number in (0, 3)]
+
+
+def test_what_lies_below_the_axis_is_marked_and_named(tmp_path):
+    good = [solution(number, f"good {number}", 0.99 + number / 1000) for number in range(8)]
+    poor = [solution(8, "poor & bad", 0.3, seconds=10.0), solution(9, "poor & bad", 0.2, seconds=100.0)]
+    found = interactive.draw_figures([*good, *poor], good, OBJECTIVES, None)
+    heading, note, figure = found["tradeoff"]
+    assert note.endswith(
+        " Triangles lie below the axis, and a double-click shows all: poor &amp; bad (20.00 %, 30.00 %)."
+    )
+    marks = [mark for mark in figure.layout.annotations if mark.text == "\u25bc"]
+    assert [(mark.x, mark.y, mark.yref) for mark in marks] == [(1, 0, "y domain"), (2, 0, "y domain")]  # of a log axis
+    assert "accuracy 30.00 %" in marks[0].hovertext and {mark.font.color for mark in marks} == {interactive._COLORS[8]}
+
+    heading, note, figure = found["epochs"]
+    assert "poor &amp; bad (30.00 %)" in note  # the best of the name
+    assert [(mark.x, mark.hovertext) for mark in figure.layout.annotations] == [
+        (1, "poor &amp; bad: 28.00 %"), (2, "poor &amp; bad: 29.00 %"), (3, "poor &amp; bad: 30.00 %")
+    ]  # fmt: skip
+    for _, note, figure in interactive.draw_figures(good, good, OBJECTIVES, None).values():
+        assert "below the axis" not in note and not figure.layout.annotations
+
+
+def test_bars_of_times_say_accuracies_while_there_is_room():
+    *_, figure = interactive.draw_figures(TRIALS[:4], [], OBJECTIVES, None)["best"]
+    texts = [text for trace in figure.data for text in trace.text]
+    assert texts == ["0<br>99&#8239;%", "1<br>98.5&#8239;%", "2<br>99.2&#8239;%", "3<br>91&#8239;%"]
+    *_, figure = interactive.draw_figures([solution(n) for n in range(25)], [], OBJECTIVES, None)["best"]
+    assert list(figure.data[0].text) == [str(n) for n in range(25)]
+    assert list(figure.layout.xaxis.ticktext) == ["fixed<br>best 99.00 %"]
+
+
+def test_cautions_stand_on_top(tmp_path):
+    page = write(tmp_path / "report.html", cautions=["3 trials are complete", HOSTILE])
+    assert "<h2>Before you compare</h2><ul><li>3 trials are complete.</li>" in page
+    assert page.index("Before you compare") < page.index("Pareto front</h2>")
+    assert escape(HOSTILE[0] + HOSTILE[1:]) in page and "<script>alert" not in without_plotly(page)
+    assert "Before you compare" not in write(tmp_path / "report.html")
 
 
 def test_curves_show_the_best_trial_of_each_name():

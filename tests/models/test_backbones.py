@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from timm.layers import create_feature_extractor
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -169,16 +170,13 @@ def test_ways_out(backbone, tmp_path):
         warnings.simplefilter("ignore")
         if backbone != "test_efficientnet":  # timm's getter takes no script
             assert torch.equal(torch.jit.script(model)(images()), expected)
-        assert torch.equal(torch.export.export(model, (images(),)).module()(images()), expected)
+        check_export(model, images())
         if backbone != "test_efficientnet":
             assert torch.equal(torch.fx.symbolic_trace(model)(images()), expected)
         out = create_feature_extractor(model, {"class_caps": "capsules"})(images())["capsules"]
         torch.testing.assert_close(out, model.forward_capsules(images())[0])
         onnx_export(model, str(tmp_path / "model.onnx"), example_input=images(), check=False)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    found = run_onnx(tmp_path / "model.onnx", images())
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
     fast = small(backbone=backbone).eval().to(memory_format=torch.channels_last)
     torch.testing.assert_close(fast(images().to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)

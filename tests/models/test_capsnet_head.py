@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from timm.models import group_parameters
 from timm.utils.onnx import onnx_export
 
@@ -109,13 +110,9 @@ def test_ways_out(head, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(torch.jit.script(model)(images()), expected)
-        exported = torch.export.export(model, (images(),)).module()
-        torch.testing.assert_close(exported(images()), expected)
+        check_export(model, images())
         onnx_export(model, str(tmp_path / "model.onnx"), example_input=images(), check=False)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    found = run_onnx(tmp_path / "model.onnx", images())
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from safetensors.torch import save_file
 from timm.layers import create_feature_extractor
 from timm.models import group_parameters, save_for_hf
@@ -262,20 +263,15 @@ def test_script_trace_and_fx(tmp_path):
 @pytest.mark.parametrize("strict", [False, True])
 def test_torch_export(strict):
     model = small().eval()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},), strict=strict)
-    assert torch.equal(program.module()(images(3)), model(images(3)))
+    check_export(model, images(), strict=strict)
 
 
 def test_onnx(tmp_path):
-    import onnxruntime
-
     model, path = small(exportable=True).eval(), str(tmp_path / "model.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx_export(model, path, input_size=(1, 20, 20), batch_size=2, use_dynamo=True, check_forward=True)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images(5).numpy()})
+    found = run_onnx(path, images(5))
     np.testing.assert_allclose(found, model(images(5)).detach().numpy(), rtol=0, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from safetensors.torch import save_file
 from timm.layers import create_feature_extractor
 from timm.models import group_parameters
@@ -202,17 +203,14 @@ def test_ways_out(couplings, tmp_path):
         warnings.simplefilter("ignore")
         # For few votes the routing is another form than the operator that a graph holds.
         torch.testing.assert_close(torch.jit.script(model)(images()), expected)
-        torch.testing.assert_close(torch.export.export(model, (images(),)).module()(images()), expected)
+        check_export(model, images())
         with capszoo.set_fused_routing(False):
             assert torch.equal(torch.jit.script(model)(images()), expected)
         assert torch.equal(torch.fx.symbolic_trace(model)(images()), expected)
         out = create_feature_extractor(model, {"class_caps": "capsules"})(images())["capsules"]
         assert torch.equal(out, model.forward_capsules(images())[0])
         onnx_export(model, str(tmp_path / "model.onnx"), example_input=images(), check=False)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    found = run_onnx(tmp_path / "model.onnx", images())
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 

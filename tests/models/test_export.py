@@ -1,6 +1,5 @@
 """Every model through every way out of eager PyTorch: scripts, traced graphs, exported programs, ONNX, compilation."""
 
-import inspect
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import ONNX_SAYS_SO, run_onnx
 from families import CAPSNETS
 from timm.layers import create_feature_extractor
 from timm.models import FeatureGraphNet
@@ -162,10 +162,6 @@ def test_compiled_files_for_processes_without_capszoo(tmp_path):
     assert run.stdout.split() == ["aoti.pt2"], run.stderr
 
 
-# The newer exporter of torch 2.7 does not say that it runs.
-ONNX_SAYS_SO = "_is_onnx_exporting" in inspect.getsource(torch.onnx.is_in_onnx_export)
-
-
 @every_model
 @pytest.mark.parametrize("dynamo, exportable", [(True, True), (False, None), (False, True)])
 def test_onnx(name, dynamo, exportable, tmp_path):
@@ -191,13 +187,6 @@ def test_onnx_by_timm(name, dynamo, tmp_path):
         with capszoo.set_fused_routing(ONNX_SAYS_SO or not dynamo):
             onnx_export(model, path, input_size=(1, 20, 20), batch_size=2, use_dynamo=dynamo, check_forward=True)
     np.testing.assert_allclose(run_onnx(path, images(5)), model(images(5)).detach().numpy(), rtol=0, atol=1e-4)
-
-
-def run_onnx(path, x):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
 
 def gradients(model, function, x):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from safetensors.torch import save_file
 from timm.utils.onnx import onnx_export
 
@@ -143,12 +144,10 @@ def test_ways_out(kwargs, tmp_path):
         for fused in (True, False):
             with capszoo.set_fused_routing(fused):
                 torch.testing.assert_close(torch.jit.script(model)(x), expected)
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        check_export(model, x)
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
         onnx_export(model, str(tmp_path / "model.onnx"), example_input=x, check=False)
-    session = pytest.importorskip("onnxruntime").InferenceSession(str(tmp_path / "model.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(run_onnx(tmp_path / "model.onnx", x)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_new_classes_keep_the_layers_below():

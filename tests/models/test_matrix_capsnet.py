@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.utils.onnx import onnx_export
@@ -113,7 +114,7 @@ def test_ways_out(name, fused):
         warnings.simplefilter("ignore")
         expected = model(images())
         torch.testing.assert_close(torch.jit.script(model)(images()), expected)
-        torch.testing.assert_close(torch.export.export(model, (images(),)).module()(images()), expected)
+        check_export(model, images())
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(images()), expected)
 
 
@@ -123,10 +124,7 @@ def test_onnx(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx_export(model, str(tmp_path / "model.onnx"), example_input=images(), check=False)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    found = run_onnx(tmp_path / "model.onnx", images())
     np.testing.assert_allclose(found, model(images()).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exporting import check_export, run_onnx
 from families import sizes_of
 from timm.layers import create_feature_extractor
 from timm.models import group_parameters
@@ -135,15 +136,12 @@ def test_ways_out(kwargs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(torch.jit.script(model)(images()), expected)
-        assert torch.equal(torch.export.export(model, (images(),)).module()(images()), expected)
+        check_export(model, images())
         assert torch.equal(torch.fx.symbolic_trace(model)(images()), expected)
         out = create_feature_extractor(model, {"class_caps": "scores"})(images())["scores"]
         assert torch.equal(out, expected)
         onnx_export(model, str(tmp_path / "model.onnx"), example_input=images(), check=False)
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    found = run_onnx(tmp_path / "model.onnx", images())
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
