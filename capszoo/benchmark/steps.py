@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from capszoo.contract import decoder_of
+from capszoo.engine.adam import FusedAdam
 from capszoo.engine.memory import keep_freed_memory
 from capszoo.engine.task import CapsuleTask
 from capszoo.layers import ScaledConv2d, set_fourier_conv
@@ -38,7 +39,9 @@ def make_model(
 def make_optimizer(model: nn.Module, device: torch.device, fused: bool = True) -> torch.optim.Optimizer:
     """Adam as recipes/train.py has it, whose step a CUDA graph can hold; or PyTorch's own choice."""
     on_gpu = device.type == "cuda"
-    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused or None, capturable=on_gpu)
+    if fused:
+        return FusedAdam(model.parameters(), lr=1e-3, fused=True, capturable=on_gpu)
+    return torch.optim.Adam(model.parameters(), lr=1e-3, capturable=on_gpu)
 
 
 def routing_step(

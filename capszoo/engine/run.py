@@ -27,6 +27,7 @@ from capszoo.precision import resolve_amp
 from capszoo.pretrained import image_statistics
 from capszoo.registry import check_arguments, create_model, model_header, model_keywords
 
+from .adam import FusedAdam, FusedAdamW
 from .criteria import class_weights, criterion_header, weigh_classes
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
@@ -34,6 +35,8 @@ from .memory import keep_freed_memory
 from .options import BACKBONE_OPTIONS, DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
 from .task import CapsuleTask
 from .trainer import Trainer
+
+_FUSED = {"adam": FusedAdam, "adamw": FusedAdamW}
 
 
 def load_splits(options: TrainingOptions) -> DataSplits:
@@ -363,7 +366,7 @@ def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.
 
     if options.opt not in list_optimizers():
         raise UsageError(f"unknown optimizer {options.opt!r}: see timm.optim.list_optimizers()")
-    extra: dict[str, Any] = {"fused": True} if options.opt in ("adam", "adamw") else {}
+    extra: dict[str, Any] = {"fused": True} if options.opt in _FUSED else {}
     values = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
     try:
         optimizer = create_optimizer_v2(model, opt=options.opt, **values, **extra)
@@ -375,4 +378,5 @@ def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.
             f"optimizer {options.opt!r} draws random numbers that no checkpoint holds, so that no run can be resumed: "
             f"use adam, or a loop of your own with backward(create_graph=True)"
         )
-    return optimizer
+    # Each group has all settings.
+    return _FUSED[options.opt](optimizer.param_groups, options.lr, fused=True) if extra else optimizer
