@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from capszoo.kernels.fourier_conv import chosen_plan, fourier_conv2d
+from capszoo.kernels.large_conv import chosen_plan, large_conv2d
 
 from .config import use_fourier_conv
 
@@ -86,7 +86,7 @@ class ScaledConv2d(nn.Conv2d):
         if not torch.jit.is_scripting():
             plan = chosen_plan(x, self.weight, self.stride[0]) if use_fourier_conv() else None
             if plan is not None:
-                return fourier_conv2d(x, self.weight, self.bias, plan, self.scale)
+                return large_conv2d(x, self.weight, self.bias, plan, self.scale)
         # Not the sum is multiplied but the weights, as float16 could not hold all sums.
         return self._conv_forward(x, self.weight * self.scale, self.bias)
 
