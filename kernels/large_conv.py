@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import fourier_conv, unfolded_conv
-from .fourier_plan import Plan, best_plan
+from .fourier_plan import Plan, best_plan, cheapest
 from .processor import has_matrix_units
 from .scratch import Loan
 from .unfolded_conv import Unfolding
@@ -66,7 +66,7 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
     (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
     if k != width or k <= stride or H < k or W < k or B == 0:
         return None
-    plan = best_plan(H, W, k, stride, C, D)
+    plan = cheapest(best_plan(H, W, k, stride, C, D), B, C, D)
     if fourier_conv.is_faster(plan, B, C, D):
         return plan
     unfolding = Unfolding(k, stride)

@@ -26,9 +26,10 @@ MIN_KERNELS = 2**16
 # times as fast, at 144 of 256 channels 1.3 times; at 576 the one is no faster, and the other slower.
 FEW_ROWS = 144
 
-# From so many channels on, in and out, and numbers in a kernel, oneDNN's convolutions are slower at any batch size.
-# Measured at 256 and 9 x 9. At 192 to 64 channels they are as fast at 16 images, at 64 to 64 faster.
-MANY_CHANNELS = 192
+# From so many channels on, in and out, and taps of a kernel, oneDNN's convolutions are slower at any batch size that
+# Fourier transforms leave. At 9 x 9 and 16 images a step is 1.1 times as fast with 128 channels, 1.5 times with 256;
+# with 192 to 64 channels it is as fast, with 64 to 64 slower.
+MANY_CHANNELS = 128
 MANY_TAPS = 49
 
 # Numbers that the rows may take.

@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 import capszoo
 from capszoo.kernels import fourier_conv, scratch
 from capszoo.kernels.fourier_conv import is_faster
-from capszoo.kernels.fourier_plan import Plan, best_plan, matrices, multiplications
+from capszoo.kernels.fourier_plan import Plan, best_plan, cheapest, matrices, multiplications
 from capszoo.kernels.large_conv import chosen_plan, large_conv2d
 from capszoo.kernels.processor import has_matrix_units
 from capszoo.kernels.scratch import Scratch
@@ -43,37 +44,41 @@ def error(actual, expected):
     width=st.integers(1, 40),
     kernel=st.integers(2, 11),
     stride=st.integers(1, 4),
+    gauss=st.booleans(),
     seed=st.integers(0, 99),
 )
-@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, seed=0)
-@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, seed=0)
-@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, seed=0)
-def test_exact(sizes, height, width, kernel, stride, seed):
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=True, seed=0)
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=False, seed=0)
+@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, gauss=False, seed=0)
+@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, gauss=True, seed=0)
+def test_exact(sizes, height, width, kernel, stride, gauss, seed):
     stride = min(stride, kernel - 1)
     B, C, D = sizes
     x, weight, bias = inputs(B, C, D, max(height, kernel), max(width, kernel), kernel, seed)
     expected = with_gradients(functional.conv2d, x, weight, bias, stride=stride)
     sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
-    plan = best_plan(*x.shape[2:], kernel, stride, C, D)
+    plan = replace(best_plan(*x.shape[2:], kernel, stride, C, D), gauss=gauss)
     found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
     assert [t.shape for t in found] == [t.shape for t in expected]
     for actual, wanted, size in zip(found, expected, sizes, strict=True):
         assert (actual - wanted).norm() <= 1e-6 * size.norm()
 
 
+@pytest.mark.parametrize("gauss", [True, False])
 @pytest.mark.parametrize("size", [6, 7, 10, 13, 16])
-def test_any_size_of_maps(size):
+def test_any_size_of_maps(size, gauss):
     x, weight, bias = inputs(2, 3, 4, 20, 23, 9)
     expected = with_gradients(functional.conv2d, x, weight, bias, stride=2)
-    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=Plan(9, 2, 20, 23, size))
+    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=Plan(9, 2, 20, 23, size, gauss))
     assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
 
 
-def test_more_images_than_a_chunk(monkeypatch):
+@pytest.mark.parametrize("gauss", [True, False])
+def test_more_images_than_a_chunk(gauss, monkeypatch):
     x, weight, bias = inputs(11, 2, 3, 12, 12, 5)
     expected = with_gradients(functional.conv2d, x, weight, bias, stride=2)
     monkeypatch.setattr(fourier_conv, "CHUNK", 4)
-    plan = best_plan(12, 12, 5, 2, 2, 3)
+    plan = replace(best_plan(12, 12, 5, 2, 2, 3), gauss=gauss)
     found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
     assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
 
@@ -87,6 +92,13 @@ def test_counts_of_the_standard_convolution():
     assert direct == 36 * 81 * 256 * 256 and image == 148 * (1024 * 256 + 36 * 256) + transform * 1024
     assert kernels == 148 * 25 * 1024 * 256
     assert is_faster(plan, 16, 256, 256) and not is_faster(plan, 8, 256, 256)
+    few = cheapest(plan, 16, 256, 256)
+    assert (few.gauss, few.numbers, few.products) == (False, 100, 200)
+    _, image, kernels = multiplications(few, 256, 256)
+    transform = 10 * 10 * 10 + 2 * 10 * 10 + 4 * 20 * 20
+    assert image == 200 * (1024 * 256 + 36 * 256) + transform * 1024 and kernels == 100 * 25 * 1024 * 256
+    assert cheapest(plan, 128, 256, 256) == plan
+    assert [is_faster(cheapest(plan, B, 256, 256), B, 256, 256) for B in (8, 11, 12, 128)] == [False, False, True, True]
 
 
 def test_higher_derivatives_are_those_of_the_direct_convolution():
@@ -209,8 +221,8 @@ def test_weights_changed_before_the_backward_pass_are_noticed():
 )
 def test_direct_where_it_does_not_fit(change, stride):
     x, weight = torch.randn(60, 128, 20, 20), torch.randn(128, 128, 9, 9)
-    assert chosen_plan(x, weight, stride) is not None
-    assert chosen_plan(*change(x, weight), stride) is None
+    assert isinstance(chosen_plan(x, weight, stride), Plan)
+    assert not isinstance(chosen_plan(*change(x, weight), stride), Plan)
 
 
 def test_network_trains_alike():
