@@ -12,7 +12,7 @@ from capszoo.contract import decoder_of
 from capszoo.engine.adam import FusedAdam
 from capszoo.engine.memory import keep_freed_memory
 from capszoo.engine.task import CapsuleTask
-from capszoo.layers import ScaledConv2d, set_fourier_conv
+from capszoo.layers import LargeConv2d, set_fourier_conv
 from capszoo.losses import reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.registry import create_model, model_keywords
@@ -136,7 +136,7 @@ def layer_names(name: str) -> list[str]:
 def has_convolution(name: str, layer: str) -> bool:
     """Whether a layer convolves by :func:`capszoo.set_fourier_conv`'s choice."""
     module = dict(create_model(name, device="meta").named_children()).get(layer)
-    return module is not None and any(isinstance(part, ScaledConv2d) for part in module.modules())
+    return module is not None and any(isinstance(part, LargeConv2d) for part in module.modules())
 
 
 def layer_step(
