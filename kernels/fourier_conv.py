@@ -16,7 +16,7 @@ linear maps, so that all is five matrix products, and their transposes are the g
 T is a transform of the columns of a map and one of its rows, a fourth of the multiplications, made for some images at a
 time in cache. x_products and w_products are kept for the backward pass.
 
-For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 45 million multiplications an image instead of
+For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 44 million multiplications an image instead of
 191 million, and as exact in float32. The transform of the kernels takes as many as 22 images, and as long again to go
 through memory. So for up to some 50 images the complex products are four real ones, of N^2 numbers: the numbers of an
 image and a kernel come in pairs (Xr, Xi) and (Vr, Vi), and each of one pair is multiplied by each of the other, 200
