@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from capszoo.engine.adam import FusedAdam, FusedAdamW
+from capszoo.engine.optimizers import FusedAdam, FusedAdamW, create_optimizer
 from capszoo.engine.options import options_from
-from capszoo.engine.run import create_optimizer
 
 KINDS = [(FusedAdam, torch.optim.Adam), (FusedAdamW, torch.optim.AdamW)]
 SETTINGS = {"lr": 0.05, "weight_decay": 0.1}

@@ -1,11 +1,15 @@
-"""Adam in one pass over the memory of each parameter, in whatever memory format, on a CPU too."""
+"""Optimizers by name, and an Adam that is one pass over memory, whatever its format, on a CPU too."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FusedAdam", "FusedAdamW"]
+from capszoo.errors import UsageError
+
+from .options import TrainingOptions
+
+__all__ = ["FusedAdam", "FusedAdamW", "create_optimizer"]
 
 
 class _InMemoryOrder(torch.optim.Adam):
@@ -43,3 +47,32 @@ class FusedAdam(_InMemoryOrder):
 
 class FusedAdamW(_InMemoryOrder, torch.optim.AdamW):
     """`torch.optim.AdamW` with `fused=True`, whose states it reads and writes."""
+
+
+_FUSED = {"adam": FusedAdam, "adamw": FusedAdamW}
+
+
+def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of --opt, --lr, --weight-decay and --momentum.
+
+    Raises:
+        UsageError: If there is no such optimizer, or it does not take these options.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    if options.opt not in list_optimizers():
+        raise UsageError(f"unknown optimizer {options.opt!r}: see timm.optim.list_optimizers()")
+    extra: dict[str, Any] = {"fused": True} if options.opt in _FUSED else {}
+    values = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
+    try:
+        optimizer = create_optimizer_v2(model, opt=options.opt, **values, **extra)
+    except (ImportError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {options.opt!r} cannot be made: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        # timm has one such, Adahessian, whose generator is not in its state_dict.
+        raise UsageError(
+            f"optimizer {options.opt!r} draws random numbers that no checkpoint holds, so that no run can be resumed: "
+            f"use adam, or a loop of your own with backward(create_graph=True)"
+        )
+    # Each group has all settings.
+    return _FUSED[options.opt](optimizer.param_groups, options.lr, fused=True) if extra else optimizer
