@@ -16,85 +16,36 @@ linear maps, so that all is five matrix products, and their transposes are the g
 T is a transform of the columns of a map and one of its rows, a fourth of the multiplications, made for some images at a
 time in cache. x_products and w_products are kept for the backward pass.
 
-For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 45 million multiplications an image instead of
-191 million, and as exact in float32. The transform of the kernels takes as many as 22 images, so small batches stay
-with the direct convolution: `is_faster` weighs that up, by counts alone, so that the same shapes give the same bits.
+For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 44 million multiplications an image instead of
+191 million, and as exact in float32. The transform of the kernels takes as many as 22 images, and as long again to go
+through memory. So for up to some 50 images the complex products are four real ones, of N^2 numbers: the numbers of an
+image and a kernel come in pairs (Xr, Xi) and (Vr, Vi), and each of one pair is multiplied by each of the other, 200
+products of 100 numbers for N = 10. A step at 16 images takes 0.78 of the time so, at 128 images 1.12. Smaller batches
+are left to unfolded_conv.py: `cost` weighs that up, by counts alone, so that the same shapes give the same bits.
 """
 
 import math
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
-from .fourier_plan import Plan, best_plan, is_faster, matrices
-from .processor import has_matrix_units
+from .fourier_plan import Plan, is_faster, matrices
+from .scratch import release_scratch, scratch, scratch_bytes
+
+__all__ = ["Plan", "backward", "forward", "is_faster", "kept_shape", "release_scratch", "scratch_bytes"]
 
 # Images for which products are in memory at a time.
 CHUNK = 128
 
-# Bytes that a thread transforms at a time, read and written: what its cache holds.
-BLOCK_BYTES = 6_000_000
+# Rows of the kernels' transform that are computed at a time.
+ROWS = 40
 
-
-def _empty(size: int) -> Tensor:
-    with torch.inference_mode(False):  # or it could not be written outside of inference mode
-        return torch.empty(size)
-
-
-class _Scratch(threading.local):
-    """Memory for what a call throws away, kept for the next: fresh memory takes as long as products."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-        self.free: list[Tensor] = []
-        self.weights: _TransformedWeights | None = None
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = _empty(size)
-        return self.kept[name][:size].view(shape)
-
-
-_scratch = _Scratch()
-
-
-def scratch_bytes() -> int:
-    """Bytes that this thread keeps for its next convolution; a forward pass that waits for its backward pass has its
-    loan beside them."""
-    return 4 * sum(tensor.numel() for tensor in [*_scratch.kept.values(), *_scratch.free])
-
-
-def release_scratch() -> None:
-    """Give back what this thread keeps for its next convolution."""
-    _scratch.kept.clear()
-    _scratch.free.clear()
-    _scratch.weights = None
-
-
-class _Loan:
-    """Memory from a forward pass to its backward pass, which goes back to the next when the graph is freed."""
-
-    def __init__(self, *shape: int):
-        self._free, size = _scratch.free, math.prod(shape)
-        fitting = [place for place, tensor in enumerate(self._free) if tensor.numel() >= size]
-        if fitting:
-            memory = self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
-        else:
-            self._free.clear()
-            memory = _empty(size)
-        self.tensor = memory[:size].view(shape)
-        self._memory = memory
-
-    def __del__(self) -> None:
-        if hasattr(self, "_memory"):  # there may have been none
-            self._free.append(self._memory)
+# Bytes that a thread transforms at a time, read and written. With 6 MB a step of 16 images takes 4 % longer.
+BLOCK_BYTES = 20_000_000
 
 
 @dataclass
@@ -160,8 +111,8 @@ def _map_blocks(plan: Plan, B: int, C: int) -> Iterator[tuple[slice, slice, Tens
         yield (
             images,
             slice(images.start * tiles, images.stop * tiles),
-            _scratch.take("maps", *shape),
-            _scratch.take("columns", N, N * count * tiles * s * s * C),
+            scratch.take("maps", *shape),
+            scratch.take("columns", N, N * count * tiles * s * s * C),
         )
 
 
@@ -196,8 +147,14 @@ def _phases(plan: Plan) -> Iterator[tuple[tuple[slice, slice], tuple[int, int, i
 def _kernel_blocks(plan: Plan, D: int, C: int) -> Iterator[tuple[slice, Tensor]]:
     """Filters, and memory for their kernels, `[q, q, d, s, s, C]`."""
     s, q = plan.stride, plan.taps
-    for filters in _blocks(D, 4 * (q * q + plan.products) * s * s * C):
-        yield filters, _scratch.take("kernels", q, q, filters.stop - filters.start, s, s, C)
+    for filters in _blocks(D, 4 * (q * q + plan.numbers) * s * s * C):
+        yield filters, scratch.take("kernels", q, q, filters.stop - filters.start, s, s, C)
+
+
+def _pieces(rows: int) -> list[slice]:
+    """Rows of a matrix, some at a time: MKL takes 1.5 to 1.8 times as long for 148 rows at once."""
+    count = -(-rows // ROWS)
+    return [slice(rows * piece // count, rows * (piece + 1) // count) for piece in range(count)]
 
 
 def _transform_kernels(plan: Plan, weight: Tensor, products: Tensor) -> None:
@@ -209,7 +166,9 @@ def _transform_kernels(plan: Plan, weight: Tensor, products: Tensor) -> None:
             phase[:down, :across] = weight[filters][:, :, taps[0], taps[1]].permute(2, 3, 0, 1)
             phase[down:].zero_()
             phase[:, across:].zero_()
-        torch.mm(matrices(plan).kernels, kernels.view(q * q, -1), out=products[:, filters].flatten(1))
+        for rows in _pieces(plan.numbers):
+            into = products[rows, filters].flatten(1)
+            torch.mm(matrices(plan).kernels[rows], kernels.view(q * q, -1), out=into)
 
 
 def _gradient_of_kernels(plan: Plan, dproducts: Tensor, dweight: Tensor) -> None:
@@ -228,23 +187,44 @@ def _w_products(plan: Plan, weight: Tensor, made_by_forward: bool = False, has_g
     if no number of the kernels has changed: they can be written by ways that leave their version as it was.
     """
     D, C = weight.shape[:2]
-    products = _scratch.take("w_products", plan.products, D, plan.stride**2 * C)
-    last = _scratch.weights
+    products = scratch.take("w_products", plan.numbers, D, plan.stride**2 * C)
+    last = scratch.weights
     if last is not None and last.belong_to(weight, plan):
         if made_by_forward:
             return products
         if not has_gradients and last.copy is not None and torch.equal(last.copy, weight):
             return products
-    _scratch.weights = None  # should this be interrupted
+    scratch.weights = None  # should this be interrupted
     _transform_kernels(plan, weight, products)
     copy = None if has_gradients else weight.clone()
-    _scratch.weights = _TransformedWeights(weakref.ref(weight), _version(weight), plan, copy)
+    scratch.weights = _TransformedWeights(weakref.ref(weight), _version(weight), plan, copy)
     return products
 
 
-def _forward(plan: Plan, x: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
+def kept_shape(plan: Plan, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """Of what a forward pass keeps for its backward pass: x_products."""
+    return plan.numbers, len(x) * math.prod(plan.tiles), plan.stride**2 * x.shape[1]
+
+
+def _of_chunk(plan: Plan, kept: Tensor, images: slice) -> Tensor:
+    """`[P, b * tiles, S]` of some images: a piece of memory of its own."""
+    S, first, last = kept.shape[2], *(n * math.prod(plan.tiles) for n in (images.start, images.stop))
+    return kept.view(-1)[plan.numbers * first * S : plan.numbers * last * S].view(plan.numbers, last - first, S)
+
+
+def _in_groups(plan: Plan, x_products: Tensor) -> Tensor:
+    """`[P, n, S]` as `[groups, parts * n, S]`."""
+    return x_products.view(plan.numbers // plan.parts, -1, x_products.shape[2])
+
+
+def _in_parts(plan: Plan, w_products: Tensor) -> Tensor:
+    """`[P, D, S]` as `[parts, groups, D, S]`."""
+    return w_products.unflatten(0, (plan.parts, -1))
+
+
+def forward(plan: Plan, x: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
     """`[B, D, H', W']`, channels last; fills `kept` `[P, B * tiles, S]` for the backward pass."""
-    w_products, D = _w_products(plan, weight, has_gradients=kept is not None).transpose(1, 2), weight.shape[0]
+    w_products, D = _w_products(plan, weight, has_gradients=kept is not None), weight.shape[0]
     m, (down, across), (H, W) = plan.tile, plan.tiles, plan.output
     x = x.permute(0, 2, 3, 1)
     y = x.new_empty(x.shape[0], H, W, D)
@@ -252,12 +232,15 @@ def _forward(plan: Plan, x: Tensor, weight: Tensor, kept: Tensor | None) -> Tens
         part, into = x[images], y[images]
         count = len(part) * down * across
         if kept is None:
-            x_products = _scratch.take("x_products", plan.products, count, w_products.shape[1])
+            x_products = scratch.take("x_products", plan.numbers, count, w_products.shape[2])
         else:
-            x_products = kept[:, images.start * down * across :][:, :count]
+            x_products = _of_chunk(plan, kept, images)
         _transform_images(plan, part, x_products)
-        products = torch.bmm(x_products, w_products, out=_scratch.take("products", plan.products, count, D))
-        tiles = _scratch.take("tiles", m * m, count, D)
+        groups = _in_groups(plan, x_products)
+        products = scratch.take("products", plan.parts, len(groups), plan.parts * count, D)
+        for w_part, into_part in zip(_in_parts(plan, w_products), products, strict=True):
+            torch.bmm(groups, w_part.transpose(1, 2), out=into_part)
+        tiles = scratch.take("tiles", m * m, count, D)
         torch.mm(matrices(plan).outputs, products.view(plan.products, -1), out=tiles.view(m * m, -1))
         tiles = tiles.view(m, m, len(part), down, across, D).permute(2, 3, 0, 4, 1, 5)
         if (down, across) == (1, 1):
@@ -271,14 +254,19 @@ def _chunks(B: int) -> list[slice]:
     return [slice(start, min(start + CHUNK, B)) for start in range(0, B, CHUNK)]
 
 
-def _backward(
+def _multiply(a: Tensor, b: Tensor, into: Tensor, adds: bool) -> None:
+    """Matrix products, added to what is there or written over it."""
+    torch.baddbmm(into, a, b, beta=int(adds), out=into)
+
+
+def backward(
     plan: Plan, grad: Tensor, x: Tensor, weight: Tensor, kept: Tensor, needs_x: bool, needs_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by x, in channels last, and by weight, in its own format."""
     m, (down, across), (H, W) = plan.tile, plan.tiles, plan.output
     D, S = weight.shape[0], plan.stride**2 * x.shape[1]
     w_products = _w_products(plan, weight, made_by_forward=True) if needs_x else None
-    dw_products = _scratch.take("dw_products", plan.products, D, S) if needs_w else None
+    dw_products = scratch.take("dw_products", plan.numbers, D, S) if needs_w else None
     dx = torch.empty_like(x.permute(0, 2, 3, 1), memory_format=torch.contiguous_format) if needs_x else None
     grad = grad.permute(0, 2, 3, 1)
     for images in _chunks(len(x)):
@@ -286,86 +274,21 @@ def _backward(
         B, count = len(part), len(part) * down * across
         if down * m > H or across * m > W:
             part = functional.pad(part, (0, 0, 0, across * m - W, 0, down * m - H))
-        tiles = _scratch.take("tiles", m * m, count, D)
+        tiles = scratch.take("tiles", m * m, count, D)
         tiles.view(m, m, B, down, across, D).copy_(part.reshape(B, down, m, across, m, D).permute(2, 4, 0, 1, 3, 5))
-        dproducts = _scratch.take("products", plan.products, count, D)
+        dproducts = scratch.take("products", plan.parts, plan.numbers // plan.parts, plan.parts * count, D)
         torch.mm(matrices(plan).outputs.t(), tiles.view(m * m, -1), out=dproducts.view(plan.products, -1))
         if dw_products is not None:
-            x_products = kept[:, images.start * down * across :][:, :count]
-            into = {"beta": min(images.start, 1), "out": dw_products}
-            torch.baddbmm(dw_products, dproducts.transpose(1, 2), x_products, **into)
+            groups = _in_groups(plan, _of_chunk(plan, kept, images))
+            for dpart, into_part in zip(dproducts, _in_parts(plan, dw_products), strict=True):
+                _multiply(dpart.transpose(1, 2), groups, into_part, adds=images.start > 0)
         if dx is not None:
-            dx_products = _scratch.take("x_products", plan.products, count, S)
-            _gradient_of_images(plan, torch.bmm(dproducts, w_products, out=dx_products), dx[images])
+            dx_products = scratch.take("x_products", plan.numbers, count, S)
+            for number, (dpart, w_part) in enumerate(zip(dproducts, _in_parts(plan, w_products), strict=True)):
+                _multiply(dpart, w_part, _in_groups(plan, dx_products), adds=number > 0)
+            _gradient_of_images(plan, dx_products, dx[images])
     dweight = None
     if dw_products is not None:
         dweight = torch.empty_like(weight)
         _gradient_of_kernels(plan, dw_products, dweight)
     return None if dx is None else dx.permute(0, 3, 1, 2), dweight
-
-
-class _FourierConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, plan: Plan, is_trained: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.plan = plan
-        if is_trained:
-            ctx.kept = _Loan(plan.products, len(x) * math.prod(plan.tiles), plan.stride**2 * x.shape[1])
-        with torch.autocast("cpu", enabled=False):
-            return _forward(plan, x.float(), weight, ctx.kept.tensor if is_trained else None)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():  # higher derivatives are those of the direct convolution
-                sides = [ctx.plan.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
-                dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), weight, None, *sides, [*needs, False])
-            else:
-                dx, dw = _backward(ctx.plan, grad, x.float(), weight, ctx.kept.tensor, *needs)
-        return dx if dx is None else dx.to(x.dtype), dw, None, None
-
-
-def _looked_at(*tensors: Tensor) -> bool:
-    """Whether something else than a plain call computes with these."""
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    )
-
-
-def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | None:
-    """How to convolve these by Fourier transforms, or None where the direct convolution is to be taken.
-
-    That is so on other devices and in other types, for small kernels and batches, where bfloat16 has matrix units, and
-    where something else than a plain call looks on: torch.compile, torch.export, torch.jit, torch.fx, torch.func and
-    forward mode.
-    """
-    if type(x) is not Tensor or x.device.type != "cpu" or _looked_at(x, weight):
-        return None
-    if weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if half and has_matrix_units():
-        return None
-    (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
-    if k != width or k <= stride or H < k or W < k or B == 0:
-        return None
-    plan = best_plan(H, W, k, stride, C, D)
-    return plan if is_faster(plan, B, C, D) else None
-
-
-def fourier_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, scale: Tensor | float = 1.0) -> Tensor:
-    """Convolve `[B, C, H, W]` with kernels `[D, C, k, k]` of float32, as `plan` says: `[B, D, H', W']`, channels last.
-
-    The sums are multiplied by `scale` before the bias is added. Products and sums are float32, under autocast too; the
-    result has the type that a convolution there would have.
-    """
-    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    y = _FourierConv.apply(x, weight, plan, is_trained) * scale
-    if bias is not None:
-        y = y + bias.view(-1, 1, 1)
-    return y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)

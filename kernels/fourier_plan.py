@@ -3,15 +3,18 @@
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# How many times fewer the multiplications must be: oneDNN's are blocked for the cache, these go through memory. On one
-# core (avx512) a step of the convolution above, forward and both gradients, is 4.0 times as fast at batch 128, where
-# there are 3.7 times fewer, 1.5 times at 16, with 1.8, and no faster at 8, with 1.15.
+# How many times fewer the multiplications of an image must be: narrow products are slow.
 ADVANTAGE = 1.4
+
+# Multiplications that take as long as a number of the kernels' transform does to be written or read: 71 billion a
+# second of one core (avx512) against 12 GB. A step does that five times: it writes the transform, reads it forward and
+# backward, and writes and reads its gradient.
+TRAFFIC = 24
 
 LARGEST_MAP = 16
 
@@ -26,6 +29,8 @@ class Plan:
     width: int
     size: int
     """N, of a map."""
+    gauss: bool = True
+    """Whether a complex product is three real ones, else four, of fewer numbers."""
 
     @property
     def taps(self) -> int:
@@ -52,10 +57,20 @@ class Plan:
         return tuple((n - 1) * self.tile + self.size for n in self.tiles)
 
     @property
-    def products(self) -> int:
-        """P."""
+    def numbers(self) -> int:
+        """P, of an image and of a kernel."""
         real = 1 if self.size % 2 else 4
-        return real + 3 * (self.size**2 - real) // 2
+        return real + 3 * (self.size**2 - real) // 2 if self.gauss else 2 * -(-(self.size**2) // 2)
+
+    @property
+    def parts(self) -> int:
+        """How many numbers of an image are multiplied by as many of a kernel, each by each."""
+        return 1 if self.gauss else 2
+
+    @property
+    def products(self) -> int:
+        """Of each pair of channels."""
+        return self.parts * self.numbers
 
 
 @dataclass(frozen=True)
@@ -65,22 +80,27 @@ class Matrices:
     columns: Tensor
     """`[N, N]`, a transform down each column: its real frequencies, then real and imaginary part of each other."""
     real_rows: Tensor
-    """`[P', N]`, products of a row that is real."""
+    """`[P', N]`, numbers of a row that is real."""
     complex_rows: Tensor
-    """`[3 N, 2 N]`, products of a row of real and imaginary parts."""
+    """`[3 N, 2 N]` or `[2 N, 2 N]`, numbers of a row of real and imaginary parts."""
     kernels: Tensor
     """K, `[P, q^2]`."""
     outputs: Tensor
-    """F, `[m^2, P]`."""
+    """F, `[m^2, products]`."""
 
     def rows(self) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Matrix, rows of the columns' transform that it takes, and products that it gives."""
+        """Matrix, rows of the columns' transform that it takes, and numbers that it gives."""
         N, taken, given = len(self.columns), 0, 0
         while taken < N:
             matrix = self.real_rows if taken < _num_real(N) else self.complex_rows
             step = matrix.shape[1] // N
             yield matrix, slice(taken, taken + step), slice(given, given + len(matrix))
             taken, given = taken + step, given + len(matrix)
+
+
+def _pair(waves: Tensor) -> Tensor:
+    """One or two rows as a pair `[1, 2, ...]`, the second of zeros if there is none."""
+    return torch.cat([waves, torch.zeros_like(waves)])[None, :2]
 
 
 def _num_real(N: int) -> int:
@@ -97,9 +117,13 @@ def matrices(plan: Plan) -> Matrices:
     cos, sin = transform.real, transform.imag
     real, pairs = [0, N // 2][: _num_real(N)], list(range(1, (N + 1) // 2))
     columns = torch.cat([cos[real], *(torch.stack([cos[k], sin[k]]) for k in pairs)])
-    real_rows = torch.cat([cos[real], cos[pairs] + sin[pairs], cos[pairs], sin[pairs]])
     re, im = torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)
-    complex_rows = torch.cat([re + im, re, im])
+    if plan.gauss:
+        real_rows = torch.cat([cos[real], cos[pairs] + sin[pairs], cos[pairs], sin[pairs]])
+        complex_rows = torch.cat([re + im, re, im])
+    else:
+        real_rows = torch.cat([_pair(cos[real]), torch.stack([cos[pairs], sin[pairs]], 1)]).flatten(0, 1)
+        complex_rows = torch.stack([re, im], 1).flatten(0, 1)
 
     # Of kernels and outputs, frequency by frequency in the same order.
     taps = torch.tensor([i * N + j for i in range(q) for j in range(q)])
@@ -112,13 +136,25 @@ def matrices(plan: Plan) -> Matrices:
             waves = torch.stack([torch.outer(transform[u], transform[v]).flatten() for v in chosen])
             v_re, v_im = waves.real[:, taps], -waves.imag[:, taps]  # of conj(W)
             b_re, b_im = waves.real[:, tile], -waves.imag[:, tile]  # of the inverse transform
-            if is_real:
+            if not plan.gauss:
+                (v, b) = (_pair(v_re), _pair(b_re)) if is_real else (torch.stack([v_re, v_im], 1), 2 * b_re)
+                kernels.append(v)
+                if is_real:  # two that have nothing to do with each other
+                    outputs.append(torch.diag_embed(b.transpose(1, 2)).permute(0, 2, 3, 1))
+                else:
+                    outputs.append(torch.stack([b, -2 * b_im, -2 * b_im, -b], 1).unflatten(1, (2, 2)))
+            elif is_real:
                 kernels.append(v_re)
                 outputs.append(b_re)
             else:  # each stands for a pair of conjugates
                 kernels += [v_re, v_im - v_re, v_re + v_im]
                 outputs += [2 * (b_re - b_im), -2 * b_im, -2 * b_re]
-    found = (columns, real_rows, complex_rows, torch.cat(kernels), torch.cat(outputs).t() / N**2)
+    found = columns, real_rows, complex_rows, torch.cat(kernels), torch.cat(outputs) / N**2
+    if not plan.gauss:  # the kernels' parts one after the other
+        *found, kernels, outputs = found
+        found = *found, kernels.transpose(0, 1).flatten(0, 1), outputs.transpose(0, 1).flatten(0, 2)
+    *found, outputs = found
+    found = *found, outputs.t()
     return Matrices(*(matrix.float().contiguous() for matrix in found))
 
 
@@ -128,7 +164,7 @@ def multiplications(plan: Plan, C: int, D: int) -> tuple[int, int, int]:
     direct = math.prod(plan.output) * plan.kernel**2 * C * D
     transform = N**3 + sum(matrix.numel() for matrix, _, _ in matrices(plan).rows())
     image = tiles * (plan.products * S * D + transform * S + plan.products * plan.tile**2 * D)
-    return direct, image, plan.products * plan.taps**2 * S * D
+    return direct, image, plan.numbers * plan.taps**2 * S * D
 
 
 @functools.lru_cache(maxsize=256)
@@ -140,7 +176,18 @@ def best_plan(height: int, width: int, kernel: int, stride: int, C: int, D: int)
     return min(plans, key=lambda plan: multiplications(plan, C, D)[1])
 
 
+def cost(plan: Plan, B: int, C: int, D: int) -> int:
+    """Of a step of B images, forward and both gradients, in multiplications."""
+    _, image, kernels = multiplications(plan, C, D)
+    return 3 * B * image + 2 * kernels + 5 * TRAFFIC * plan.numbers * plan.stride**2 * C * D
+
+
+def cheapest(plan: Plan, B: int, C: int, D: int) -> Plan:
+    """The plan, or the same with four products for a complex one: few images do not pay for the numbers of three."""
+    return min(plan, replace(plan, gauss=False), key=lambda plan: cost(plan, B, C, D))
+
+
 def is_faster(plan: Plan, B: int, C: int, D: int) -> bool:
-    """Whether this has few enough multiplications for B images."""
-    direct, image, kernels = multiplications(plan, C, D)
-    return B * direct > ADVANTAGE * (B * image + kernels)
+    """Whether this is faster than products of B unfolded images."""
+    direct, image, _ = multiplications(plan, C, D)
+    return direct > ADVANTAGE * image and 3 * B * direct > cost(plan, B, C, D)

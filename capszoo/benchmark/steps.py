@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from capszoo.contract import decoder_of
 from capszoo.engine.memory import keep_freed_memory
+from capszoo.engine.optimizers import FusedAdam
 from capszoo.engine.task import CapsuleTask
-from capszoo.layers import ScaledConv2d, set_fourier_conv, set_fused_routing
+from capszoo.layers import LargeConv2d, set_fourier_conv, set_fused_routing
 from capszoo.losses import reconstruction_loss
 from capszoo.precision import autocast
 from capszoo.registry import create_model, family_of, model_keywords, uniform_arguments
@@ -48,7 +49,9 @@ def _switched(variant: Variant) -> Iterator[None]:
 def make_optimizer(model: nn.Module, device: torch.device, fused: bool = True) -> torch.optim.Optimizer:
     """Adam as recipes/train.py has it, whose step a CUDA graph can hold; or PyTorch's own choice."""
     on_gpu = device.type == "cuda"
-    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused or None, capturable=on_gpu)
+    if fused:
+        return FusedAdam(model.parameters(), lr=1e-3, fused=True, capturable=on_gpu)
+    return torch.optim.Adam(model.parameters(), lr=1e-3, capturable=on_gpu)
 
 
 def routing_step(
@@ -143,13 +146,13 @@ def layer_names(name: str) -> list[str]:
 def has_convolution(name: str, layer: str) -> bool:
     """Whether a layer convolves by :func:`capszoo.set_fourier_conv`'s choice."""
     module = dict(create_model(name, device="meta").named_children()).get(layer)
-    return module is not None and any(isinstance(part, ScaledConv2d) for part in module.modules())
+    return module is not None and any(isinstance(part, LargeConv2d) for part in module.modules())
 
 
 def own_variants(name: str) -> list[str]:
     """Variants of a model whose routing is not dynamic: by operators, by their references, and without routing."""
     model = create_model(name, device="meta")
-    direct = ["direct"] if any(isinstance(part, ScaledConv2d) for part in model.modules()) else []
+    direct = ["direct"] if any(isinstance(part, LargeConv2d) for part in model.modules()) else []
     routed = ["unfused", "uniform"] if hasattr(family_of(name), "uniform_arguments") else []
     return ["fused", *direct, *routed]
 

@@ -39,6 +39,7 @@ from .criteria import class_weights, criterion_header, weigh_classes
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
 from .memory import keep_freed_memory
+from .optimizers import create_optimizer
 from .options import BACKBONE_OPTIONS, DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
 from .task import CapsuleTask
 from .trainer import Trainer
@@ -377,28 +378,3 @@ def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -
     }
     write_json(trainer.folder / "result.json", result)
     return result
-
-
-def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of --opt, --lr, --weight-decay and --momentum.
-
-    Raises:
-        UsageError: If there is no such optimizer, or it does not take these options.
-    """
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    if options.opt not in list_optimizers():
-        raise UsageError(f"unknown optimizer {options.opt!r}: see timm.optim.list_optimizers()")
-    extra: dict[str, Any] = {"fused": True} if options.opt in ("adam", "adamw") else {}
-    values = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
-    try:
-        optimizer = create_optimizer_v2(model, opt=options.opt, **values, **extra)
-    except (ImportError, AssertionError, TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {options.opt!r} cannot be made: {error}") from None
-    if getattr(optimizer, "is_second_order", False):
-        # timm has one such, Adahessian, whose generator is not in its state_dict.
-        raise UsageError(
-            f"optimizer {options.opt!r} draws random numbers that no checkpoint holds, so that no run can be resumed: "
-            f"use adam, or a loop of your own with backward(create_graph=True)"
-        )
-    return optimizer

@@ -16,6 +16,7 @@ from .functional import (
     vb_routing,
 )
 from .inverted_attention import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps
+from .large_conv import LargeConv2d
 from .matrix_caps import (
     ClassMatrixCaps,
     ConvMatrixCaps,
@@ -42,6 +43,7 @@ __all__ = [
     "DynamicRouting",
     "InvertedAttentionCaps",
     "InvertedAttentionConvCaps",
+    "LargeConv2d",
     "MatrixPrimaryCaps",
     "PoseCaps",
     "PosePrimaryCaps",

@@ -11,6 +11,7 @@ from capszoo.kernels import reference, routing_couplings
 
 from .config import FollowsFusedRouting
 from .functional import dynamic_routing
+from .memory_format import apply_contiguously
 
 __all__ = ["ClassCaps", "DynamicRouting", "create_routing", "list_routings"]
 
@@ -96,6 +97,8 @@ class ClassCaps(nn.Module):
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
+
+    _apply = apply_contiguously
 
     def __init__(
         self,

@@ -47,11 +47,12 @@ class set_fused_routing(_Switch):
 
 
 class set_fourier_conv(_Switch):
-    """Choose whether large convolutions on a CPU may go through Fourier transforms (the default), for every model.
+    """Choose whether large convolutions on a CPU may go through Fourier transforms or, at small batches, one matrix
+    product (the default), for every model.
 
     A call sets it for good, a ``with`` statement restores the former choice at its end. The environment variable
     ``CAPSZOO_FOURIER_CONV=0`` does the same from outside. Without them each convolution is PyTorch's own: the same
-    numbers to rounding, in a third of the memory, and slower at large batches; see `capszoo/kernels/fourier_conv.py`.
+    numbers to rounding, in less memory, and slower; see `capszoo/kernels/fourier_conv.py` and `unfolded_conv.py` there.
 
     Args:
         enable: True where counts of multiplications speak for it, False for never.

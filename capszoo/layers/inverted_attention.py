@@ -13,6 +13,7 @@ from capszoo.kernels.inverted_attention import reference
 
 from .config import FollowsFusedRouting
 from .functional import inverted_attention_routing
+from .memory_format import apply_contiguously
 
 __all__ = ["InvertedAttentionCaps", "InvertedAttentionConvCaps", "MatrixPrimaryCaps"]
 
@@ -70,6 +71,8 @@ class PoseNorm(nn.LayerNorm):
 
 class _InvertedAttention(FollowsFusedRouting, nn.Module):
     """What both layers are: vote matrices, a pass of routing, and the layer normalisation of its sums."""
+
+    _apply = apply_contiguously
 
     def __init__(self, children: tuple[int, ...], num_parents: int, pose_size: int, stride: int, **dd: Any):
         super().__init__()

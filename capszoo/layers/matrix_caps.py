@@ -18,6 +18,7 @@ from capszoo.kernels.gaussian_routing import reference
 
 from .config import FollowsFusedRouting
 from .functional import em_routing, vb_routing
+from .memory_format import apply_contiguously
 
 __all__ = ["ClassMatrixCaps", "ConvMatrixCaps", "PosePrimaryCaps", "join_matrix_capsules", "split_matrix_capsules"]
 
@@ -107,6 +108,8 @@ class ScoreNorm(nn.Module):
 
 class _MatrixRouting(FollowsFusedRouting, nn.Module):
     """Matrices and routing parameters of a layer whose children compete for parents, by EM or variational Bayes."""
+
+    _apply = apply_contiguously
 
     def __init__(
         self,

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from capszoo.kernels.fourier_conv import chosen_plan, fourier_conv2d
-
-from .config import use_fourier_conv
+from .large_conv import LargeConv2d
 
 __all__ = ["ScaledConv2d", "fan_in_scale", "fold_scales", "unfold_scales"]
 
@@ -28,7 +26,7 @@ def fan_in_scale(fan_in: int) -> float:
     return min(1.0, 2.0 ** round(math.log2(_SCALED_FAN_IN / fan_in)))
 
 
-class ScaledConv2d(nn.Conv2d):
+class ScaledConv2d(LargeConv2d):
     """A convolution whose sum is multiplied by a fixed scale before the bias is added: conv(x) * scale + bias.
 
     A fresh one computes what a fresh `torch.nn.Conv2d` of the same arguments does, times a gain, whatever the scale:
@@ -84,9 +82,9 @@ class ScaledConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            plan = chosen_plan(x, self.weight, self.stride[0]) if use_fourier_conv() else None
-            if plan is not None:
-                return fourier_conv2d(x, self.weight, self.bias, plan, self.scale)
+            y = self._by_plan(x, self.scale)
+            if y is not None:
+                return y
         # Not the sum is multiplied but the weights, as float16 could not hold all sums.
         return self._conv_forward(x, self.weight * self.scale, self.bias)
 

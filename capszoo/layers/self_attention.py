@@ -11,6 +11,7 @@ from capszoo.kernels.self_attention import reference
 
 from .config import FollowsFusedRouting
 from .functional import route_by_self_attention
+from .memory_format import apply_contiguously
 
 __all__ = ["SelfAttentionRouting", "exponential_squash", "self_attention_routing"]
 
@@ -74,6 +75,8 @@ class SelfAttentionRouting(FollowsFusedRouting, nn.Module):
     Raises:
         ValueError: If `couplings` is unknown.
     """
+
+    _apply = apply_contiguously
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from timm.layers import _assert, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from capszoo.layers import LargeConv2d
 from capszoo.models import _builder, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -80,9 +81,9 @@ class CNNBaseline(nn.Module):
         self.grad_checkpointing = False
         self._arguments = _builder.given_arguments(given, img_size=[height, width])
 
-        self.conv1 = nn.Conv2d(in_chans, conv_dim, kernel_size, **dd)
+        self.conv1 = LargeConv2d(in_chans, conv_dim, kernel_size, **dd)
         self.act1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(conv_dim, conv_dim, kernel_size, stride=2, **dd)
+        self.conv2 = LargeConv2d(conv_dim, conv_dim, kernel_size, stride=2, **dd)
         self.act2 = nn.ReLU()  # not in place: the map before it is a level of its own
         self.grid_size = grid
         self.num_features = conv_dim

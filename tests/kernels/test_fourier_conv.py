@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import capszoo
-from capszoo.kernels import fourier_conv
-from capszoo.kernels.fourier_conv import chosen_plan, fourier_conv2d
-from capszoo.kernels.fourier_plan import Plan, best_plan, is_faster, matrices, multiplications
+from capszoo.kernels import fourier_conv, scratch
+from capszoo.kernels.fourier_conv import is_faster
+from capszoo.kernels.fourier_plan import Plan, best_plan, cheapest, matrices, multiplications
+from capszoo.kernels.large_conv import chosen_plan, large_conv2d
+from capszoo.kernels.processor import has_matrix_units
+from capszoo.kernels.scratch import Scratch
 from capszoo.layers import ScaledConv2d
 
 
@@ -40,38 +44,42 @@ def error(actual, expected):
     width=st.integers(1, 40),
     kernel=st.integers(2, 11),
     stride=st.integers(1, 4),
+    gauss=st.booleans(),
     seed=st.integers(0, 99),
 )
-@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, seed=0)
-@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, seed=0)
-@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, seed=0)
-def test_exact(sizes, height, width, kernel, stride, seed):
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=True, seed=0)
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=False, seed=0)
+@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, gauss=False, seed=0)
+@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, gauss=True, seed=0)
+def test_exact(sizes, height, width, kernel, stride, gauss, seed):
     stride = min(stride, kernel - 1)
     B, C, D = sizes
     x, weight, bias = inputs(B, C, D, max(height, kernel), max(width, kernel), kernel, seed)
     expected = with_gradients(functional.conv2d, x, weight, bias, stride=stride)
     sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
-    plan = best_plan(*x.shape[2:], kernel, stride, C, D)
-    found = with_gradients(fourier_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
+    plan = replace(best_plan(*x.shape[2:], kernel, stride, C, D), gauss=gauss)
+    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
     assert [t.shape for t in found] == [t.shape for t in expected]
     for actual, wanted, size in zip(found, expected, sizes, strict=True):
         assert (actual - wanted).norm() <= 1e-6 * size.norm()
 
 
+@pytest.mark.parametrize("gauss", [True, False])
 @pytest.mark.parametrize("size", [6, 7, 10, 13, 16])
-def test_any_size_of_maps(size):
+def test_any_size_of_maps(size, gauss):
     x, weight, bias = inputs(2, 3, 4, 20, 23, 9)
     expected = with_gradients(functional.conv2d, x, weight, bias, stride=2)
-    found = with_gradients(fourier_conv2d, *(t.float() for t in (x, weight, bias)), plan=Plan(9, 2, 20, 23, size))
+    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=Plan(9, 2, 20, 23, size, gauss))
     assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
 
 
-def test_more_images_than_a_chunk(monkeypatch):
+@pytest.mark.parametrize("gauss", [True, False])
+def test_more_images_than_a_chunk(gauss, monkeypatch):
     x, weight, bias = inputs(11, 2, 3, 12, 12, 5)
     expected = with_gradients(functional.conv2d, x, weight, bias, stride=2)
     monkeypatch.setattr(fourier_conv, "CHUNK", 4)
-    plan = best_plan(12, 12, 5, 2, 2, 3)
-    found = with_gradients(fourier_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
+    plan = replace(best_plan(12, 12, 5, 2, 2, 3), gauss=gauss)
+    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
     assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
 
 
@@ -84,6 +92,13 @@ def test_counts_of_the_standard_convolution():
     assert direct == 36 * 81 * 256 * 256 and image == 148 * (1024 * 256 + 36 * 256) + transform * 1024
     assert kernels == 148 * 25 * 1024 * 256
     assert is_faster(plan, 16, 256, 256) and not is_faster(plan, 8, 256, 256)
+    few = cheapest(plan, 16, 256, 256)
+    assert (few.gauss, few.numbers, few.products) == (False, 100, 200)
+    _, image, kernels = multiplications(few, 256, 256)
+    transform = 10 * 10 * 10 + 2 * 10 * 10 + 4 * 20 * 20
+    assert image == 200 * (1024 * 256 + 36 * 256) + transform * 1024 and kernels == 100 * 25 * 1024 * 256
+    assert cheapest(plan, 128, 256, 256) == plan
+    assert [is_faster(cheapest(plan, B, 256, 256), B, 256, 256) for B in (8, 11, 12, 128)] == [False, False, True, True]
 
 
 def test_higher_derivatives_are_those_of_the_direct_convolution():
@@ -95,7 +110,7 @@ def test_higher_derivatives_are_those_of_the_direct_convolution():
         return torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b))
 
     plan = best_plan(9, 9, 5, 2, 2, 3)
-    found = penalty(lambda a, b: fourier_conv2d(a, b, None, plan))
+    found = penalty(lambda a, b: large_conv2d(a, b, None, plan))
     expected = penalty(lambda a, b: functional.conv2d(a, b, stride=2))
     assert all(error(a, b) <= 1e-5 for a, b in zip(found, expected, strict=True))
 
@@ -105,7 +120,7 @@ def test_one_gradient_alone():
     plan = best_plan(9, 9, 5, 2, 2, 3)
     for tensor in (x, weight):
         tensor.requires_grad_()
-        (gradient,) = torch.autograd.grad(fourier_conv2d(x, weight, bias, plan).sum(), tensor)
+        (gradient,) = torch.autograd.grad(large_conv2d(x, weight, bias, plan).sum(), tensor)
         (expected,) = torch.autograd.grad(functional.conv2d(x, weight, bias, stride=2).sum(), tensor)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
         tensor.requires_grad_(False)
@@ -115,8 +130,8 @@ def test_one_gradient_alone():
 def counted(monkeypatch):
     """The plans of the convolutions that went through Fourier transforms."""
     plans = []
-    forward = fourier_conv._forward
-    monkeypatch.setattr(fourier_conv, "_forward", lambda plan, *rest: plans.append(plan) or forward(plan, *rest))
+    forward = fourier_conv.forward
+    monkeypatch.setattr(fourier_conv, "forward", lambda plan, *rest: plans.append(plan) or forward(plan, *rest))
     return plans
 
 
@@ -147,7 +162,7 @@ def test_layer_under_autocast(counted):
         assert conv(halves).dtype == torch.bfloat16
     found.sum().backward()
     assert conv.weight.grad.dtype == torch.float32
-    assert len(counted) == (1 if fourier_conv.has_matrix_units() else 3)
+    assert len(counted) == (1 if has_matrix_units() else 3)
 
 
 def test_who_looks_on_sees_the_direct_convolution(counted):
@@ -184,7 +199,7 @@ def test_weights_changed_before_the_backward_pass_are_noticed():
     conv, x = make_conv(), torch.randn(60, 128, 20, 20, requires_grad=True)
     weight = conv.weight.detach().clone().requires_grad_()
     plan = chosen_plan(x, weight, 2)
-    y = fourier_conv2d(x, weight, None, plan)
+    y = large_conv2d(x, weight, None, plan)
     with torch.no_grad():
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -206,8 +221,8 @@ def test_weights_changed_before_the_backward_pass_are_noticed():
 )
 def test_direct_where_it_does_not_fit(change, stride):
     x, weight = torch.randn(60, 128, 20, 20), torch.randn(128, 128, 9, 9)
-    assert chosen_plan(x, weight, stride) is not None
-    assert chosen_plan(*change(x, weight), stride) is None
+    assert isinstance(chosen_plan(x, weight, stride), Plan)
+    assert not isinstance(chosen_plan(*change(x, weight), stride), Plan)
 
 
 def test_network_trains_alike():
@@ -258,7 +273,7 @@ class Passes:
         monkeypatch.setattr(fourier_conv, "_transform_kernels", transform)
 
     def __call__(self):
-        return fourier_conv2d(self.x.float(), self.weight, None, self.plan)
+        return large_conv2d(self.x.float(), self.weight, None, self.plan)
 
     def is_right(self, y):
         return error(y, functional.conv2d(self.x, self.weight.detach().double(), stride=2)) <= 1e-6
@@ -266,7 +281,8 @@ class Passes:
 
 @pytest.fixture
 def passes(monkeypatch):
-    monkeypatch.setattr(fourier_conv, "_scratch", fourier_conv._Scratch())
+    monkeypatch.setattr(scratch, "scratch", Scratch())
+    monkeypatch.setattr(fourier_conv, "scratch", scratch.scratch)
     return Passes(monkeypatch)
 
 
@@ -293,8 +309,8 @@ def test_training_transforms_kernels_once_a_step(passes):
 def test_backward_pass_of_kernels_that_another_convolution_has_overwritten(passes):
     other = torch.randn(3, 2, 5, 5, requires_grad=True)
     x = passes.x.float().requires_grad_()
-    y = fourier_conv2d(x, passes.weight, None, passes.plan)
-    z = fourier_conv2d(x, other, None, passes.plan)
+    y = large_conv2d(x, passes.weight, None, passes.plan)
+    z = large_conv2d(x, other, None, passes.plan)
     found = torch.autograd.grad((y * z).sum(), (x, passes.weight, other))
     a, b = (functional.conv2d(x, weight, stride=2) for weight in (passes.weight, other))
     for actual, expected in zip(found, torch.autograd.grad((a * b).sum(), (x, passes.weight, other)), strict=True):
@@ -309,7 +325,7 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(passes):
 
 
 def test_memory_of_a_pass_goes_to_the_next(passes):
-    free = fourier_conv._scratch.free
+    free = fourier_conv.scratch.free
     for _ in range(3):
         y = passes()
         assert not free
@@ -335,7 +351,7 @@ def test_training_after_inference(passes):
 def test_scratch_memory_is_counted_and_given_back(passes):
     assert fourier_conv.scratch_bytes() == 0
     passes().sum().backward()
-    kept = [*fourier_conv._scratch.kept.values(), *fourier_conv._scratch.free]
+    kept = [*fourier_conv.scratch.kept.values(), *fourier_conv.scratch.free]
     assert fourier_conv.scratch_bytes() == sum(tensor.nbytes for tensor in kept) > 0
     fourier_conv.release_scratch()
     assert fourier_conv.scratch_bytes() == 0

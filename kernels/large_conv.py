@@ -1,0 +1,90 @@
+"""Convolutions with large kernels on a CPU, each by the form that takes least time: autograd, and which that is."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import fourier_conv, unfolded_conv
+from .fourier_plan import Plan, best_plan, cheapest
+from .processor import has_matrix_units
+from .scratch import Loan
+from .unfolded_conv import Unfolding
+
+
+def _form(plan: Plan | Unfolding):
+    """The module that computes by a plan."""
+    return fourier_conv if isinstance(plan, Plan) else unfolded_conv
+
+
+class _LargeConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, plan: Plan | Unfolding, is_trained: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.plan = plan
+        if is_trained:
+            ctx.kept = Loan(*_form(plan).kept_shape(plan, x, weight))
+        with torch.autocast("cpu", enabled=False):
+            return _form(plan).forward(plan, x.float(), weight, ctx.kept.tensor if is_trained else None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():  # higher derivatives are those of PyTorch's own convolution
+                sides = [ctx.plan.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
+                dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), weight, None, *sides, [*needs, False])
+            else:
+                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x.float(), weight, ctx.kept.tensor, *needs)
+        return dx if dx is None else dx.to(x.dtype), dw, None, None
+
+
+def _looked_at(*tensors: Tensor) -> bool:
+    """Whether something else than a plain call computes with these."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    )
+
+
+def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | None:
+    """How to convolve these, by counts alone so that the same shapes give the same bits; None for PyTorch's own way.
+
+    That is taken on other devices and in other types, for small kernels, where bfloat16 has matrix units, and where
+    something else than a plain call looks on: torch.compile, torch.export, torch.jit, torch.fx, torch.func and forward
+    mode.
+    """
+    if type(x) is not Tensor or x.device.type != "cpu" or _looked_at(x, weight):
+        return None
+    if weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if half and has_matrix_units():
+        return None
+    (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
+    if k != width or k <= stride or H < k or W < k or B == 0:
+        return None
+    plan = cheapest(best_plan(H, W, k, stride, C, D), B, C, D)
+    if fourier_conv.is_faster(plan, B, C, D):
+        return plan
+    unfolding = Unfolding(k, stride)
+    return unfolding if unfolded_conv.is_faster(unfolding, x, weight) else None
+
+
+def large_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan | Unfolding, scale: Tensor | float | None = None
+) -> Tensor:
+    """Convolve `[B, C, H, W]` with kernels `[D, C, k, k]` of float32, as `plan` says: `[B, D, H', W']`, channels last.
+
+    The sums are multiplied by `scale` before the bias is added. Products and sums are float32, under autocast too; the
+    result has the type that a convolution there would have.
+    """
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    y = _LargeConv.apply(x, weight, plan, is_trained)
+    if scale is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias.view(-1, 1, 1)
+    return y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)

@@ -1,0 +1,122 @@
+"""Convolution as a product of unfolded images against PyTorch's in float64, and where it is taken."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import capszoo
+from capszoo.kernels import unfolded_conv
+from capszoo.kernels.large_conv import chosen_plan, large_conv2d
+from capszoo.kernels.processor import has_matrix_units
+from capszoo.kernels.unfolded_conv import Unfolding, is_faster
+from capszoo.layers import ScaledConv2d
+
+FORMATS = [torch.channels_last, torch.contiguous_format]
+
+
+def with_gradients(function, *tensors, **kwargs):
+    tensors = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    y = function(*tensors, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, tensors, torch.linspace(0.5, 1, y.numel()).view(y.shape).to(y))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.tuples(*(st.integers(1, n) for n in (4, 3, 4))),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    kernel=st.integers(1, 9),
+    stride=st.integers(1, 4),
+    layout=st.sampled_from(FORMATS),
+    seed=st.integers(0, 99),
+)
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, layout=torch.channels_last, seed=0)
+@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, layout=torch.contiguous_format, seed=0)
+def test_exact(sizes, height, width, kernel, stride, layout, seed):
+    (B, C, D), generator = sizes, torch.Generator().manual_seed(seed)
+    shapes = (B, C, max(height, kernel), max(width, kernel)), (D, C, kernel, kernel), (D,)
+    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    expected = with_gradients(functional.conv2d, x, weight, bias, stride=stride)
+    sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
+    x, weight = (t.float().to(memory_format=layout) for t in (x, weight))
+    found = with_gradients(large_conv2d, x, weight, bias.float(), plan=Unfolding(kernel, stride))
+    assert [t.shape for t in found] == [t.shape for t in expected]
+    for actual, wanted, size in zip(found, expected, sizes, strict=True):
+        assert (actual - wanted).norm() <= 1e-6 * size.norm()
+
+
+def test_one_gradient_alone_and_higher_derivatives():
+    x, weight = torch.randn(2, 2, 9, 9), torch.randn(3, 2, 5, 5)
+    for tensor in (x, weight):
+        tensor.requires_grad_()
+        (gradient,) = torch.autograd.grad(large_conv2d(x, weight, None, Unfolding(5, 2)).sum(), tensor)
+        (expected,) = torch.autograd.grad(functional.conv2d(x, weight, stride=2).sum(), tensor)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+        tensor.requires_grad_(False)
+
+    def penalty(function):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        gradients = torch.autograd.grad(function(a, b).square().sum(), (a, b), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b))
+
+    found = penalty(lambda a, b: large_conv2d(a, b, None, Unfolding(5, 2)))
+    expected = penalty(lambda a, b: functional.conv2d(a, b, stride=2))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel", "faster"),
+    [
+        ((1, 256, 20, 20), 256, 9, True),
+        ((8, 256, 20, 20), 256, 9, True),
+        ((1, 64, 20, 20), 64, 9, True),
+        ((16, 64, 20, 20), 64, 9, False),
+        ((16, 192, 20, 20), 64, 9, False),
+        ((8, 128, 20, 20), 128, 9, True),
+        ((16, 256, 14, 14), 256, 3, False),
+        ((1, 8, 20, 20), 16, 9, False),
+        ((1, 1, 28, 28), 256, 9, False),
+        ((1000, 256, 20, 20), 256, 9, False),
+    ],
+)
+def test_where_it_is_faster(shape, channels, kernel, faster):
+    x, weight = torch.empty(shape, device="meta"), torch.empty(channels, shape[1], kernel, kernel, device="meta")
+    assert is_faster(Unfolding(kernel, 2), x, weight) == faster
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The plans of the convolutions that were such products."""
+    plans = []
+    forward = unfolded_conv.forward
+    monkeypatch.setattr(unfolded_conv, "forward", lambda plan, *rest: plans.append(plan) or forward(plan, *rest))
+    return plans
+
+
+def test_layer_takes_it_for_small_batches(counted):
+    torch.manual_seed(0)
+    conv, x = ScaledConv2d(64, 64, 9, 2), torch.randn(2, 64, 20, 20)
+    with capszoo.set_fourier_conv(False):
+        expected = with_gradients(conv, x)
+    assert not counted
+    for found, wanted in zip(with_gradients(conv, x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert len(counted) == 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(conv(x).float(), expected[0], rtol=2e-2, atol=2e-2)
+    assert len(counted) == (1 if has_matrix_units() else 2)
+    assert chosen_plan(x.double(), conv.weight.double(), 2) is None
+    counted.clear()
+    for other in (torch.fx.symbolic_trace(conv), torch.export.export(conv, (x,)).module()):
+        torch.testing.assert_close(other(x), expected[0], rtol=1e-4, atol=1e-5)
+    assert not counted
+
+
+def test_gradient_of_kernels_lies_as_they_do():
+    weight = torch.randn(64, 64, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(1, 64, 20, 20)
+    large_conv2d(x, weight, None, chosen_plan(x, weight, 2)).sum().backward()
+    assert weight.grad.stride() == weight.stride()
