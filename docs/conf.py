@@ -1,0 +1,71 @@
+"""The documentation site. Build it from the root of the repository, with what `pip install -e ".[docs]"` installs:
+
+    python -m sphinx -W --keep-going -j auto docs build/site
+
+This runs the code of the tutorials, and fails if a built page would fetch anything from elsewhere.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import capszoo
+
+_DOCS = Path(__file__).parent
+sys.path.insert(0, str(_DOCS / "extensions"))
+# Tutorials call the command, and torchrun, of the Python that builds them, whether or not its environment is active.
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+os.environ.update(COLUMNS="110", NO_COLOR="1")
+
+project = "capszoo"
+author = "the capszoo authors"
+copyright = author  # noqa: A001, Sphinx's name
+version = release = capszoo.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "api_directive",
+    "fenced_examples",
+    "no_requests",
+    "repository_links",
+]
+exclude_patterns = ["notebooks"]  # the tutorials again, for those who want to run them
+default_role = "code"  # docstrings write `names` as Markdown does
+
+# Pages
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+html_title = f"capszoo {release}"
+html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0b5cad", "color-brand-content": "#0b5cad"},
+    "dark_css_variables": {"color-brand-primary": "#7cb8f5", "color-brand-content": "#7cb8f5"},
+}
+pygments_style, pygments_dark_style = "friendly", "github-dark"
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Tutorials
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
+# Reference
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Units", "params_style")]
+nitpicky = True
+# Other projects' names have no pages here, and no inventory is fetched.
+nitpick_ignore_regex = [("py:.*", rf"{name}(\..*)?") for name in ("torch", "timm", "numpy", "PIL", "optuna", "pathlib")]
