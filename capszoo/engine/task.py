@@ -158,7 +158,7 @@ class CapsuleTask(TrainingTask):
 
     @property
     def kept_model(self) -> nn.Module:
-        """The network whose weights are measured and kept: their average, after `setup_ema`, else :attr:`model`."""
+        """The network whose weights are measured and kept, which is their average after `setup_ema`, else `model`."""
         return unwrap_model(self.trainable_module_ema).model if self.has_ema() else self.model
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "CapsuleTask":

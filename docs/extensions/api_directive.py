@@ -1,23 +1,36 @@
 """The directive `api`: a table of some names of a module, then what their docstrings say.
 
-    .. api:: capszoo.layers
+    .. api:: capszoo.explore
 
-       PrimaryCaps
-       Decoder
+       Space
+       OBJECTIVES: What a search may be for.
+
+A constant has no docstring, hence the text, which also stands for that of a class with very many fields.
 """
 
 import importlib
 import inspect
+from collections.abc import Iterable, Iterator
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 
-def _documenter(value: object) -> str:
-    if inspect.isclass(value):
-        return "autoexception" if issubclass(value, BaseException) else "autoclass"
-    return "autofunction" if callable(value) else "autodata"
+def _described(name: str, value: object) -> list[str]:
+    if not inspect.isclass(value):
+        return [f".. autofunction:: {name}", ""]
+    if issubclass(value, BaseException):
+        return [f".. autoexception:: {name}", "   :show-inheritance:", ""]
+    return [f".. autoclass:: {name}", ""]
+
+
+def entries_of(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names, and their texts or "", of the lines of a directive."""
+    for line in lines:
+        if line.strip():
+            name, _, text = line.strip().partition(": ")
+            yield name, text
 
 
 class Api(SphinxDirective):
@@ -25,13 +38,18 @@ class Api(SphinxDirective):
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        name = self.arguments[0]
-        module = importlib.import_module(name)
-        entries = [line.strip() for line in self.content if line.strip()]
-        lines = [f".. currentmodule:: {name}", "", ".. autosummary::", "   :nosignatures:", ""]
-        lines += [f"   {entry}" for entry in entries]
-        for entry in entries:
-            lines += ["", f".. {_documenter(getattr(module, entry))}:: {entry}"]
+        module = importlib.import_module(self.arguments[0])
+        table, described = [".. autosummary::", "   :nosignatures:", ""], []
+        for name, text in entries_of(self.content):
+            value = getattr(module, name)
+            if text and inspect.isclass(value):
+                described += [f".. py:class:: {name}", "", f"   {text}", ""]
+            elif text:
+                described += [f".. py:data:: {name}", f"   :value: {value!r}", "", f"   {text}", ""]
+            else:
+                table.append(f"   {name}")
+                described += _described(name, value)
+        lines = [f".. currentmodule:: {module.__name__}", "", *(table if len(table) > 3 else ()), "", *described]
         return self.parse_text_to_nodes("\n".join(lines))
 
 
