@@ -55,7 +55,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Tutorials
 nb_execution_mode = "force"
 nb_execution_in_temp = True
-nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 120
 nb_merge_streams = True
 
