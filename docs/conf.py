@@ -7,7 +7,10 @@ This runs the code of the tutorials, and fails if a built page would fetch anyth
 
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
+
+from nbclient import NotebookClient
 
 import capszoo
 
@@ -15,7 +18,10 @@ _DOCS = Path(__file__).parent
 sys.path.insert(0, str(_DOCS / "extensions"))
 # Tutorials call the command, and torchrun, of the Python that builds them, whether or not its environment is active.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-os.environ.update(COLUMNS="110", NO_COLOR="1")
+os.environ.update(COLUMNS="110", NO_COLOR="1", TTY_COMPATIBLE="0")  # and print plainly, though kernels say otherwise
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would have notebooks show widgets
+# A command's output comes in pieces of 100 bytes. myst_nb's own way to join them adds line breaks.
+NotebookClient.__init__ = partialmethod(NotebookClient.__init__, coalesce_streams=True)
 
 project = "capszoo"
 author = "the capszoo authors"
@@ -57,7 +63,6 @@ nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_show_tb = True
 nb_execution_timeout = 120
-nb_merge_streams = True
 
 # Reference
 autodoc_member_order = "bysource"
