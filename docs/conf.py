@@ -74,7 +74,19 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 nitpicky = True
 # Other projects' names have no pages here, and no inventory is fetched. Nor have names that a caller only passes on.
-_OTHERS = ("torch", "timm", "numpy", "PIL", "optuna", "pathlib", "collections", "contextlib", "os", "argparse", "Figure")
+_OTHERS = (
+    "torch",
+    "timm",
+    "numpy",
+    "PIL",
+    "optuna",
+    "pathlib",
+    "collections",
+    "contextlib",
+    "os",
+    "argparse",
+    "Figure",
+)
 _PASSED_ON = ("engine.distributed.Ranks", "data.readers.FileReader", "data.readers.Reader")
 nitpick_ignore_regex = [("py:.*", rf"{name}(\..*)?") for name in _OTHERS]
 nitpick_ignore = [("py:class", f"capszoo.{name}") for name in _PASSED_ON]

@@ -1,9 +1,12 @@
 """Docstrings fence their examples as Markdown does, which editors show; reStructuredText has a directive for them."""
 
-import re
-from typing import Any
+from __future__ import annotations
 
-from sphinx.application import Sphinx
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # tests run without Sphinx
+    from sphinx.application import Sphinx
 
 _FENCE = re.compile(r"^(\s*)```(\w*)$")
 

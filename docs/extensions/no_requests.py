@@ -1,11 +1,14 @@
 """A built site asks no other host for anything: its fonts, styles, scripts and pictures are its own."""
 
+from __future__ import annotations
+
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
+if TYPE_CHECKING:  # tests run without Sphinx
+    from sphinx.application import Sphinx
 
 _REMOTE = re.compile(r"\s*(?:https?:)?//", re.IGNORECASE)
 _IN_STYLES = re.compile(r"(?:url\(\s*[\"']?|@import\s+[\"'])((?:https?:)?//[^\"')\s]+)", re.IGNORECASE)
@@ -61,6 +64,8 @@ def _check(app: Sphinx, exception: Exception | None) -> None:
     if exception is None and app.builder.format == "html":
         found = requests_below(Path(app.outdir))
         if found:
+            from sphinx.errors import ExtensionError
+
             page, addresses = next(iter(found.items()))
             raise ExtensionError(f"{len(found)} built pages load from elsewhere, {page} from {addresses[0]}: bundle it")
 

@@ -5,11 +5,15 @@ CONTRIBUTING.md and CHANGELOG.md of the repository become pages of the site: `pr
 becomes its name. Other files become downloads, which is what MyST makes of them.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:  # tests run without Sphinx
+    from sphinx.application import Sphinx
 
 _PAGES = {"CONTRIBUTING.md": "project/contributing.md", "CHANGELOG.md": "project/changelog.md"}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
