@@ -11,6 +11,8 @@ from functools import partialmethod
 from pathlib import Path
 
 from nbclient import NotebookClient
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 import capszoo
 
@@ -90,3 +92,13 @@ _OTHERS = (
 _PASSED_ON = ("engine.distributed.Ranks", "data.readers.FileReader", "data.readers.Reader")
 nitpick_ignore_regex = [("py:.*", rf"{name}(\..*)?") for name in _OTHERS]
 nitpick_ignore = [("py:class", f"capszoo.{name}") for name in _PASSED_ON]
+
+
+def _spread_tutorials(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Give each of several processes its part of the tutorials: as neighbours, one process would read them all."""
+    last_first = sorted(docnames, reverse=True)
+    docnames[:] = last_first[0::2] + last_first[1::2]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("env-before-read-docs", _spread_tutorials)
