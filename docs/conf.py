@@ -69,6 +69,7 @@ nb_execution_timeout = 120
 # Reference
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False  # a forward that says nothing would say what nn.Module's does
 maximum_signature_line_length = 88
