@@ -17,6 +17,7 @@ __all__ = [
     "ReconstructionLoss",
     "SpreadLoss",
     "cross_entropy_loss",
+    "default_reconstruction_weight",
     "margin_loss",
     "reconstruction_loss",
     "spread_loss",
@@ -153,7 +154,8 @@ def reconstruction_loss(images: Tensor, target: Tensor, reduction: str = "mean")
         reduction: 'none' for each image's loss, 'sum', or 'mean' ('batchmean') over the batch.
 
     Returns:
-        The loss, a scalar or ``[B]``, in float32 at least; the paper weighs it by 0.0005.
+        The loss, a scalar or ``[B]``, in float32 at least; see
+        :func:`default_reconstruction_weight`.
 
     Raises:
         ValueError: If shapes differ, images are not floating, or the reduction is unknown.
@@ -169,6 +171,18 @@ def reconstruction_loss(images: Tensor, target: Tensor, reduction: str = "mean")
         )
     losses = (_at_least_float32(images) - target).square().flatten(1).sum(dim=1)
     return _reduce(losses, reduction, None)
+
+
+def default_reconstruction_weight(num_values: int) -> float:
+    """Weight of the reconstruction loss against the margin loss, where none is chosen.
+
+    0.0005 for an image of MNIST (Sabour, Frosst and Hinton 2017, section 4.1). The loss is a sum: in larger images the
+    same weight would let it outweigh the classes, so it shrinks with the number of values.
+
+    Args:
+        num_values: Values of an image, C * H * W.
+    """
+    return 0.0005 * min(1.0, 784 / num_values)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ extensions = [
     "repository_links",
 ]
 exclude_patterns = ["notebooks"]  # the tutorials again, for those who want to run them
+highlight_language = "text"
 default_role = "code"  # docstrings write `names` as Markdown does
 
 # Pages

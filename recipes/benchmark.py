@@ -3,6 +3,7 @@
     python recipes/benchmark.py                       # writes benchmark-cpu.csv where there is no GPU
     python recipes/benchmark.py --time-limit 500      # what matters most comes first, the rest is left out
     python recipes/benchmark.py --plot-only benchmark-cpu.csv
+    python recipes/benchmark.py --subjects training layer --batch-sizes 32 --models efficient_capsnet capsnet_vb_mini
 
 What is measured (--subjects; column `subject`):
 
@@ -13,13 +14,15 @@ What is measured (--subjects; column `subject`):
     large          routing of 4608 capsules to 100 classes, where the plain form takes some 65 GiB (GPU only)
     epoch          an epoch of MNIST with capszoo.engine.Trainer, the second of two
 
-The variants differ in the routing alone, but for the last two:
+The variants differ in the routing alone, but for direct and reference:
 
     fused          capszoo.kernels.dynamic_routing, as models use it
     plain          routing as public PyTorch codes write it: the broadcast product of all poses and matrices, votes and
                    logits stored, autograd through everything
     compiled       the same through torch.compile
     none           no routing: class capsules are a slice of the primary capsules. The floor that the convolutions set.
+    unfused        of a family with another routing: its operators' references, which store the votes
+    uniform        of such a family: its form with uniform couplings
     direct         as fused, with PyTorch's own convolutions (on a CPU)
     reference      a training step as public codes have it: as plain, PyTorch's own convolutions in its usual layout, an
                    Adam that is not fused, float32

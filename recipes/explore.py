@@ -98,7 +98,13 @@ def build_parser() -> OptionParser:
         metavar="NAME",
         help="train fixed rows instead: paper (the paper's eight), YAML files of train.py, or folders of them",
     )
-    group("--seeds", type=int, default=1, help="runs of each row of a grid, with seeds from --seed on")
+    group(
+        "--seeds",
+        type=int,
+        default=1,
+        help="runs of each row of a grid, with seeds from --seed on; of a search, runs of each solution on its front "
+        "after it, of which the means are compared",
+    )
     group("--seed", type=int, default=0, help="seed of the search, and of each trial")
     group("--storage", help="URL of a database that workers share, such as postgresql+psycopg://user@host/name")
     group("--study", help="name of the study in the storage; default made of model, data set and grid")
@@ -257,7 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     baseline = exploration.baseline()
     front = exploration.front()
     # Of all: a front in fewer than three objectives lacks what others would choose.
-    chosen = choose(exploration.solutions(), args.choose, max_drop=args.max_drop, within=args.within, baseline=baseline)
+    chosen = choose(
+        exploration.candidates(), args.choose, max_drop=args.max_drop, within=args.within, baseline=baseline
+    )
     missing = write_reports(exploration, folder, chosen)
     console.print(solutions_table(front, f"front of {len(front)} Pareto-optimal solutions"))
     if rows:

@@ -52,7 +52,7 @@ CARD_KINDS: dict[str, Any] = {
     **dict.fromkeys(("dataset", "policy", "amp", "license", "recipe", "capszoo_version", "date"), (str, MISSING)),
 }
 # All files together; they are part of every clone and every wheel.
-MAX_BYTES = 45_000_000
+MAX_BYTES = 50_000_000
 # Names of the data sets on the Hugging Face hub.
 HUB_DATASETS = {
     "mnist": "ylecun/mnist",

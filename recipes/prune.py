@@ -13,6 +13,7 @@ weights and, while it runs, its resume.safetensors. The test set is measured onc
 classes, top1 is the exact-match accuracy everywhere: the fraction of images of which just those are predicted.
 """
 
+import math
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         train.image_shape, train.multi_label, train.images is None, train.parts is not None
     )
     options.training.augmentation.check_batches(policy.batch_size(epoch) for epoch in range(policy.epochs))
-    training = fill_in(options.training, len(data.train))
+    training = fill_in(options.training, len(data.train), math.prod(train.image_shape))
     options = replace(options, training=training)
     create_optimizer(training, opened.model)
     criterion = read_criterion(opened.file, opened.header, opened.model)

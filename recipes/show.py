@@ -20,7 +20,7 @@ from torch import Tensor
 from capszoo.command_line import OptionParser, run
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
-from capszoo.errors import UsageError
+from capszoo.errors import DataError, UsageError
 from capszoo.opening import OpenedModel, load_data_for, open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
@@ -47,16 +47,29 @@ def build_parser() -> OptionParser:
 
 
 def batches_of_images(model: Any, names: list[str], device: torch.device) -> Iterator[tuple[Tensor, None]]:
-    """Batches of image files, normalised as the model takes them."""
+    """Batches of image files, normalised as the model takes them; those that cannot be read are told and left out."""
     normalization = Normalization(model, device)
-    paths = []
+    pixels: list[Tensor] = []
+    broken: list[DataError] = []
+    count = 0
     for path, problem in named_images(names):
-        if problem is not None:
-            raise problem
-        paths.append(path)
-    for start in range(0, len(paths), 256):
-        pixels = torch.stack([to_pixels(path, model) for path in paths[start : start + 256]])
-        yield normalization(pixels.to(device)), None
+        try:
+            if problem is not None:
+                raise problem
+            pixels.append(to_pixels(path, model))
+        except DataError as error:
+            broken.append(error)
+            continue
+        count += 1
+        if len(pixels) == 256:
+            yield normalization(torch.stack(pixels).to(device)), None
+            pixels = []
+    if not count and broken:
+        raise broken[0]
+    for error in broken:
+        print(f"left out: {error}", file=sys.stderr)
+    if pixels:
+        yield normalization(torch.stack(pixels).to(device)), None
 
 
 def look_at_data(opened: OpenedModel, args: Any, device: torch.device) -> tuple[Findings, str]:

@@ -16,6 +16,7 @@ import yaml
 import capszoo
 from capszoo.command_line import predict
 from capszoo.command_line.training import build_parser
+from capszoo.recipes import tables as tables_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -216,21 +217,8 @@ def test_table_of_models():
         assert macs == f"{info.macs / 1e6:.1f} M"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "results.md"], ids=lambda page: page.name)
-def test_tables_of_accuracies_are_those_of_their_files(page):
-    measured = {}
-    for name in ("mnist", "fashion_mnist"):
-        with open(ROOT / "recipes" / "results" / f"results-{name}.csv", newline="") as file:
-            measured.update({row["model"]: row for row in csv.DictReader(file)})
-    rows = list(tables(page, "| weights | top-1 "))
-    assert len(rows) >= 5
-    for weights, top1, *others in rows:
-        row = measured[re.search(r"`([\w.]+)`", weights)[1]]
-        shown = [float(cell.removesuffix(" %")) for cell in (top1, *others) if cell.endswith(" %")]
-        kept = [float(value) * 100 for key, value in row.items() if key.startswith("top1") and value]
-        assert all(min(abs(number - value) for value in kept) <= 0.00501 for number in shown), weights
-        assert f"{int(row['param_count']):,}" in others
-        assert top1 == f"{100 * float(row['top1']):.2f} %"
+def test_tables_of_figures_are_those_of_their_files(capsys):
+    assert tables_recipe.main(["--check"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import capszoo
+from capszoo.engine.options import fill_in, options_from
 from capszoo.engine.task import CapsuleTask, Normalization, class_to_reconstruct
 from capszoo.losses import MarginLoss, SpreadLoss, margin_loss, reconstruction_loss
 
 
 def make(**kwargs):
     torch.manual_seed(0)
-    return capszoo.create_model("capsnet_tiny", conv_dim=8, img_size=20, **{**dict(decoder=True), **kwargs})
+    return capszoo.create_model("capsnet_tiny", conv_dim=8, **{**dict(decoder=True, img_size=20), **kwargs})
 
 
 def batch(size=4):
@@ -89,6 +90,9 @@ def test_parts_without_decoder_or_classes():
 
 def test_paper_weight_is_the_default():
     assert make_task().reconstruction_weight == 0.0005
+    # The loss is a sum over the values of an image: 56x56 have four times as many.
+    assert make_task(make(img_size=56)).reconstruction_weight == pytest.approx(0.0005 / 4)
+    assert fill_in(options_from({}), 1000, 3 * 28 * 28).reconstruction_weight == pytest.approx(0.0005 / 3)
 
 
 def test_gradients_reach_everything():

@@ -88,7 +88,8 @@ def make_groups(subject: str, name: str, batch_size: int, scope: Scope, precisio
     if subject in ("training", "inference") and not routes_dynamically(name):
         step = steps.training_step if subject == "training" else steps.inference_step
         kind = "training step" if subject == "training" else subject
-        yield group(kind, mode, partial(step, name, amp), ["fused", *direct])
+        variants = [variant for variant in steps.own_variants(name) if variant != "direct" or direct]
+        yield group(kind, mode, partial(step, name, amp), variants)
     elif subject in OF_ROUTING and not routes_dynamically(name):
         return
     elif subject == "routing":

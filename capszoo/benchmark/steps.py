@@ -1,6 +1,7 @@
 """The steps that are timed: each function returns one, ready to be called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from capszoo.contract import decoder_of
 from capszoo.engine.memory import keep_freed_memory
 from capszoo.engine.task import CapsuleTask
-from capszoo.layers import ScaledConv2d, set_fourier_conv
+from capszoo.layers import ScaledConv2d, set_fourier_conv, set_fused_routing
 from capszoo.losses import reconstruction_loss
 from capszoo.precision import autocast
-from capszoo.registry import create_model, model_keywords
+from capszoo.registry import create_model, family_of, model_keywords, uniform_arguments
 
-from .variants import VARIANTS, Routing, plain_bytes, require_memory, routing_function, routing_shape
+from .variants import VARIANTS, Routing, Variant, plain_bytes, require_memory, routing_function, routing_shape
 
 
 def make_model(
@@ -27,12 +28,21 @@ def make_model(
         require_memory(variant, plain_bytes(batch_size, routing_shape(name), backward=decoder), device)
     torch.manual_seed(0)
     layout = torch.channels_last if VARIANTS[variant].channels_last else torch.contiguous_format
-    kwargs = {"decoder": decoder} if "decoder" in model_keywords(name) else {}
+    kwargs: dict[str, Any] = {"decoder": decoder} if "decoder" in model_keywords(name) else {}
+    if VARIANTS[variant].routing == "uniform":
+        kwargs |= uniform_arguments(name)
     model = create_model(name, **kwargs).to(device, memory_format=layout)
-    if VARIANTS[variant].routing != "fused":
+    if VARIANTS[variant].routing in ("plain", "compiled", "none"):
         model.class_caps.routing = Routing(routing_function(variant))
     images = torch.rand(batch_size, model.in_chans, *model.img_size, device=device)
     return model, images, torch.randint(model.num_classes, (batch_size,), device=device)
+
+
+@contextmanager
+def _switched(variant: Variant) -> Iterator[None]:
+    """The zoo's switches as a variant has them."""
+    with set_fourier_conv(variant.fourier_conv), set_fused_routing(variant.routing != "unfused"):
+        yield
 
 
 def make_optimizer(model: nn.Module, device: torch.device, fused: bool = True) -> torch.optim.Optimizer:
@@ -67,7 +77,7 @@ def training_step(name: str, amp: torch.dtype | None, variant: str, batch_size: 
 
     def step() -> None:
         keep_freed_memory(chosen.keeps_memory, device)
-        with set_fourier_conv(chosen.fourier_conv), autocast(device, amp):
+        with _switched(chosen), autocast(device, amp):
             loss = task(images, labels)["loss"]
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -85,7 +95,7 @@ def inference_step(name: str, amp: torch.dtype | None, variant: str, batch_size:
 
     @torch.inference_mode()
     def step() -> None:
-        with set_fourier_conv(VARIANTS[variant].fourier_conv), autocast(device, amp):
+        with _switched(VARIANTS[variant]), autocast(device, amp):
             model(images)
 
     return step
@@ -136,6 +146,14 @@ def has_convolution(name: str, layer: str) -> bool:
     return module is not None and any(isinstance(part, ScaledConv2d) for part in module.modules())
 
 
+def own_variants(name: str) -> list[str]:
+    """Variants of a model whose routing is not dynamic: by operators, by their references, and without routing."""
+    model = create_model(name, device="meta")
+    direct = ["direct"] if any(isinstance(part, ScaledConv2d) for part in model.modules()) else []
+    routed = ["unfused", "uniform"] if hasattr(family_of(name), "uniform_arguments") else []
+    return ["fused", *direct, *routed]
+
+
 def layer_step(
     name: str, layer: str, amp: torch.dtype | None, variant: str, batch_size: int, device: torch.device
 ) -> Callable:
@@ -163,12 +181,12 @@ def layer_step(
         if hasattr(module, "inplace"):  # which leaves of the graph refuse
             module.inplace = False
     wanted = [*inputs, *call.module.parameters()]
-    with autocast(device, amp), set_fourier_conv(VARIANTS[variant].fourier_conv):
+    with autocast(device, amp), _switched(VARIANTS[variant]):
         outs = [out for out in tree_leaves(call.module(*args, **call.kwargs)) if out.requires_grad]
     grads = [torch.ones_like(out) for out in outs]
 
     def step() -> None:
-        with set_fourier_conv(VARIANTS[variant].fourier_conv), autocast(device, amp):
+        with _switched(VARIANTS[variant]), autocast(device, amp):
             outs = [out for out in tree_leaves(call.module(*args, **call.kwargs)) if out.requires_grad]
         torch.autograd.grad(outs, wanted, grads)
 

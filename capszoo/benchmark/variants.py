@@ -71,6 +71,8 @@ class Variant:
     """How a network and its step are made."""
 
     routing: str = "fused"
+    """'fused', as models use it; 'unfused', the reference of the same operator; 'uniform', its family's form without;
+    else a name of :func:`routing_function`."""
     fourier_conv: bool = True
     channels_last: bool = True
     fused_optimizer: bool = True
@@ -86,6 +88,8 @@ VARIANTS = {
     "plain": Variant(routing="plain"),
     "compiled": Variant(routing="compiled"),
     "none": Variant(routing="none"),
+    "unfused": Variant(routing="unfused"),
+    "uniform": Variant(routing="uniform"),
     # As public codes train the network: FasTrCaps's, and those of 2017.
     "reference": Variant(
         "plain",

@@ -14,6 +14,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from capszoo.costs import model_info
 from capszoo.engine.options import OPTIONS
 from capszoo.kernels import dispatch
 from capszoo.layers import use_fused_routing
+from capszoo.opening import open_model
 from capszoo.precision import explain_auto, time_precisions
 from capszoo.pretrained import read_table
 from capszoo.registry import create_model, is_model, list_models, list_pretrained
@@ -52,7 +54,9 @@ def build_parser() -> OptionParser:
     job.add_argument("filter", nargs="?", default="", help='wildcards that a name must match, such as "*_ws"')
     job.add_argument("--pretrained", action="store_true", help="the shipped weights instead of the models")
     job = jobs.add_parser("info", allow_abbrev=False, help="size of a model, work of a forward pass, and its weights")
-    job.add_argument("model", help="name of a model, or of shipped weights such as capsnet_ws.mnist")
+    job.add_argument(
+        "model", help="name of a model, or of shipped weights such as capsnet_ws.mnist; a file, or a run folder"
+    )
     add_options(job, {name: OPTIONS[name] for name in INFO_OPTIONS}, {})
     jobs.add_parser("predict", help="say what image files show, by a trained model", add_help=False)
     jobs.add_parser("doctor", allow_abbrev=False, help="what this machine has, which routing runs on it, and why")
@@ -130,6 +134,12 @@ def doctor() -> int:
 
 def info(name: str, kwargs: Mapping[str, Any]) -> None:
     """Print size and work of a model with these keywords."""
+    if Path(name).exists() and not is_model(name):
+        opened = open_model(name, **kwargs)
+        print(model_info(opened.model))
+        facts = ("dataset", "policy", "epochs", "epoch", "eval_top1", "seed", "capszoo_version")
+        print(f"  {opened.file}: " + ", ".join(f"{key} {opened.header[key]}" for key in facts if key in opened.header))
+        return
     if not is_model(name):
         create_model(name)  # says what is unknown, with near matches
     found = model_info(name, **kwargs)

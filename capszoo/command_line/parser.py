@@ -75,6 +75,9 @@ class OptionParser(argparse.ArgumentParser):
                 action.default, action.required = default, required[action]
         for argument in unknown:
             options = [option for action in self._actions for option in action.option_strings]
+            if not argument.startswith("-"):
+                remedy = f": did you mean --dataset {argument}?" if "--dataset" in options else ": see --help"
+                raise UsageError(f"{argument!r} has no option before it{remedy}")
             raise UsageError(unknown_name("option", argument.split("=")[0], options, "see --help"))
         return given
 

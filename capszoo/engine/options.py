@@ -29,6 +29,7 @@ from capszoo.fields import (
     read_values,
 )
 from capszoo.files import write_atomically
+from capszoo.losses import default_reconstruction_weight
 from capszoo.policies import list_policies, policy_options
 
 __all__ = [
@@ -90,7 +91,11 @@ class TrainingOptions(Augmentation):
     )
     pretrained: bool = option(False, "start from the weights shipped for --model", "model", flag=True)
     checkpoint: str | None = option(
-        None, "start from the weights in a safetensors file, or the best of a run folder", "model", metavar="FILE"
+        None,
+        "start from the weights in a safetensors file, or the best of a run folder; of other classes or images, from "
+        "those that fit",
+        "model",
+        metavar="FILE",
     )
     img_size: int | list[int] | None = option(
         None, "pixels of a side, or height and width; default the data set's", "model", many="+", join=read_size
@@ -153,7 +158,8 @@ class TrainingOptions(Augmentation):
     )
     reconstruction_weight: float | None = option(
         None,
-        "weight of the reconstruction loss; default 0.0005, with --start paper 0.001",
+        "weight of the reconstruction loss; default 0.0005, for more than 784 values in an image less, and with "
+        "--start paper twice as much",
         "training",
         read=float,
         within=NOT_NEGATIVE,
@@ -308,8 +314,8 @@ def write_options(options: TrainingOptions, folder: Path) -> None:
     write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
 
 
-def fill_in(options: TrainingOptions, num_images: int) -> TrainingOptions:
-    """Give values to the options whose defaults depend on others or on the number of training images.
+def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> TrainingOptions:
+    """Give values to the options whose defaults depend on others, or on the training images and the values in each.
 
     Those of the images' normalisation depend on the model, too: :func:`capszoo.engine.run.make_trainer` has them.
     """
@@ -321,7 +327,8 @@ def fill_in(options: TrainingOptions, num_images: int) -> TrainingOptions:
         changes["policy_options"] = {"warmup_steps": 1000, **options.policy_options}
     if options.reconstruction_weight is None:
         # The paper's code halves the margin loss, and so its 0.0005 is twice that of ours.
-        changes["reconstruction_weight"] = 0.001 if options.start == "paper" else 0.0005
+        weight = default_reconstruction_weight(num_values)
+        changes["reconstruction_weight"] = 2 * weight if options.start == "paper" else weight
     return replace(options, **changes)
 
 

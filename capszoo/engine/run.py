@@ -3,6 +3,7 @@
 recipes/train.py runs one of these, capszoo.explore many of them.
 """
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from timm.layers import to_2tuple
 
 from capszoo._version import __version__
-from capszoo.checkpoint import load_weights
+from capszoo.checkpoint import load_weights, read_metadata
 from capszoo.contract import HasCriterion
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.data.sources import uses_data_dir
@@ -25,7 +26,14 @@ from capszoo.opening import weights_in
 from capszoo.policies import Policy, create_policy
 from capszoo.precision import resolve_amp
 from capszoo.pretrained import image_statistics
-from capszoo.registry import check_arguments, create_model, model_header, model_keywords
+from capszoo.registry import (
+    check_arguments,
+    create_model,
+    header_arguments,
+    load_model,
+    model_header,
+    model_keywords,
+)
 
 from .criteria import class_weights, criterion_header, weigh_classes
 from .distributed import ALONE, Ranks
@@ -96,9 +104,10 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
     model's `pretrained_cfg` has them.
     """
     kwargs = model_arguments(options, data)
-    model = create_model(options.model, pretrained=options.pretrained, **kwargs)
     if options.checkpoint:
-        load_weights(model, weights_in(options.checkpoint))
+        model = _with_weights(options.model, weights_in(options.checkpoint), kwargs)
+    else:
+        model = create_model(options.model, pretrained=options.pretrained, **kwargs)
     model.creation_args = kwargs
     # Weights are used to images as they were trained on.
     has_weights = options.pretrained or options.checkpoint or ":" in options.model or kwargs.get("backbone_pretrained")
@@ -108,6 +117,22 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
     data.normalize(mean, std)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "mean": mean, "std": std}
     return model
+
+
+def _with_weights(name: str, path: Path, kwargs: dict[str, Any]) -> torch.nn.Module:
+    """Make a model with the weights of a file; where they are of other classes or images, with all that can be kept."""
+    header = read_metadata(path)
+    of_file = header_arguments(path, name, header) if header.get("model") == name else {}
+    of_data = {key: kwargs[key] for key in ("num_classes", "in_chans", "img_size") if key in of_file}
+    if all(to_2tuple(of_file[key]) == to_2tuple(value) for key, value in of_data.items()):
+        model = create_model(name, **kwargs)
+        load_weights(model, path)
+        return model
+    trained: Any = load_model(path)  # whatever is wrong with the file shows here
+    mean, std = image_statistics(trained)
+    size = (trained.in_chans, *trained.img_size)
+    cfg = {"file": str(path), "num_classes": trained.num_classes, "input_size": size, "mean": mean, "std": std}
+    return create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **kwargs)
 
 
 def make_policy(options: TrainingOptions, num_images: int) -> Policy:
@@ -178,7 +203,8 @@ def make_trainer(
             f"{options.dataset!r} show several classes: use a model of capsule lengths, such as capsnet_tiny"
         )
     cfg = model.pretrained_cfg
-    options = replace(fill_in(options, len(data.train)), mean=list(cfg["mean"]), std=list(cfg["std"]))
+    options = fill_in(options, len(data.train), math.prod(data.train.image_shape))
+    options = replace(options, mean=list(cfg["mean"]), std=list(cfg["std"]))
     criterion = make_criterion(options, model, data.train.labels)
     return trainer_of(model, criterion, options, data, device, folder=folder, ranks=ranks, **kwargs)
 

@@ -1,6 +1,7 @@
 """CapsuleTask: one forward pass of a capsule network to a dictionary of losses."""
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from capszoo.contract import HasCriterion, decoder_of
-from capszoo.losses import MarginLoss, check_target, reconstruction_loss
+from capszoo.losses import MarginLoss, check_target, default_reconstruction_weight, reconstruction_loss
 from capszoo.pretrained import image_statistics
 
 from .batch_norm import has_batch_norm
@@ -114,8 +115,8 @@ class CapsuleTask(TrainingTask):
         model: A model that keeps the contract of :mod:`capszoo.contract`, or any with `forward`, and with
             `forward_capsules` and `decoder`.
         criterion: Loss of (scores ``[B, J]``, target), a scalar; if None, the model's own, else the margin loss.
-        reconstruction_weight: Weight of the reconstruction loss (sum of squared pixel differences); 0.0005 is the
-            paper's.
+        reconstruction_weight: Weight of the reconstruction loss (sum of squared pixel differences); if None,
+            :func:`capszoo.losses.default_reconstruction_weight`: 0.0005, the paper's, or less for larger ones.
         device: Device of the task.
         dtype: Type of the task's tensors.
         verbose: Log what the task is made of.
@@ -135,7 +136,7 @@ class CapsuleTask(TrainingTask):
         self,
         model: nn.Module,
         criterion: nn.Module | None = None,
-        reconstruction_weight: float = 0.0005,
+        reconstruction_weight: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -150,6 +151,9 @@ class CapsuleTask(TrainingTask):
             criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
         self.criterion = criterion if device is None else criterion.to(device)  # it may have weights of the classes
         self.normalization = Normalization(model, device)
+        if reconstruction_weight is None:
+            values = 1 if decoder_of(model) is None else model.in_chans * math.prod(model.img_size)
+            reconstruction_weight = default_reconstruction_weight(values)
         self.reconstruction_weight = reconstruction_weight
 
     @property

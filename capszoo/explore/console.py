@@ -57,19 +57,25 @@ class Report:
 
 def solutions_table(solutions: list[Solution], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("trial", "name", "accuracy", "time", "parameters"):
+    repeated = any(solution.runs > 1 for solution in solutions)
+    columns = ["trial", "name", "accuracy", *(["runs", "above baseline"] if repeated else []), "time", "parameters"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)
     table.add_column("options", overflow="fold")
     for s in solutions:
         parameters = "" if s.parameters is None else f"{s.parameters:,}"
         name = s.name if s.state in ("complete", "running") else f"{s.name} ({s.state})"
-        table.add_row(str(s.number), name, percent(s.accuracy), seconds_text(s.seconds), parameters, short_options(s))
+        gain = gain_text(s.gain.mean, s.gain.low, s.gain.high) if s.gain else "-"
+        accuracy = percent(s.accuracy) + ("" if s.accuracy_std is None else f" ±{100 * s.accuracy_std:.2f}")
+        over_seeds = [str(s.runs), gain] if repeated else []
+        table.add_row(str(s.number), name, accuracy, *over_seeds, seconds_text(s.seconds), parameters, short_options(s))
     return table
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="rows over seeds, mean ± standard deviation", title_justify="left", box=None, pad_edge=False)
-    columns = ("row", "runs", "validation", "test", "epochs to best", "s an epoch", "time to baseline's best", "saved")
+    columns = ("row", "runs", "validation", "test", "epochs to best", "s an epoch", "time to baseline's best", "saved",
+               "above baseline")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
 
@@ -84,9 +90,16 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
             row["name"], str(row["runs"]), cell(row, "accuracy", 100, ".2f"), cell(row, "test_top1", 100, ".2f"),
             cell(row, "best_epoch", 1, ".1f"), cell(row, "epoch_seconds", 1, ".1f"),
             f"{cell(row, 'seconds_to_baseline', 1, '.0f')} s ({row['reached']}/{row['runs']})",
-            f"{cell(row, 'saving', 100, '.0f')} %",
+            f"{cell(row, 'saving', 100, '.0f')} %", gain_text(row["gain"], row["gain_low"], row["gain_high"]),
         )  # fmt: skip
     return table
+
+
+def gain_text(mean: float | None, low: float | None, high: float | None) -> str:
+    """Accuracy above the baseline's, in percent, with the confidence interval."""
+    if mean is None:
+        return "-"
+    return f"{100 * mean:+.2f}" + ("" if low is None or high is None else f" ({100 * low:+.2f} to {100 * high:+.2f})")
 
 
 def short_options(solution: Solution) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from capszoo.precision import resolve_amp
 
 from .grid import Row
 from .reclaim import Reclaimer, retry
-from .solution import OBJECTIVES, ExplorationError, Solution, pareto_front
+from .solution import OBJECTIVES, ExplorationError, Solution, most_repeated, over_seeds, pareto_front
 from .space import Space
 from .storage import open_storage, storage_errors, without_password
 from .timing import CLOCKS
@@ -28,6 +29,10 @@ from .worker import Worker
 _MOST_FAILURES = 5
 # Sampled options that were tried before, one after another, until the space counts as exhausted.
 _MOST_REPETITIONS = 20
+# Of the budget, what the search takes where its solutions are repeated with other seeds after it.
+_SHARE_OF_THE_SEARCH = 0.6
+# A trial whose schedule is worth more epochs is trained again with so many times as many.
+_GROWTH = 3
 
 
 class Exploration:
@@ -41,8 +46,10 @@ class Exploration:
         storage: URL of Optuna's storage, for several workers; None is a SQLite file in `folder`.
         name: Name of the study in the storage.
         objectives: Those of :data:`OBJECTIVES` that matter.
-        trials: Number of trials of all workers together; None for as many as `run` has time for. Of a grid, all rows.
-        seeds: Runs of each row of a grid, with seeds from the options' on.
+        trials: Number of trials of all workers together that are drawn; None for as many as `run` has time for. Of a
+            grid, all rows. Promotions and repetitions come on top.
+        seeds: Runs of each row of a grid, with seeds from the options' on; of a search, of each solution on its front
+            and of the baseline, after the search.
         device: Where to train.
         measure_test: Also measure each finished trial on the test set, for reports; it is never used to choose.
         clock: What seconds are: 'wall', or 'cpu' for those that the processor spent on it (divided by torch's threads).
@@ -85,11 +92,12 @@ class Exploration:
             raise ExplorationError("trials are compared on the validation split: give --val-fraction above 0")
         self.plan, self.options, self.data = plan, dict(options), data
         self.folder, self.device, self.objectives = Path(folder), torch.device(device), list(objectives)
-        self.on_change = on_change
+        self.on_change, self.seeds = on_change, seeds
         if clock == "cpu" and self.device.type != "cpu":
             raise ExplorationError(f"clock 'cpu' does not see the work of {self.device}: use 'wall'")
         self.storage = storage or f"sqlite:///{self.folder / 'study.db'}"
         self._deadline: float | None = None
+        self._end_of_search: float | None = None
         self._asked_to_stop: Callable[[], bool] = lambda: False
         is_grid = not isinstance(plan, Space)
         models = {row.options.get("model", "") for row in plan} if is_grid else {plan.model}
@@ -202,14 +210,67 @@ class Exploration:
         """All trials so far, those of other workers too."""
         return [solution_of(trial, len(self.data.train)) for trial in trials_seen(self.study)]
 
+    def candidates(self) -> list[Solution]:
+        """What a solution is chosen from: all trials, of a search those with the most runs, and their means."""
+        solutions = self.solutions()
+        return most_repeated(over_seeds(solutions)) if isinstance(self.plan, Space) else solutions
+
     def front(self) -> list[Solution]:
         """The Pareto-optimal solutions so far."""
-        return pareto_front(self.solutions(), self.objectives)
+        return pareto_front(self.candidates(), self.objectives)
 
     def baseline(self) -> Solution | None:
         """The trial named 'baseline', if it is complete; of several, as a grid has by seed, the first."""
-        found = (s for s in self.solutions() if s.name == "baseline" and s.state == "complete")
+        found = (s for s in self.candidates() if s.name == "baseline" and s.state == "complete")
         return next(found, None)
+
+    def _enqueue_again(self, solution: Solution, **changes: Any) -> None:
+        """Enqueue a trial of this study once more, with other parameters or another seed."""
+        trial = self.study.get_trials(deepcopy=False)[solution.number]
+        point = {**trial.params, **changes.pop("params", {})}
+        self.study.enqueue_trial(point, user_attrs={**changes, "queued": True})
+
+    def _promote(self) -> None:
+        """Enqueue what is on the front with three times the epochs, once.
+
+        So the search compares short schedules with short ones, each trained to its end, and spends long ones on what
+        was good when it was short: successive halving (Jamieson and Talwalkar 2016) whose rungs are whole schedules.
+        """
+        if not isinstance(self.plan, Space) or "epochs" in self.plan.fixed or self._repeating():
+            return
+        solutions = self.solutions()
+        promoted = {trial.user_attrs.get("promoted_from") for trial in self.study.get_trials(deepcopy=False)}
+        complete = [solution for solution in solutions if solution.state == "complete"]
+        if len(complete) < len(self.plan.queue()):
+            return
+        most = self.study.user_attrs.get("most_seconds", math.inf)
+        for solution in pareto_front(complete, self.objectives):
+            epochs = _GROWTH * len(solution.history)
+            if epochs <= self.plan.epochs and solution.number not in promoted and _GROWTH * solution.seconds < most:
+                self._enqueue_again(solution, params={"epochs": epochs}, promoted_from=solution.number)
+
+    def _repeating(self) -> bool:
+        return bool(self.study.user_attrs.get("repeating"))
+
+    def _repeat(self) -> bool:
+        """Enqueue what is on the front, and the baseline, with the other seeds; return whether there was any left."""
+        if not isinstance(self.plan, Space) or self.seeds < 2:
+            return False
+        trials = trials_seen(self.study)
+        known = {(trial.user_attrs.get("repeat_of"), trial.user_attrs.get("seed")) for trial in trials}
+        own = [solution for solution in self.solutions() if solution.repeat_of is None]
+        wanted = pareto_front(own, self.objectives)
+        wanted += [s for s in own if s.name == "baseline" and s.state == "complete" and s not in wanted]
+        self.study.set_user_attr("repeating", True)
+        added = False
+        # By seed, so that what is cut short still has whole repetitions.
+        for seed in range(1, self.seeds):
+            for solution in wanted:
+                seed_of_run = solution.seed + seed
+                if (solution.number, seed_of_run) not in known:
+                    self._enqueue_again(solution, repeat_of=solution.number, seed=seed_of_run, name=solution.name)
+                    added = True
+        return added
 
     def run(self, budget: float | None = None, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Run trials until all are done, or the budget is spent; return False if `should_stop` ended it before.
@@ -226,6 +287,11 @@ class Exploration:
         if budget is None and not self.limited:
             raise ExplorationError("the search has no end: give --budget, such as 30m, or --trials")
         self._deadline = None if budget is None else time.monotonic() + budget
+        self._end_of_search = None
+        if budget is not None and isinstance(self.plan, Space) and self.seeds > 1:
+            self._end_of_search = time.monotonic() + _SHARE_OF_THE_SEARCH * budget
+            if all(trial.state.name != "WAITING" for trial in trials_seen(self.study)):
+                self.study.set_user_attr("repeating", False)  # all was repeated: what is left to do is to search on
         if budget is not None and isinstance(self.plan, Space) and "most_seconds" not in self.study.user_attrs:
             # Of the first budget, else a short --resume would stop what a long one began.
             self.study.set_user_attr("most_seconds", budget / 4)
@@ -234,12 +300,15 @@ class Exploration:
         while not should_stop() and not self._out_of_time():
             with storage_errors(self.storage):
                 self._reclaimer.reclaim()
-            if self.limited:
+            if not self._repeating() and self._end_of_search is not None and time.monotonic() > self._end_of_search:
+                self._repeat()
+            if self.limited or self._repeating():
                 states = [trial.state.name for trial in trials_seen(self.study)]
                 if "WAITING" not in states:
-                    if "RUNNING" not in states:
+                    if "RUNNING" in states:
+                        time.sleep(1)  # another worker has the last ones, and may yet die
+                    elif not self._repeat():
                         break
-                    time.sleep(1)  # another worker has the last ones, and may yet die
                     continue
             with storage_errors(self.storage):
                 repeated = self._worker.run_trial()
@@ -248,6 +317,8 @@ class Exploration:
             reasons = [trial.user_attrs["reason"] for trial in failed if "reason" in trial.user_attrs]
             if len(reasons) >= _MOST_FAILURES and not any(trial.state.name == "COMPLETE" for trial in seen):
                 raise ExplorationError(f"the first {len(reasons)} trials failed, the last one since {reasons[-1]}")
+            with storage_errors(self.storage):
+                self._promote()
             repetitions = repetitions + 1 if repeated else 0
             if repetitions == _MOST_REPETITIONS:
                 break

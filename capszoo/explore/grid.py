@@ -15,7 +15,7 @@ from capszoo.files import read_yaml
 from capszoo.policies import list_policies, policy_options
 from capszoo.registry import create_model
 
-from .solution import Solution
+from .solution import Solution, paired_difference
 
 _GRIDS = Path(__file__).resolve().parents[1] / "recipes" / "configs"
 _ALL_POLICY_OPTIONS = {name for policy in list_policies() for name in policy_options(policy)}
@@ -116,16 +116,18 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
 
     Returns:
         Means, and standard deviations (`_std`) over seeds: a dictionary a row, in the order of their first trials.
-        Missing are times where no seed got there; `reached` counts the seeds that did.
+        Missing are times where no seed got there; `reached` counts the seeds that did. `gain` is the mean over pairs of
+        equal seeds of the accuracy above the baseline's, on the test set where all runs were measured on it, and
+        `gain_low` and `gain_high` are the ends of its 95 % confidence interval.
     """
     complete = [solution for solution in solutions if solution.state == "complete"]
-    references = {s.options.get("seed", 0): s for s in complete if s.name == baseline}
+    references = {s.seed: s for s in complete if s.name == baseline}
     rows = []
     for name in dict.fromkeys(solution.name for solution in complete):
         runs = [solution for solution in complete if solution.name == name]
         times, savings = [], []
         for run in runs:
-            reference = references.get(run.options.get("seed", 0))
+            reference = references.get(run.seed)
             if reference is None:
                 continue
             at = next((seconds for _, seconds, accuracy in run.history if accuracy >= reference.accuracy), None)
@@ -146,6 +148,10 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
             row[key] = statistics.fmean(values) if values else None
             row[key + "_std"] = statistics.stdev(values) if len(values) > 1 else None
         row["reached"] = len(times)
+        key = "test_top1" if all(run.test_top1 is not None for run in [*runs, *references.values()]) else "accuracy"
+        by_seed = {run.seed: getattr(run, key) for run in runs}
+        gain = paired_difference(by_seed, {seed: getattr(run, key) for seed, run in references.items()})
+        row |= {"gain": gain and gain.mean, "gain_low": gain and gain.low, "gain_high": gain and gain.high}
         row["parameters"] = runs[0].parameters
         rows.append(row)
     return rows

@@ -48,7 +48,7 @@ def retry(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
     """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint."""
     known = trial.user_attrs
     attributes = {"queued": True, "retry_of": known.get("retry_of", trial.number)}
-    attributes |= {"name": known["name"]} if "name" in known else {}
+    attributes |= {key: known[key] for key in ("name", "repeat_of", "seed", "promoted_from") if key in known}
     attributes |= {"folder_before": known["folder"]} if "folder" in known else {}
     study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params}, user_attrs=attributes)
 

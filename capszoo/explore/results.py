@@ -20,7 +20,8 @@ from .solution import Solution
 
 _SOLUTION_COLUMNS = (
     "number", "name", "state", "accuracy", "seconds", "parameters", "seconds_to_best", "best_epoch", "test_top1",
-    "policy", "epochs", "batch_size", "lr", "seed", "options", "reason", "machine", "folder",
+    "policy", "epochs", "batch_size", "lr", "seed", "repeat_of", "runs", "accuracy_std", "gain", "gain_low",
+    "gain_high", "options", "reason", "machine", "folder",
 )  # fmt: skip
 _PUBLISHED = Path(__file__).resolve().parents[1] / "recipes/results/paper-published.csv"
 
@@ -30,6 +31,8 @@ def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
     rows = []
     for solution in solutions:
         row = {**solution.options, **asdict(solution), "options": json.dumps(solution.options)}
+        gain = solution.gain
+        row |= {"gain": gain and gain.mean, "gain_low": gain and gain.low, "gain_high": gain and gain.high}
         rows.append({key: row.get(key) for key in _SOLUTION_COLUMNS})
     write_csv(Path(path), _SOLUTION_COLUMNS, rows)
 

@@ -1,7 +1,9 @@
 """Solutions: trials with their results, the Pareto-optimal ones among them, and the one to take."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capszoo.errors import CapszooError, unknown_name
@@ -34,6 +36,10 @@ class Solution:
         test_top1: Top-1 on the test set, where it was asked for.
         machine: Host and device that ran it.
         images: Training images of an epoch.
+        repeat_of: Number of the trial that this one repeats with another seed; None for a trial of its own.
+        runs: How many runs the figures are means of, see :func:`over_seeds`.
+        accuracy_std: Standard deviation of their accuracies; None of a single run.
+        gain: How much more accurate than the baseline it is, over pairs of equal seeds; None of a single run.
     """
 
     number: int
@@ -51,10 +57,108 @@ class Solution:
     test_top1: float | None = None
     machine: str = ""
     images: int = 0
+    repeat_of: int | None = None
+    runs: int = 1
+    accuracy_std: float | None = None
+    gain: "Difference | None" = None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return int(self.options.get("seed", 0))
 
     def gains(self, objectives: Sequence[str]) -> tuple[float, ...]:
         """Values of the objectives, larger is better."""
         return tuple(getattr(self, name) * (1 if OBJECTIVES[name] == "maximize" else -1) for name in objectives)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over pairs, with its 95 % confidence interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of the interval by Student's t distribution; None of a single pair.
+        high: Its upper end.
+        pairs: Number of pairs.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """How much larger values are than those of a reference with the same seeds.
+
+    Args:
+        values: Values by seed.
+        reference: Those to compare with; seeds that only one of both has are left out.
+
+    Returns:
+        The difference, None where no seed is common.
+    """
+    differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
+    if not differences:
+        return None
+    mean, pairs = statistics.fmean(differences), len(differences)
+    if pairs == 1:
+        return Difference(mean, None, None, 1)
+    from scipy.stats import t  # comes with scikit-learn
+
+    half = float(t.ppf(0.975, pairs - 1)) * statistics.stdev(differences) / math.sqrt(pairs)
+    return Difference(mean, mean - half, mean + half, pairs)
+
+
+def over_seeds(solutions: Sequence[Solution]) -> list[Solution]:
+    """Trials with the means over their repetitions, which are left out themselves.
+
+    Where some trials were repeated, a search takes its front from those with the most runs alone: of many single runs
+    the best ones were also the luckiest.
+
+    Args:
+        solutions: Trials, repetitions among them.
+    """
+    repetitions: dict[int, list[Solution]] = {}
+    for solution in solutions:
+        if solution.repeat_of is not None and solution.state == "complete":
+            repetitions.setdefault(solution.repeat_of, []).append(solution)
+    runs_of = {
+        solution.number: [solution, *repetitions.get(solution.number, ())]
+        for solution in solutions
+        if solution.repeat_of is None
+    }
+    accuracies = {
+        number: {run.seed: run.accuracy for run in runs if run.state == "complete"} for number, runs in runs_of.items()
+    }
+    baseline = next((s.number for s in solutions if s.name == "baseline" and s.number in accuracies), None)
+    return [_mean_of(runs, accuracies[number], accuracies.get(baseline, {})) for number, runs in runs_of.items()]
+
+
+def _mean_of(runs: list[Solution], accuracies: dict[int, Any], baseline: dict[int, Any]) -> Solution:
+    first = runs[0]
+    if first.state != "complete":
+        return first
+
+    def mean(name: str) -> Any:
+        values = [value for run in runs if (value := getattr(run, name)) is not None]
+        return statistics.fmean(values) if len(values) > 1 else getattr(first, name)
+
+    return replace(
+        first,
+        **{name: mean(name) for name in ("accuracy", "seconds", "seconds_to_best", "test_top1")},
+        runs=len(runs),
+        accuracy_std=statistics.stdev(accuracies.values()) if len(runs) > 1 else None,
+        gain=paired_difference(accuracies, baseline) if len(runs) > 1 else None,
+    )
+
+
+def most_repeated(solutions: Sequence[Solution]) -> list[Solution]:
+    """Of trials with means over seeds, the complete ones with the most runs."""
+    complete = [solution for solution in solutions if solution.state == "complete"]
+    most = max((solution.runs for solution in complete), default=1)
+    return [solution for solution in complete if solution.runs == most]
 
 
 def pareto_front(solutions: Sequence[Solution], objectives: Sequence[str] = tuple(OBJECTIVES)) -> list[Solution]:

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from capszoo.engine import Trainer
+from capszoo.engine.options import DEFAULTS
 
 from .solution import Solution
 
 if TYPE_CHECKING:
     import optuna
 
-# Trials are compared with the gains of others from here on only when so many have finished.
+# Trials are compared with the gains of others of their policy only when so many of these have finished.
 _LEAST_PEERS = 3
 
 
@@ -23,9 +24,10 @@ def why_stop(
 ) -> str:
     """Why a trial is not worth more time; empty if it is.
 
-    More than `most_seconds` is too much. As for the rest, seconds only grow and parameters
-    are known. The accuracy may still rise, by as much as it did in any finished trial from the same fraction of
-    its epochs on. If even that would leave the trial behind a finished one in every objective, it is stopped.
+    More than `most_seconds` is too much. As for the rest, seconds only grow and parameters are known. The accuracy may
+    still rise, by as much as it did in any finished trial of the same policy from the same fraction of its epochs on:
+    what one schedule has reached halfway says nothing of another, which may gain most at its end. If even that would
+    leave the trial behind a finished one in every objective, it is stopped.
 
     Args:
         trial: The trial, whose `parameters` are among its attributes.
@@ -40,7 +42,9 @@ def why_stop(
     if len(peers) < _LEAST_PEERS:
         return ""
     fraction = trainer.position.epoch / trainer.policy.epochs
-    gains = [gain for peer in peers if (gain := _gain_after(peer, fraction)) is not None]
+    policy = trainer.policy.name
+    alike = [peer for peer in peers if peer.options.get("policy", DEFAULTS.policy) == policy]
+    gains = [gain for peer in alike if (gain := _gain_after(peer, fraction)) is not None]
     if len(gains) < _LEAST_PEERS:
         return ""
     accuracy = min(1.0, trainer.best["eval_top1"] + max(gains))

@@ -40,4 +40,5 @@ def solution_of(trial: "optuna.trial.FrozenTrial", images: int) -> Solution:
         test_top1=attributes.get("test_top1"),
         machine=attributes.get("machine", ""),
         images=images,
+        repeat_of=attributes.get("repeat_of"),
     )

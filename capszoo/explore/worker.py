@@ -117,6 +117,8 @@ class Worker:
             name = trial.suggest_categorical("row", list(rows))
             options = {**rows[name], "seed": trial.suggest_int("seed", 0, 2**31)}
         options = {**self.options, **options}
+        if "seed" in trial.user_attrs:  # of a repetition
+            options["seed"] = trial.user_attrs["seed"]
         options["model_kwargs"] = {**self.options.get("model_kwargs", {}), **options.get("model_kwargs", {})}
         trial.set_user_attr("name", trial.user_attrs.get("name", name))
         done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -202,8 +204,9 @@ class Worker:
         return [solution for solution in solutions if solution.state == "complete"]
 
     def _why_stop(self, trial: "optuna.Trial", trainer: Trainer, peers: list[Solution]) -> str:
-        """Why a trial is not worth more time; empty if it is, as the baseline and the rows of a grid always are."""
-        if not isinstance(self.plan, Space) or trial.user_attrs.get("name") == "baseline":
+        """Why a trial is not worth more time; empty if it is, as the baseline, rows of a grid and repetitions are."""
+        known = trial.user_attrs
+        if not isinstance(self.plan, Space) or known.get("name") == "baseline" or "repeat_of" in known:
             return ""
         return why_stop(trial, trainer, peers, self.objectives, self.study.user_attrs.get("most_seconds"))
 

@@ -15,7 +15,7 @@ from .parts import PARTS, SCORES
 __all__ = ["FINE_TUNING", "PRUNE_OPTIONS", "PruneOptions", "flat_prune_values", "prune_options_text"]
 
 # None where the weights tell.
-FINE_TUNING = replace(DEFAULTS, dataset=None, decoder=None, epochs=5, lr=1e-4, reconstruction_weight=0.0005)
+FINE_TUNING = replace(DEFAULTS, dataset=None, decoder=None, epochs=5, lr=1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,11 @@ from torch import Tensor, nn
 
 from capszoo.engine.task import Normalization, class_to_reconstruct, reconstruct_parts
 from capszoo.layers import ScaledConv2d, capsule_lengths, squash
-from capszoo.losses import margin_loss, present_classes, reconstruction_loss
+from capszoo.losses import default_reconstruction_weight, margin_loss, present_classes, reconstruction_loss
 from capszoo.models import CapsNet
 
 from .parts import capsule_places, check_model, check_part, check_score, count_types, types_of_capsules
 
-# Sabour, Frosst and Hinton 2017, section 4.1.
-_RECONSTRUCTION_WEIGHT = 0.0005
 # The votes of so many images are held at once: [16, 1152, 10, 16] floats are 12 MB.
 _COUPLING_BATCH = 16
 
@@ -38,9 +36,9 @@ def scores(
 
     'taylor' is the mean over images of ``|sum of activation * dL/d activation|``, the sum over all values of the part
     (Molchanov et al. 2017, equation 7): to first order, what the loss L of the image changes by when the part is held
-    at zero. L is the criterion (the margin loss by default), plus 0.0005 times the reconstruction loss where there is a
-    decoder. Activations are the maps after ReLU, the squashed primary capsules, and the decoder's units after ReLU:
-    units that never fire score exactly 0.
+    at zero. L is the criterion (the margin loss by default), plus the reconstruction loss with its default weight
+    where there is a decoder. Activations are the maps after ReLU, the squashed primary capsules, and the decoder's
+    units after ReLU: units that never fire score exactly 0.
 
     'coupling' (capsules and types) is the mean over images of ``c_iy |x_i|``: the coupling coefficient c of capsule i
     to the true class y in the last routing iteration, times the length of the capsule's pose x. The length is the
@@ -230,7 +228,7 @@ def _taylor(
                 pixels = Normalization(model, images.device).undo(images)
             else:
                 drawn, pixels = reconstruct_parts(model.decoder, capsules, labels, shown.shape[1]), shown
-            loss = loss + _RECONSTRUCTION_WEIGHT * reconstruction_loss(drawn, pixels)
+            loss = loss + default_reconstruction_weight(images[0].numel()) * reconstruction_loss(drawn, pixels)
         # Losses are means over the batch; the gradients wanted are those of each image's own loss.
         gradients = torch.autograd.grad(loss * len(labels), activations)
     changes = [_at_least_float32(a.detach()) * g for a, g in zip(activations, gradients, strict=True)]

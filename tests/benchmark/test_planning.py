@@ -3,6 +3,7 @@
 import torch
 
 from capszoo.benchmark.planning import SUBJECTS, Scope, plan
+from capszoo.benchmark.steps import own_variants
 
 
 def test_order_on_a_gpu_begins_with_what_matters():
@@ -34,4 +35,14 @@ def test_order_on_a_gpu_begins_with_what_matters():
     assert [name for name, graph in ways if not graph] == [
         "routing large 128 float32",
         *(f"routing {name} 128 float32" for name in ("capsnet_ws", "capsnet", "capsnet_tiny")),
+    ]
+
+
+def test_families_of_another_routing_have_forms_of_their_own_to_compare():
+    names = ["efficient_capsnet", "capsnet_vb_mini", "cnn_baseline_tiny"]
+    scope = Scope(["training"], names, [4], [4], torch.device("cpu"), None)
+    assert [list(group.makers) for group in plan(scope, ["float32"])] == [
+        ["fused", "unfused", "uniform"],
+        ["fused", "unfused", "uniform"],
+        [variant for variant in ("fused", "direct") if variant in own_variants("cnn_baseline_tiny")],
     ]

@@ -7,6 +7,7 @@ from capszoo.benchmark import steps
 from capszoo.benchmark.measuring import peak_bytes
 from capszoo.benchmark.planning import LARGE
 from capszoo.benchmark.variants import plain_bytes
+from capszoo.layers import use_fused_routing
 
 CPU = torch.device("cpu")
 
@@ -54,3 +55,16 @@ def test_layers_are_timed_on_what_the_model_gives_them(name, layer, monkeypatch)
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: grads.extend(real(*args)))
     steps.layer_step(name, layer, torch.bfloat16, "fused", 2, CPU)()
     assert all(grad is not None and grad.isfinite().all() for grad in grads) and bool(grads) == (layer != "optimizer")
+
+
+def test_variants_of_a_family_route_as_their_names_say(monkeypatch):
+    seen, forward = [], steps.CapsuleTask.forward
+
+    def recorded(task, *args):
+        seen.append((use_fused_routing(), task.model.arguments()["num_routing"]))
+        return forward(task, *args)
+
+    monkeypatch.setattr(steps.CapsuleTask, "forward", recorded)
+    for variant in ("fused", "unfused", "uniform"):
+        steps.training_step("capsnet_vb_mini", None, variant, 2, CPU)()
+    assert seen == [(True, 2), (False, 2), (True, 1)] and use_fused_routing()

@@ -33,6 +33,15 @@ def test_info(capsys):
     assert "no weights are shipped" in call(capsys, "info", "cnn_baseline")[1]
 
 
+def test_info_of_a_file(capsys, tmp_path):
+    model = capszoo.create_model("capsnet_tiny", conv_dim=8, num_classes=3)
+    capszoo.save_model(tmp_path / "best.safetensors", model, dataset="pets", eval_top1=0.5)
+    code, out, _ = call(capsys, "info", str(tmp_path))
+    first, second = out.splitlines()
+    assert code == 0 and first == str(capszoo.model_info(model))
+    assert second.endswith("best.safetensors: dataset pets, eval_top1 0.5, capszoo_version " + capszoo.__version__)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -41,6 +50,7 @@ def test_info(capsys):
         (["list", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["info", "capsnet_tny"], "did you mean 'capsnet_tiny'"),
         (["train", "--dataset", "pets"], "unknown data set 'pets'"),
+        (["train", "../pets"], "'../pets' has no option before it: did you mean --dataset ../pets?"),
         (["train", "--epoch", "3"], "unknown option '--epoch', did you mean '--epochs'"),
         (["validate"], "give either weights"),
         ([], "required: COMMAND"),

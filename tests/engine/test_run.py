@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import capszoo
 from capszoo.checkpoint import load_weights
 from capszoo.engine import evaluate
 from capszoo.engine.options import (
@@ -26,6 +27,19 @@ def test_equal_options_make_equal_networks(digits):
     weights = [trainer.task.model.state_dict() for trainer in (first, second, other)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_a_checkpoint_of_other_classes_and_images_gives_what_fits(digits, tmp_path):
+    torch.manual_seed(1)
+    trained = capszoo.create_model("capsnet_tiny", conv_dim=8, num_classes=3, in_chans=3, img_size=20, decoder=True)
+    capszoo.save_model(tmp_path / "pets.safetensors", trained, mean=[0.2, 0.4, 0.6], std=[0.25])
+    options = {"model_kwargs": {"conv_dim": 8}, "checkpoint": str(tmp_path / "pets.safetensors")}
+    model = make_model(options_from(options), digits)
+    assert (model.num_classes, model.in_chans, model.img_size) == (10, 1, (28, 28))
+    assert torch.equal(model.primary_caps.conv.weight, trained.primary_caps.conv.weight)
+    assert torch.equal(model.conv1.bias, trained.conv1.bias) and model.pretrained_cfg["mean"] == (0.4,)
+    with pytest.raises(ValueError, match="these weights do not fit 'capsnet_tiny'"):
+        make_model(options_from({**options, "model_kwargs": {"conv_dim": 16}}), digits)
 
 
 def test_options_reach_what_they_name(digits):

@@ -166,14 +166,15 @@ def test_same_options_are_not_trained_twice(digits, tmp_path, explore):
 
 
 def trainer_at(epoch, epochs, seconds, accuracy):
-    return Namespace(position=Namespace(epoch=epoch, total_seconds=seconds), policy=Namespace(epochs=epochs),
-                     best={"eval_top1": accuracy})  # fmt: skip
+    policy = Namespace(epochs=epochs, name="fixed")
+    position = Namespace(epoch=epoch, total_seconds=seconds)
+    return Namespace(position=position, policy=policy, best={"eval_top1": accuracy})
 
 
 def test_only_hopeless_trials_are_stopped(searched, solution):
     exploration, _ = searched
     history = [[1, 5.0, 0.5], [2, 10.0, 0.8], [3, 15.0, 0.85], [4, 20.0, 0.9]]
-    peers = [solution(n, 0.9, 20.0, 1000, history=history) for n in range(3)]
+    peers = [solution(n, 0.9, 20.0, 1000, history=history, options={"policy": "fixed"}) for n in range(3)]
 
     def why(epoch, seconds, accuracy, parameters=1000, peers=peers):
         trial = Namespace(number=9, user_attrs={"parameters": parameters})
@@ -184,6 +185,10 @@ def test_only_hopeless_trials_are_stopped(searched, solution):
     assert why(2, 19.0, 0.7) == "", "it may still be the fastest"
     assert why(2, 30.0, 0.7, parameters=999) == "", "it is the smallest"
     assert why(2, 30.0, 0.7, peers=peers[:2]) == "", "two finished trials say too little"
+    others = [replace(peer, options={}) for peer in peers]
+    assert why(2, 30.0, 0.7, peers=others) == "", (
+        "those of another policy say nothing of what this one gains at its end"
+    )
 
 
 def test_a_study_of_other_rows_or_options_is_refused(digits, tmp_path, explore):
@@ -204,3 +209,29 @@ def test_a_short_budget_stops_nothing_that_a_long_one_began(digits, tmp_path, ex
     assert again.run(budget=300) and again.study.user_attrs["most_seconds"] == 1000
     assert {s.state for s in again.solutions()} == {"complete", "failed"}, "failed: what was interrupted, and retried"
     assert again.baseline().name == "baseline"
+
+
+def test_what_is_good_gets_more_epochs_and_what_is_best_other_seeds(digits, tmp_path, explore):
+    space = Space("capsnet_tiny", digits, 3, fixed={"policy": "fixed", "model_kwargs": SMALL})
+    known = {**space.queue()[0], "batch_size": 64}
+    space.queue = lambda: [known, {**known, "epochs": 1, "lr": 3e-3}]
+    exploration = explore(space, digits, tmp_path, trials=2, seeds=2)
+    assert exploration.run()
+    trials = exploration.study.get_trials(deepcopy=False)
+    baseline, short, promoted = trials[:3]
+    assert promoted.user_attrs["promoted_from"] == 1 and promoted.params == {**short.params, "epochs": 3}
+    assert baseline.user_attrs["name"] == "baseline" and promoted.user_attrs["options"]["lr"] == 3e-3
+    solutions = exploration.solutions()
+    again = [solution for solution in solutions if solution.repeat_of is not None]
+    # The short one is the fastest, and the baseline is repeated in any case.
+    assert {0, 1} <= {solution.repeat_of for solution in again} and all(solution.seed == 1 for solution in again)
+    for solution in again:
+        first = solutions[solution.repeat_of]
+        assert {**first.options, "seed": 1} == solution.options
+    means = exploration.candidates()
+    assert all(solution.runs == 2 and solution.gain.pairs == 2 for solution in means)
+    repeated = next(solution for solution in again if solution.repeat_of == 1)
+    found = next(solution for solution in means if solution.number == 1)
+    assert found.accuracy == pytest.approx((solutions[1].accuracy + repeated.accuracy) / 2)
+    assert exploration.baseline().runs == 2 and exploration.baseline().gain.mean == 0
+    assert exploration.run() and len(exploration.solutions()) == len(solutions), "all is done"

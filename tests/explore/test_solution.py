@@ -1,5 +1,6 @@
 """capszoo.explore: what is Pareto-optimal, what is chosen, and how rows and times compare."""
 
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capszoo.explore import OBJECTIVES, ExplorationError, choose, compare, pareto_front, retime
+from capszoo.explore.solution import most_repeated, over_seeds, paired_difference
 
 values = st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5))
 
@@ -76,6 +78,9 @@ def test_comparison_with_the_baseline_of_the_same_seed(solution):
     assert quick["saving_std"] == pytest.approx(0.1 / 2**0.5)
     assert quick["accuracy"] == pytest.approx(0.96) and quick["test_top1"] == pytest.approx(0.95)
     assert quick["epoch_seconds"] == pytest.approx((4 + 20 / 3) / 2)
+    assert quick["gain"] == pytest.approx((0.05 + 0.01) / 2) and quick["gain_low"] < 0 < quick["gain_high"]
+    assert baseline["gain"] == baseline["gain_low"] == 0 and poor["gain"] == pytest.approx(-0.7)
+    assert poor["gain_low"] is None
     assert poor["reached"] == 0 and poor["seconds_to_baseline"] is poor["saving"] is poor["accuracy_std"] is None
 
 
@@ -87,3 +92,25 @@ def test_times_measured_at_rest_replace_those_of_the_trials(solution):
     timed, same = retime([trial, waiting], lambda solution, batch_size: {1: 10.0, 16: 2.0}[batch_size])
     assert timed.history == [[1, 10.0, 0.5], [2, 12.0, 0.9], [3, 14.0, 0.8]] and same == waiting
     assert (timed.seconds, timed.seconds_to_best, timed.accuracy) == (14.0, 12.0, 0.9)
+
+
+def test_means_over_seeds_and_their_difference_from_the_baseline(solution):
+    def run(number, accuracy, seed, repeat_of=None, **kwargs):
+        return solution(number, accuracy, 10.0 + seed, options={"seed": seed}, repeat_of=repeat_of, **kwargs)
+
+    trials = [
+        run(0, 0.90, 0, name="baseline"), run(1, 0.93, 0), run(2, 0.99, 0), run(3, None, 0, state="failed"),
+        run(4, 0.80, 1, 0), run(5, 0.85, 1, 1), run(6, 0.82, 2, 0), run(7, 0.81, 2, 1),
+        run(8, 0.1, 2, 1, state="stopped"),
+    ]  # fmt: skip
+    baseline, better, once, failed = over_seeds(trials)
+    assert (baseline.runs, better.runs, once.runs, failed) == (3, 3, 1, trials[3])
+    assert baseline.accuracy == pytest.approx(0.84) and baseline.seconds == 11 and once.gain is None
+    assert better.accuracy_std == pytest.approx(statistics.stdev([0.93, 0.85, 0.81]))
+    gain = better.gain
+    # The differences are 0.03, 0.05 and -0.01; Student's t of two degrees of freedom is 4.303.
+    half = 4.3027 * statistics.stdev([0.03, 0.05, -0.01]) / 3**0.5
+    assert gain.mean == pytest.approx(0.07 / 3) and gain.pairs == 3
+    assert (gain.low, gain.high) == pytest.approx((gain.mean - half, gain.mean + half), abs=1e-5)
+    assert most_repeated([baseline, better, once, failed]) == [baseline, better]
+    assert paired_difference({0: 1.0}, {1: 0.5}) is None and paired_difference({0: 1.0}, {0: 0.5}).high is None

@@ -294,7 +294,7 @@ def test_every_shipped_file_is_in_the_table():
     files = {path.name.removesuffix(".safetensors") for path in pretrained.WEIGHTS_DIR.glob("*.safetensors")}
     entries = set(json.loads((pretrained.WEIGHTS_DIR / "weights.json").read_text()))
     assert files == entries == set(capszoo.list_pretrained())
-    assert sum(pretrained.weights_path(name).stat().st_size for name in files) <= 45_000_000
+    assert sum(pretrained.weights_path(name).stat().st_size for name in files) <= 50_000_000
 
 
 @pytest.mark.parametrize("name", capszoo.list_pretrained())
@@ -303,19 +303,24 @@ def test_shipped(name):
     assert pretrained.sha256_of(path) == entry["sha256"]
     with safe_open(path, framework="pt") as file:
         card = file.metadata()
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+        dtypes = {file.get_tensor(key).dtype for key in file.keys() if not key.endswith("num_batches_tracked")}
+        assert dtypes == {torch.float16}
     assert card["model"] == name.split(".")[0] and card["precision"] == "float16"
     words = shlex.split(card["recipe"])
     assert words[0] == "python" and words[1].startswith("recipes/") and not any(Path(w).is_absolute() for w in words)
-    assert 0.5 < json.loads(card["test_top1"]) == entry["top1"] <= 1 and 0.5 < json.loads(card["eval_top1"]) <= 1
+    # The table has what recipes/validate.py measures of the rounded weights, the card what the run measured.
+    assert 0.5 < entry["top1"] == pytest.approx(json.loads(card["test_top1"]), abs=1e-3)
+    assert 0.5 < json.loads(card["eval_top1"]) <= 1
     for key in ("capszoo_version", "dataset", "date", "license", "model_args"):
         assert card[key], key
     assert json.loads(card["seed"]) >= 0 and json.loads(card["epochs"]) > 0
-    model = capszoo.create_model(name, pretrained=True, decoder=True).eval()
+    has_decoder = json.loads(card["model_args"]).get("decoder", False)
+    model = capszoo.create_model(name, pretrained=True, **({"decoder": True} if has_decoder else {})).eval()
     assert json.loads(card["class_names"]) == list(model.pretrained_cfg["label_names"]) == entry["label_names"]
     assert len(entry["label_names"]) == model.num_classes
     weights = unfold_scales(stored(name), model)
     assert equal_to(model, weights) == set(model.state_dict()) == set(weights)
     x = torch.rand(2, model.in_chans, *model.img_size)
     assert model(x).shape == (2, model.num_classes) and model(x).isfinite().all()
-    assert model.reconstruct(x).isfinite().all()
+    if has_decoder:
+        assert model.reconstruct(x).isfinite().all()

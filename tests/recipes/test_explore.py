@@ -348,13 +348,17 @@ def test_the_paper_has_eight_rows():
     import torch
 
     digits = capszoo.data.load_data("digits", "data")
+    as_coded = {row.name: row.options for row in read_grid(["paper_as_coded"], {})}
     for row in rows:
         with torch.device("meta"):
             model = make_model(options_from(row.options), digits)
         shared = row.name.endswith("weight_sharing")
         # The paper counts the 11,520 coupling coefficients as parameters.
+        coded = as_coded.pop(f"{row.name}_as_coded", row.options)
+        assert (coded["model"], coded["start"]) == (row.options["model"], row.options["start"])
         counted = next(int(r["parameters"]) for r in published if r["name"] == row.name)
         assert sum(p.numel() for p in model.parameters()) + 11_520 == counted, shared
+    assert not as_coded  # each is another form of a row of the paper
     scaled = read_grid(["paper"], {"model": "capsnet_tiny", "epochs": 8, "warm_epochs": 1})
     assert [row.options.get("warm_epochs") for row in scaled] == [None] * 4 + [1, 1, None, 1]
     assert {(row.options["model"], row.options["epochs"]) for row in scaled} == {("capsnet_tiny", 8)}

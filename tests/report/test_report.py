@@ -81,11 +81,13 @@ def test_show_a_run(run_folder, tmp_path, capsys):
     assert "60 of the 360 test images of digits" in page.read_text()
 
 
-def test_show_images_of_which_the_class_is_not_known(run_folder, tmp_path, monkeypatch):
+def test_show_images_of_which_the_class_is_not_known(run_folder, tmp_path, monkeypatch, capsys):
     for number in range(3):
         Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_text("not an image")
     monkeypatch.chdir(tmp_path)
     assert show.main([str(run_folder / "best.safetensors"), "--device", "cpu", "."]) == 0
+    assert capsys.readouterr().err.startswith("left out: '3.png'")
     text = (tmp_path / "best.html").read_text()
     assert "3 images" in text and "<h2>Images</h2>" in text and "Confusion" not in text and "accuracy" not in text
 

@@ -1,0 +1,173 @@
+"""Write the tables of figures in README.md and docs/ from the CSV files in recipes/results.
+
+    python recipes/tables.py            # writes them anew, where they have changed
+    python recipes/tables.py --check    # changes nothing; fails if a table is not that of its file
+
+A table stands between the comments `<!-- table KIND FILE.csv COLUMN ... -->` and `<!-- end of table -->`. The kinds are
+those of KINDS below; a file that is not there, or a figure that is not in it, is "not measured yet".
+"""
+
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.errors import UsageError
+from capszoo.files import read_rows, write_atomically
+from capszoo.pretrained import read_table
+
+Rows = list[dict[str, str]]
+
+MARKED = re.compile(r"(<!-- table (\S+) ([^>]*?) ?-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+NOT_MEASURED = "not measured yet"
+TITLES = {
+    "top1": "top-1",
+    "top1_affine": "`mnist_affine`'s changes",
+    "top1_rotate_15": "rotated 15°",
+    "top1_rotate_30": "rotated 30°",
+    "top1_shift_6": "shifted up to 6 px",
+    "top1_scale_0.8": "scaled 0.8",
+    "top1_scale_1.2": "scaled 1.2",
+    "param_count": "parameters",
+    "images_per_second": "images/s",
+    "step_ms": "step",
+    "entropy": "entropy of couplings",
+}
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(description="Write the tables of README.md and docs/ from the files of recipes/results.")
+    add = parser.add_argument
+    add("pages", nargs="*", metavar="PAGE.md", help="pages; default README.md and those in docs/")
+    add("--check", action="store_true", help="change nothing, and fail if a table is not that of its file")
+    return parser
+
+
+def cell(key: str, value: str | None) -> str:
+    """One figure as the tables show it."""
+    if value in (None, ""):
+        return NOT_MEASURED
+    if key.startswith("top1"):
+        return f"{100 * float(value):.2f} %"
+    if key in ("param_count", "images_per_second"):
+        return f"{round(float(value)):,}"
+    return value
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
+
+
+def accuracies(rows: Rows, columns: Sequence[str]) -> str:
+    """The rows of recipes/validate.py."""
+    shipped = read_table()
+    names = [f"`{row['model']}`" + ("" if row["model"] in shipped else " (not shipped)") for row in rows]
+    body = [[name, *(cell(key, row.get(key)) for key in columns)] for name, row in zip(names, rows, strict=True)]
+    return markdown(["weights", *(TITLES.get(key, key) for key in columns)], body)
+
+
+def spread(values: Sequence[float], scale: float = 1.0, unit: str = "") -> str:
+    """Mean and standard deviation, of one value the value alone."""
+    mean = scale * statistics.mean(values)
+    deviation = f" ± {scale * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean:.2f}{deviation}{unit}"
+
+
+def routing_gain(rows: Rows, columns: Sequence[str]) -> str:
+    """The rows of recipes/ablation.py: routing, uniform couplings, and their difference over pairs of equal seeds."""
+    groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
+    for row in rows:
+        key = row["model"], row["epochs"]
+        groups.setdefault(key, {}).setdefault(row["couplings"], {})[row["seed"]] = row
+    body = []
+    for (model, epochs), found in groups.items():
+        seeds = sorted(found.get("routing", {}).keys() & found.get("uniform", {}).keys())
+        if not seeds:
+            continue
+        cells = [f"`{model}`", epochs, str(len(seeds))]
+        for key in columns:
+            routing, uniform = ([float(found[kind][seed][key]) for seed in seeds] for kind in ("routing", "uniform"))
+            gains = [a - b for a, b in zip(routing, uniform, strict=True)]
+            cells += [spread(routing, 100, " %"), spread(uniform, 100, " %"), f"{statistics.mean(gains) * 100:+.2f}"]
+            cells[-1] += f" ± {100 * statistics.stdev(gains):.2f}" if len(gains) > 1 else ""
+        times = [float(found["routing"][seed]["step_ms"]) / float(found["uniform"][seed]["step_ms"]) for seed in seeds]
+        entropies = [float(found["routing"][seed]["entropy"]) for seed in seeds]
+        body.append([*cells, f"{statistics.median(times):.2f}", f"{statistics.mean(entropies):.3f}"])
+    header = ["model", "epochs", "seeds"]
+    for key in columns:
+        header += [f"{TITLES.get(key, key)}: routing", "uniform", "gain"]
+    return markdown([*header, "step time, routing / uniform", TITLES["entropy"]], body) if body else NOT_MEASURED + "\n"
+
+
+def families(rows: Rows, columns: Sequence[str]) -> str:
+    """Steps of recipes/benchmark.py: ours, and over ours that of references, that without routing, and of the stem."""
+    steps: dict[str, dict[str, dict[str, str]]] = {}
+    stems: dict[str, float] = {}
+    for row in rows:
+        if row["subject"] == "training step":
+            steps.setdefault(row["model"], {})[row["variant"]] = row
+        elif row["layer"] in columns and row["variant"] == "fused":
+            stems[row["model"]] = stems.get(row["model"], 0.0) + float(row["median_ms"])
+    body = []
+    for model, variants in steps.items():
+        ours = variants["fused"]
+        cells = [f"`{model}`", ours["batch_size"], f"{float(ours['images_per_second']):,.0f}"]
+        for variant in ("unfused", "uniform"):
+            row = variants.get(variant, {})
+            ratio, memory = (row.get(key) for key in ("ratio_to_fused", "peak_ratio_to_fused"))
+            cells.append(f"{float(ratio):.2f} ({float(memory):.2f})" if ratio and memory else "-")
+        stem = stems.get(model)
+        body.append([*cells, f"{float(ours['median_ms']) / stem:.2f}" if stem else "-"])
+    header = ["model", "batch", "images/s", "references: time (memory) over ours", "uniform", "ours over stem"]
+    return markdown(header, body) if body else NOT_MEASURED + "\n"
+
+
+KINDS: dict[str, Callable[[Rows, Sequence[str]], str]] = {
+    "accuracies": accuracies,
+    "routing-gain": routing_gain,
+    "families": families,
+}
+
+
+def renewed(text: str, page: Path) -> str:
+    """The text of a page with its tables written anew."""
+
+    def renew(match: re.Match[str]) -> str:
+        opening, kind, arguments, _, closing = match.groups()
+        file, *columns = arguments.split() or [""]
+        if kind not in KINDS or not file.endswith(".csv"):
+            raise UsageError(f"{str(page)!r}: table {kind} {arguments} is not KIND FILE.csv COLUMN ...: see --help")
+        path = results_folder() / file
+        rows = read_rows(path, "mend or delete it") if path.exists() else []
+        return f"{opening}{KINDS[kind](rows, columns) if rows else NOT_MEASURED + chr(10)}{closing}"
+
+    return MARKED.sub(renew, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, _ = build_parser().parse(argv)
+    root = Path(__file__).resolve().parents[1]
+    pages = [Path(page) for page in args.pages] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    console, changed = Console(highlight=False, soft_wrap=True), 0
+    for page in pages:
+        if not page.is_file():
+            raise UsageError(f"no page at {str(page)!r}: check the path")
+        text = page.read_text(encoding="utf-8")
+        new = renewed(text, page)
+        if new == text:
+            continue
+        changed += 1
+        console.print(f"{page}: {'a table is not that of its file' if args.check else 'written anew'}")
+        if not args.check:
+            write_atomically(page, lambda temporary, new=new: temporary.write_text(new, encoding="utf-8"))
+    return int(args.check and changed > 0)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    run(main)

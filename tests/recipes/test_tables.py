@@ -1,0 +1,86 @@
+"""recipes/tables.py: tables of pages from files of results."""
+
+import csv
+
+import pytest
+
+from capszoo.errors import UsageError
+from capszoo.recipes import tables
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "results_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def page(tmp_path, table, text="old\n"):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n<!-- table {table} -->\n{text}<!-- end of table -->\nbehind\n")
+    return path
+
+
+def body(path):
+    return path.read_text().split("-->\n", 1)[1].split("<!-- end", 1)[0].splitlines()
+
+
+def test_accuracies(results):
+    write(results / "r.csv", [
+        {"model": "capsnet.mnist", "top1": 0.9955, "top1_scale_0.8": "", "param_count": 6804384},
+        {"model": "cnn_baseline", "top1": 0.5, "top1_scale_0.8": 0.12345, "param_count": 12},
+    ])  # fmt: skip
+    path = page(results, "accuracies r.csv top1 top1_scale_0.8 param_count")
+    assert tables.main([str(path), "--check"]) == 1 and body(path) == ["old"]
+    assert tables.main([str(path)]) == 0 and tables.main([str(path), "--check"]) == 0
+    assert body(path) == [
+        "| weights | top-1 | scaled 0.8 | parameters |",
+        "|---|---|---|---|",
+        "| `capsnet.mnist` | 99.55 % | not measured yet | 6,804,384 |",
+        "| `cnn_baseline` (not shipped) | 50.00 % | 12.35 % | 12 |",
+    ]
+    assert path.read_text().startswith("before\n") and path.read_text().endswith("\nbehind\n")
+
+
+def test_routing_gain_is_over_pairs_of_seeds(results):
+    rows = [
+        {"model": "deepcaps", "epochs": 2, "couplings": kind, "seed": seed, "top1": top1, "step_ms": ms, "entropy": 0.5}
+        for kind, seed, top1, ms in (
+            ("routing", 0, 0.92, 30), ("routing", 1, 0.90, 30), ("routing", 2, 0.1, 30),  # the last has no twin
+            ("uniform", 1, 0.90, 20), ("uniform", 0, 0.90, 20),
+        )
+    ]  # fmt: skip
+    write(results / "gain.csv", rows)
+    path = page(results, "routing-gain gain.csv top1")
+    tables.main([str(path)])
+    cells = body(path)[2].strip("| ").split(" | ")
+    assert cells == ["`deepcaps`", "2", "2", "91.00 ± 1.41 %", "90.00 ± 0.00 %", "+1.00 ± 1.41", "1.50", "0.500"]
+
+
+def test_families(results):
+    row = {"subject": "training step", "model": "deepcaps", "layer": "", "batch_size": 4, "variant": "fused"}
+    row |= {"median_ms": 30, "ratio_to_fused": 1, "images_per_second": 1333.3, "peak_ratio_to_fused": 1}
+    stem = {"subject": "layer", "variant": "fused"}
+    write(results / "f.csv", [
+        row, {**row, "variant": "unfused", "ratio_to_fused": 2.5, "peak_ratio_to_fused": 9.123},
+        {**row, **stem, "layer": "stem1", "median_ms": 15}, {**row, **stem, "layer": "stem2", "median_ms": 5},
+        {**row, **stem, "layer": "caps", "median_ms": 10},
+    ])  # fmt: skip
+    path = page(results, "families f.csv stem1 stem2")
+    tables.main([str(path)])
+    assert body(path)[2:] == ["| `deepcaps` | 4 | 1,333 | 2.50 (9.12) | - | 1.50 |"]
+
+
+def test_what_is_not_measured_and_what_is_not_a_table(results):
+    path = page(results, "routing-gain nothing.csv top1")
+    assert tables.main([str(path)]) == 0 and body(path) == ["not measured yet"]
+    with pytest.raises(UsageError, match="table plots r.csv is not KIND FILE.csv COLUMN"):
+        tables.main([str(page(results, "plots r.csv"))])
+    with pytest.raises(UsageError, match="^no page at 'nothing.md': check the path$"):
+        tables.main(["nothing.md"])
