@@ -38,7 +38,7 @@ def margin_loss(
 ) -> Tensor:
     """Margin loss (Sabour, Frosst and Hinton 2017, equation 4), summed over classes.
 
-    Per class k: T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2.
+    Per class k: ``T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2``.
 
     Args:
         lengths: Lengths of the class capsules ``[B, J]``, floating.

@@ -155,7 +155,8 @@ def predict(model: nn.Module, images: Any, batch_size: int = 256) -> Prediction 
     Args:
         model: A trained model, of `capszoo.load_model(FILE)` or `capszoo.create_model(NAME, pretrained=True)`. It is
             put into evaluation mode for the call.
-        images: An image as :func:`to_pixels` takes it, a sequence of such, a folder, or a batch `[B, C, H, W]`.
+        images: An image as :func:`capszoo.prediction.to_pixels` takes it, a sequence of such, a folder, or a batch
+            `[B, C, H, W]`.
         batch_size: Images at a time.
 
     Returns:

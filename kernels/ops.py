@@ -196,8 +196,8 @@ register_transforms(
 def squash(x: Tensor, approximate: bool = False) -> Tensor:
     """Shorten each vector of the last dimension to a length below 1, and keep its direction.
 
-    v = |x|^2 / (1 + |x|^2) x / |x|: equation 1 of Sabour, Frosst and Hinton (2017). The approximation is that of
-    FasTrCaps (arXiv 1905.10142): x / 2 where |x| <= 2, else x / |x|.
+    ``v = |x|^2 / (1 + |x|^2) x / |x|``: equation 1 of Sabour, Frosst and Hinton (2017). The approximation is that of
+    FasTrCaps (arXiv 1905.10142): ``x / 2`` where ``|x| <= 2``, else ``x / |x|``.
 
     Args:
         x: Vectors, `[..., D]`, of any floating dtype and any strides. Half precision is computed in float32.

@@ -18,11 +18,11 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def squash(x: Tensor, approximate: bool = False) -> Tensor:
-    """v = |x|^2 / (1 + |x|^2) x / |x| along the last dimension.
+    """``v = |x|^2 / (1 + |x|^2) x / |x|`` along the last dimension.
 
     Args:
         x: Vectors, `[..., D]`.
-        approximate: Use x / 2 where |x| <= 2, else x / |x|.
+        approximate: Use ``x / 2`` where ``|x| <= 2``, else ``x / |x|``.
 
     Returns:
         Vectors no longer than 1, shaped as `x`. At a zero vector the result is zero and so are all derivatives (but for

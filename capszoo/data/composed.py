@@ -101,7 +101,7 @@ def move_digits(
 
     Those of the training set are in the middle, from where the loader shifts each by up to 6 pixels each way, anew in
     every epoch; those of the validation split are at random places. Neither knows other transformations, and those of
-    the test set are rotated, sheared and stretched by the published ranges (:mod:`capszoo.data.affine`), at a random
+    the test set are rotated, sheared and stretched by the published ranges (`capszoo.data.affine`), at a random
     place of those where the whole digit is on the canvas. It is the protocol of Sabour, Frosst and Hinton 2017, section
     5.1, with test images of our own.
 

@@ -27,7 +27,7 @@ class Evaluation:
     Attributes:
         top1: Fraction of images whose longest class capsule is the right one. Where labels are weights of the classes,
             the exact-match accuracy: the fraction of images of which just the classes present are predicted, see
-            :mod:`capszoo.engine.metrics`.
+            `capszoo.engine.metrics`.
         loss: Mean over images of the criterion that was trained with, but without its weights of the classes; of the
             margin loss if none is known.
         reconstruction_error: Mean over images of the summed squared pixel differences, drawn from the longest
@@ -39,7 +39,7 @@ class Evaluation:
         average_precision: There, that of each class ``[J]``, NaN where no image shows it; else None.
         mean_average_precision: There, the mean over the classes that are shown; else, or if none is, None.
         exact_top_k: There, the fraction of images whose k longest class capsules are those of the k classes present,
-            see :func:`capszoo.engine.metrics.right_sets`; else None.
+            see `capszoo.engine.metrics.right_sets`; else None.
     """
 
     top1: float
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 def until_stopped(batches: Iterable[Any], should_stop: Callable[[], bool]) -> Iterator[Any]:
-    """Pass batches on; raise :class:`Stopped` once `should_stop`, asked after each, says so."""
+    """Pass batches on; raise :class:`capszoo.errors.Stopped` once `should_stop`, asked after each, says so."""
     for batch in batches:
         yield batch
         if should_stop():

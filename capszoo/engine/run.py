@@ -169,7 +169,7 @@ def make_trainer(
         data: From :func:`load_splits`.
         device: Where to train.
         folder: Run folder, which must exist; None keeps nothing. It may also be set later, before the training.
-        ranks: The processes that train together, from :func:`capszoo.engine.distributed.join_ranks`.
+        ranks: The processes that train together, from `capszoo.engine.distributed.join_ranks`.
         kwargs: More for :class:`capszoo.engine.Trainer`: `on_step`, `on_epoch`, `should_stop`.
 
     Returns:

@@ -1,5 +1,6 @@
 """CapsuleTask: one forward pass of a capsule network to a dictionary of losses."""
 
+import inspect
 import math
 from typing import Any
 
@@ -162,7 +163,7 @@ class CapsuleTask(TrainingTask):
 
     @property
     def kept_model(self) -> nn.Module:
-        """The network whose weights are measured and kept: their average, after `setup_ema`, else :attr:`model`."""
+        """The network whose weights are measured and kept, which is their average after `setup_ema`, else `model`."""
         return unwrap_model(self.trainable_module_ema).model if self.has_ema() else self.model
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> "CapsuleTask":
@@ -171,7 +172,10 @@ class CapsuleTask(TrainingTask):
 
         # Ranks may take unequal numbers of forward passes, and buffers that no training changes need not travel.
         changing = has_batch_norm(self.trainable_module)
-        ddp_kwargs.setdefault("broadcast_buffers", changing)
+        known = inspect.signature(DistributedDataParallel).parameters
+        own = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until 2.13
+        if not {"forward_sync_buffers", "broadcast_buffers"} & ddp_kwargs.keys():
+            ddp_kwargs[own] = changing
         if changing and device_ids:
             self.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(self.trainable_module)
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)

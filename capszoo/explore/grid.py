@@ -115,7 +115,7 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
         baseline: Name of the row to compare with.
 
     Returns:
-        A dictionary a row, in the order of their first trials: means, and standard deviations (`_std`) over seeds.
+        Means, and standard deviations (`_std`) over seeds: a dictionary a row, in the order of their first trials.
         Missing are times where no seed got there; `reached` counts the seeds that did. `gain` is the difference of its
         accuracy from the baseline's, a :class:`Difference`, on the test set where all runs were measured on it.
     """

@@ -37,7 +37,7 @@ class Solution:
         machine: Host and device that ran it.
         images: Training images of an epoch.
         repeat_of: Number of the trial that this one repeats with another seed; None for a trial of its own.
-        runs: How many runs the figures are means of, see :func:`over_seeds`.
+        runs: How many runs the figures are means of, see :func:`capszoo.explore.solution.over_seeds`.
         accuracy_std: Standard deviation of their accuracies; None of a single run.
         gain: How much more accurate than the baseline it is, over pairs of equal seeds; None of a single run.
     """

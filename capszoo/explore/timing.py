@@ -33,7 +33,7 @@ def seconds_of_an_epoch(args: argparse.Namespace, data: DataSplits, device: torc
     """Estimate the training seconds of the first epoch from the median of its first steps.
 
     Args:
-        args: Options of the run, see :mod:`capszoo.engine.options`.
+        args: Options of the run, see `capszoo.engine.options`.
         data: The data set.
         device: Where to train.
         limit: Seconds after which the measurement ends, two steps at least.

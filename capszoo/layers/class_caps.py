@@ -89,7 +89,7 @@ class ClassCaps(nn.Module):
         num_weights: T, the number of vote matrices. T = I gives each capsule its own; where T < I, the I/T
             consecutive capsules of a type share one.
         num_routing: R, the number of routing iterations.
-        routing: Name of the routing, see :func:`list_routings`.
+        routing: Name of the routing, see :func:`capszoo.layers.list_routings`.
         approximate_squash: Use the paper's cheap approximation of squash.
         init_std: Standard deviation of fresh vote matrices, which are normally distributed.
         init_bias: Value of a fresh bias. Not zero by default: class capsules near zero have near-zero gradients, since

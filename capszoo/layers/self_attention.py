@@ -19,7 +19,7 @@ COUPLINGS = ("attention", "uniform")
 
 
 def exponential_squash(x: Tensor) -> Tensor:
-    """v = (1 - exp(-|x|)) x / |x| along the last dimension (Mazzia, Salvetti and Chiaberge 2021, equation 2).
+    """``v = (1 - exp(-|x|)) x / |x|`` along the last dimension (Mazzia, Salvetti and Chiaberge 2021, equation 2).
 
     Unlike the squash of Sabour et al. it is linear near zero, where its derivative is the identity.
 
