@@ -16,7 +16,7 @@ PUBLIC = [
     *(
         f"capszoo.{name}"
         for name in (
-            "contract", "data", "engine", "explore", "figures", "inspect", "kernels", "layers", "losses", "models",
+            "contract", "data", "engine", "explore", "explorer", "export", "figures", "inspect", "kernels", "layers", "losses", "models",
             "policies", "prediction", "prune", "report", "testing",
         )
     ),
