@@ -21,6 +21,7 @@ sys.path.insert(0, str(_DOCS / "extensions"))
 # Tutorials call the command, and torchrun, of the Python that builds them, whether or not its environment is active.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
 os.environ.update(COLUMNS="110", NO_COLOR="1", TTY_COMPATIBLE="0")  # and print plainly, though kernels say otherwise
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tutorials run at once
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would have notebooks show widgets
 # A command's output comes in pieces of 100 bytes. myst_nb's own way to join them adds line breaks.
 NotebookClient.__init__ = partialmethod(NotebookClient.__init__, coalesce_streams=True)

@@ -116,8 +116,9 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
 
     Returns:
         Means, and standard deviations (`_std`) over seeds: a dictionary a row, in the order of their first trials.
-        Missing are times where no seed got there; `reached` counts the seeds that did. `gain` is the difference of its
-        accuracy from the baseline's, a :class:`Difference`, on the test set where all runs were measured on it.
+        Missing are times where no seed got there; `reached` counts the seeds that did. `gain`, a
+        :class:`capszoo.explore.solution.Difference`, is what its accuracy has over the baseline's, on the test set
+        where all runs were measured on it.
     """
     complete = [solution for solution in solutions if solution.state == "complete"]
     references = {s.seed: s for s in complete if s.name == baseline}

@@ -129,8 +129,8 @@ class Network:
             target: Class whose capsule is drawn; that of the highest score if None.
 
         Returns:
-            Lists by name, as far as the network has them: `scores` [J]; `target`; `capsules` [J * D]; `drawn`, the
-            reconstruction as C * H * W numbers from 0 to 255; `shares` [R][P][J], `presence` [P].
+            Lists by name, as far as the network has them; `scores` [J], `target`, `capsules` [J * D], `drawn`, the
+            reconstruction as C * H * W numbers from 0 to 255, `shares` [R][P][J], `presence` [P].
         """
         x = torch.tensor(pixels, dtype=torch.float32, device=self.device).view(1, *self.shape) / 255
         found = dict(zip(OUTPUTS, self.looking(x), strict=False))
