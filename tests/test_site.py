@@ -16,8 +16,8 @@ PUBLIC = [
     *(
         f"capszoo.{name}"
         for name in (
-            "contract", "data", "engine", "explore", "explorer", "export", "figures", "inspect", "kernels", "layers", "losses", "models",
-            "policies", "prediction", "prune", "report", "testing",
+            "contract", "data", "engine", "explore", "explorer", "export", "figures", "inspect", "kernels", "layers",
+            "losses", "models", "policies", "prediction", "prune", "report", "testing",
         )
     ),
 ]  # fmt: skip
