@@ -88,7 +88,9 @@ def shipped_cfgs(models: Iterable[str], cfg: Callable[..., dict[str, Any]]) -> d
     for model in models:
         names = sorted(name for name in table if name.partition(".")[0] == model)
         for name in sorted(names, key=lambda name: not name.endswith(".mnist")):
-            cfgs[name] = cfg(file=str(weights_path(name)), **_fields(table[name]))
+            fields = _fields(table[name])
+            notes = (*fields.pop("notes"), *cfg().get("notes", ()))  # what the family says of itself stays
+            cfgs[name] = cfg(file=str(weights_path(name)), notes=notes, **fields)
         if f"{model}.mnist" not in names:
             cfgs[f"{model}.untrained*"] = cfg()  # timm: the default, whatever stands before it
     return cfgs

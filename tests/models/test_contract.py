@@ -12,6 +12,7 @@ from timm.models import group_parameters
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.task import ClassificationTask
+from torch.testing import assert_close
 
 NAMES = CAPSNETS
 every_model = pytest.mark.parametrize("name", NAMES)
@@ -117,8 +118,9 @@ def test_features_only(name, feature_cls):
     assert [f.shape[2:] for f in features] == [(12, 12), (2, 2), (2, 2)]
     assert reductions == [20 // f.shape[2] for f in features]
     assert (features[0] >= 0).all()
-    assert torch.equal(features[1], model.primary_caps.conv(features[0]))
-    assert torch.equal(features[2], model.forward_features(images()))
+    # What is traced convolves by PyTorch's own form.
+    assert_close(features[1], model.primary_caps.conv(features[0]))
+    assert_close(features[2], model.forward_features(images()))
 
 
 @every_model
@@ -132,7 +134,7 @@ def test_features_only_out_indices(name, feature_cls, indices, levels):
     features = extractor(images())
     assert extractor.feature_info.channels() == [everything[i].shape[1] for i in levels]
     assert len(features) == len(levels)
-    assert all(torch.equal(f, everything[i]) for f, i in zip(features, levels, strict=True))
+    assert_close(features, [everything[i] for i in levels])
 
 
 @every_model

@@ -105,7 +105,7 @@ def test_a_part_votes_where_it_is(case):
         first += height * width
     shares = torch.full((1, len(x), len(places), 4), 0.1)
     shares[:, :, left, 3] = 0.7
-    model.couplings = lambda x, iteration=None: shares
+    model.couplings_of = lambda features: shares
     maps = inspect.part_maps(model, x)[:, 3].mean(dim=(0, 1))  # over images and rows
     assert maps[:2].min() > maps[-2:].max() + 0.1
 
@@ -123,7 +123,7 @@ def test_places_of_a_pruned_network():
     model, x = make("capsnet", num_types=1, img_size=22, keep_capsules=[0, 2, 3, 5, 6, 8]), images(size=22)
     shares = torch.full((1, 2, 6, 4), 0.1)
     shares[:, :, ::2, 3] = 0.7
-    model.couplings = lambda x, iteration=None: shares
+    model.couplings_of = lambda features: shares
     maps = inspect.part_maps(model, x)
     torch.testing.assert_close(maps[:, 3, 1:-1, :4], torch.full((2, 20, 4), 0.7))
     torch.testing.assert_close(maps[:, 3, 1:-1, 17:21], torch.full((2, 20, 4), 0.1))

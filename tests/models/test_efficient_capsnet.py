@@ -84,7 +84,7 @@ def test_features():
     model = capszoo.create_model(NAME).eval()
     assert isinstance(model, EfficientCapsNet)
     cfg, x = model.pretrained_cfg, images(size=(28, 28))
-    assert cfg["pool_size"] == (1, 1) and cfg["paper_ids"] == "arXiv:2101.12491" and "published" in cfg["notes"][0]
+    assert cfg["pool_size"] == (1, 1) and cfg["paper_ids"] == "arXiv:2101.12491" and "published" in cfg["notes"][-1]
     features = model.forward_features(x)
     assert features.shape == (2, 128, 1, 1) and model.conv4(model.conv3(model.conv2(model.conv1(x)))).shape[2:] == (
         9,
