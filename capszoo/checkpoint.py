@@ -353,7 +353,12 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
             raise ValueError(f"{says}: they lack {key!r}")
     fresh = [key for key in misfit.reshaped if key not in left_to_timm] + misfit.missing
     if fresh:
-        _logger.warning(f"Pretrained weights do not cover {', '.join(fresh)}: initialised anew.")
+        # Those of a classifier that timm makes anew, too.
+        named = [*(key for key in misfit.reshaped if key not in left_to_timm[:-1]), *misfit.missing]
+        _logger.warning(
+            f"The weights are of other classes, images or parts than the model, and have nothing for "
+            f"{', '.join(named)}: initialised anew."
+        )
     kept = {key: value for key, value in state_dict.items() if key in own or key in misfit.unknown}
     return {**kept, **{key: own[key] for key in fresh}}
 

@@ -34,7 +34,7 @@ from capszoo.errors import UsageError, first_line
 from capszoo.export import compile_package, model_card, write_kernel
 from capszoo.files import check_kinds, read_json, read_yaml, write_json
 from capszoo.layers import unfold_scales
-from capszoo.opening import open_model
+from capszoo.opening import open_model, weights_in
 from capszoo.precision import choose_device
 from capszoo.registry import model_header, model_keywords
 
@@ -277,7 +277,9 @@ def hub(args: argparse.Namespace) -> int:
         pretrained.check_shipped(name.partition(".")[0], {"file": str(file)})
         card = read_card(file)
     else:
-        file = Path(name)
+        file = weights_in(name)
+        if not file.is_file():
+            open_model(name)  # says what is wrong, with the names of what is shipped
         card = read_card(file)
         name = f"{card['model']}.{Path(card.get('dataset', 'custom')).name}"
         card.setdefault("recipe", read_recipe(file.parent))

@@ -123,7 +123,7 @@ def families(rows: Rows, columns: Sequence[str]) -> str:
             cells.append(f"{float(ratio):.2f} ({float(memory):.2f})" if ratio and memory else "-")
         stem = stems.get(model)
         body.append([*cells, f"{float(ours['median_ms']) / stem:.2f}" if stem else "-"])
-    header = ["model", "batch", "images/s", "references: time (memory) over ours", "uniform", "ours over stem"]
+    header = ["model", "batch", "images/s", "references over ours", "uniform over ours", "ours over stem"]
     return markdown(header, body) if body else NOT_MEASURED + "\n"
 
 

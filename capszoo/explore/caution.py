@@ -21,13 +21,14 @@ _ERRORS = 2.0
 _LEAST_CHANGE = 1.1
 
 
-def cautions(solutions: Sequence[Solution], num_val: int, searched: bool) -> list[str]:
+def cautions(solutions: Sequence[Solution], num_val: int, searched: bool, seeds: int = 1) -> list[str]:
     """Say why the trials of an exploration may be too few, too short or too alike to compare, a line for each reason.
 
     Args:
         solutions: All trials.
         num_val: Images of the validation split.
         searched: Whether options were searched, and not the rows of a grid.
+        seeds: Runs of each solution that were asked for.
 
     Returns:
         The lines; none where nothing speaks against a comparison.
@@ -58,7 +59,9 @@ def cautions(solutions: Sequence[Solution], num_val: int, searched: bool) -> lis
             f"{len(rising)} of {len(steady)} trials of {longest} epochs at a fixed rate were best in their last epoch: "
             "longer ones may rank differently; give more epochs"
         )
-    alike = _alike(complete, num_val)
+    if searched and seeds > 1 and all(solution.repeat_of is None for solution in complete):
+        lines.append("no repetition with another seed is complete; give a larger budget, or more of it with --resume")
+    alike = _alike(complete, num_val, seeds)
     if alike:
         lines.append(alike)
     return lines
@@ -94,7 +97,7 @@ def _changes(trial: Solution) -> bool:
     return max(rates) > _LEAST_CHANGE * min(rates)
 
 
-def _alike(complete: Sequence[Solution], num_val: int) -> str:
+def _alike(complete: Sequence[Solution], num_val: int, asked: int) -> str:
     """Names whose accuracy may be that of the best by chance: the spread of seeds, where there are any, says it."""
     seeds = {}
     for name in _names(complete):
@@ -129,5 +132,5 @@ def _alike(complete: Sequence[Solution], num_val: int) -> str:
         if spread is None
         else f"seeds, whose standard deviation is {100 * spread:.2f} points"
     )
-    advice = "compare them over --seeds" if spread is None else "give more seeds"
+    advice = "compare them over --seeds" if spread is None and asked < 2 else "give more seeds, or more time"
     return f"the order of {_listed(shown)} may be chance: they lie within two standard errors, as of {why}; {advice}"

@@ -18,7 +18,7 @@ from capszoo.precision import resolve_amp
 
 from .caution import RANDOM_TRIALS
 from .grid import Row
-from .reclaim import Reclaimer, retry
+from .reclaim import KEPT, Reclaimer, retry
 from .solution import OBJECTIVES, ExplorationError, Solution, most_repeated, over_seeds, pareto_front
 from .space import Space
 from .storage import open_storage, storage_errors, without_password
@@ -252,6 +252,17 @@ class Exploration:
             if epochs <= self.plan.epochs and solution.number not in promoted and _GROWTH * solution.seconds < most:
                 self._enqueue_again(solution, params={"epochs": epochs}, promoted_from=solution.number)
 
+    def _search_on(self) -> None:
+        """All was repeated, and what is left to do is to search on, with what waited when the repetitions began."""
+        self.study.set_user_attr("repeating", False)
+        trials = self.study.get_trials(deepcopy=False)
+        again = {trial.user_attrs.get("put_off") for trial in trials}
+        for trial in trials:
+            if trial.user_attrs.get("waits_for_seeds") and trial.number not in again:
+                known = {key: trial.user_attrs[key] for key in KEPT if key in trial.user_attrs}
+                point = trial.system_attrs.get("fixed_params", {})
+                self.study.enqueue_trial(point, user_attrs={**known, "queued": True, "put_off": trial.number})
+
     def _repeating(self) -> bool:
         return bool(self.study.user_attrs.get("repeating"))
 
@@ -294,7 +305,7 @@ class Exploration:
         if budget is not None and isinstance(self.plan, Space) and self.seeds > 1:
             self._end_of_search = time.monotonic() + _SHARE_OF_THE_SEARCH * budget
             if all(trial.state.name != "WAITING" for trial in trials_seen(self.study)):
-                self.study.set_user_attr("repeating", False)  # all was repeated: what is left to do is to search on
+                self._search_on()
         if budget is not None and isinstance(self.plan, Space) and "most_seconds" not in self.study.user_attrs:
             # Of the first budget, else a short --resume would stop what a long one began.
             self.study.set_user_attr("most_seconds", budget / 4)
@@ -303,8 +314,9 @@ class Exploration:
         while not should_stop() and not self._out_of_time():
             with storage_errors(self.storage):
                 self._reclaimer.reclaim()
-            if not self._repeating() and self._end_of_search is not None and time.monotonic() > self._end_of_search:
-                self._repeat()
+            if self._end_of_search is not None and time.monotonic() >= self._end_of_search and not self._repeating():
+                if any(solution.state == "complete" for solution in self.solutions()):
+                    self._repeat()
             if self.limited or self._repeating():
                 states = [trial.state.name for trial in trials_seen(self.study)]
                 if "WAITING" not in states:

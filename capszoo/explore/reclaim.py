@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import optuna
 
 
+# What a trial that is enqueued again keeps of the one before.
+KEPT = ("name", "repeat_of", "seed", "promoted_from", "retry_of", "folder_before")
+
+
 class Reclaimer:
     """Takes trials of dead workers back.
 
@@ -47,8 +51,8 @@ class Reclaimer:
 def retry(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
     """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint."""
     known = trial.user_attrs
-    attributes = {"queued": True, "retry_of": known.get("retry_of", trial.number)}
-    attributes |= {key: known[key] for key in ("name", "repeat_of", "seed", "promoted_from") if key in known}
+    attributes = {key: known[key] for key in KEPT if key in known}
+    attributes |= {"queued": True, "retry_of": known.get("retry_of", trial.number)}
     attributes |= {"folder_before": known["folder"]} if "folder" in known else {}
     study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params}, user_attrs=attributes)
 

@@ -65,7 +65,7 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
         "date": time.strftime("%Y-%m-%d"),
     }
     title = f"{facts['model']} on {facts['dataset']}"
-    doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None)
+    doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None, seeds=exploration.seeds)
     write_report(
         folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
         study=exploration.study, command=command, cautions=doubts,

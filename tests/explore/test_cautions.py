@@ -1,5 +1,7 @@
 """capszoo.explore.cautions: when a budget was too small to compare what it trained."""
 
+from dataclasses import replace
+
 import pytest
 
 from capszoo.explore import cautions
@@ -112,3 +114,11 @@ def test_unfinished_and_failed_trials_do_not_count(run, solution):
     stopped = [replace(run(), state="stopped") for _ in range(20)]
     (line,) = cautions([run(), *stopped], 100, searched=True)
     assert line.startswith("1 trial is complete")
+
+
+def test_repetitions_that_did_not_fit(run):
+    trials = [run(accuracy=0.9 + 0.001 * n) for n in range(RANDOM_TRIALS)]
+    lines = cautions(trials, 10_000, searched=True, seeds=3)
+    assert lines == ["no repetition with another seed is complete; give a larger budget, or more of it with --resume"]
+    again = replace(trials[-1], number=99, repeat_of=trials[-1].number, options={**trials[-1].options, "seed": 1})
+    assert cautions([*trials, again], 10_000, searched=True, seeds=3) == []

@@ -235,3 +235,19 @@ def test_what_is_good_gets_more_epochs_and_what_is_best_other_seeds(digits, tmp_
     assert found.accuracy == pytest.approx((solutions[1].accuracy + repeated.accuracy) / 2)
     assert exploration.baseline().runs == 2 and exploration.baseline().gain.mean == 0
     assert exploration.run() and len(exploration.solutions()) == len(solutions), "all is done"
+
+
+def test_repetitions_come_before_what_still_waits(digits, tmp_path, explore, small_space, monkeypatch):
+    monkeypatch.setattr("capszoo.explore.exploration._SHARE_OF_THE_SEARCH", 0)
+    space = small_space(digits, 1)
+    known = {**space.queue()[0], "batch_size": 64}
+    space.queue = lambda: [known, {**known, "lr": 2e-3}, {**known, "lr": 3e-3}]
+    exploration = explore(space, digits, tmp_path, seeds=2)
+    assert exploration.run(budget=1000)
+    assert [(s.state, s.repeat_of, s.seed) for s in exploration.solutions()] == [
+        ("complete", None, 0),
+        ("complete", 0, 1),
+    ]
+    exploration._search_on()
+    waiting = [trial for trial in exploration.study.get_trials(deepcopy=False) if trial.state.name == "WAITING"]
+    assert [trial.system_attrs["fixed_params"]["lr"] for trial in waiting] == [2e-3, 3e-3], "they go on later"

@@ -220,13 +220,13 @@ def test_no_more_than_a_clone_should_carry(export, recipe, make_run, weights_dir
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["ship", "nowhere", "--name", "capsnet_tiny.mnist"], "no checkpoint at 'nowhere'"),
+        (["ship", "nowhere", "--name", "capsnet_tiny.mnist"], "'nowhere' is no file and no shipped weights"),
         (["ship", "nowhere", "--name", "capsnet_tny.mnist"], "did you mean 'capsnet_tiny'?"),
         (["ship", "nowhere", "--name", "capsnet_tiny"], "needs a tag in small letters, such as capsnet_tiny.mnist"),
         (["ship", "nowhere", "--name", "capsnet_tiny.../x"], "needs a tag"),
         (["ship", "nowhere"], "--name"),
         (["ship", "nowhere", "--nam", "capsnet_tiny.mnist"], "--name"),
-        (["hub", "nowhere", "--output", "new"], "no checkpoint at 'nowhere'"),
+        (["hub", "nowhere", "--output", "new"], "'nowhere' is no file and no shipped weights"),
         (["hub", "capsnet_tiny.mnist", "--output", "new"], "no weights are shipped as 'capsnet_tiny.mnist'"),
         (["hub", "nowhere"], "--output"),
         (["push"], "invalid choice: 'push'"),

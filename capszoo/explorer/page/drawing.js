@@ -84,6 +84,10 @@ export class Board extends EventTarget {
     this.paint();
   }
 
+  get isBlank() {
+    return !this.image && !this.strokes.length;
+  }
+
   empty() {
     this.strokes = [];
     this.image = null;

@@ -50,7 +50,6 @@ export class Panel {
     this.root.setAttribute("aria-label", model.name);
     parts.facts.textContent = `${model.parameters.toLocaleString("en")} parameters`
       + (model.dataset ? `, trained on ${model.dataset}` : "");
-    parts.column.textContent = {length: "length of the capsule", probability: "probability", score: "score"}[model.score];
     parts.drawnFigure.hidden = !model.draws;
     parts.capsule.hidden = !model.draws;
     this.pinned = this.answer = null;
@@ -58,7 +57,7 @@ export class Panel {
     parts.radios.replaceChildren();
     parts.iterations.hidden = true;
     parts.note.textContent = model.dims && !model.centers.length
-      ? "No lines: this page has no couplings of parts of the image for this network." : "";
+      ? "No lines: the capsules of this network have no place in the image, or this page has no couplings of it." : "";
     parts.target.replaceChildren(...model.classes.map((name, j) => make("option", {value: j, textContent: name})));
     const rows = Math.min(model.classes.length, MOST_ROWS);
     this.rows = Array.from({length: rows}, () => {
@@ -109,7 +108,10 @@ export class Panel {
 
   show(answer) {
     this.answer = answer;
-    const {model, parts} = this, {scores, target} = answer;
+    const {model, parts} = this, {scores, target} = answer, isBlank = this.board.isBlank;
+    this.root.classList.toggle("blank", isBlank);
+    parts.column.textContent = isBlank ? "nothing is drawn yet"
+      : {length: "length of the capsule", probability: "probability", score: "score"}[model.score];
     this.best = scores.indexOf(Math.max(...scores));
     let shown = scores.map((_, j) => j);
     if (shown.length > MOST_ROWS) {  // the longest, and always the chosen
@@ -129,7 +131,7 @@ export class Panel {
     });
     parts.seen.setAttribute("aria-label", `The image in ${model.shape[2]} by ${model.shape[1]} pixels`);
     parts.target.value = target;
-    this.say(`${model.name}: ${model.classes[this.best]}, ${model.score} ${scores[this.best].toFixed(2)}`);
+    this.say(isBlank ? `${model.name}: nothing is drawn yet` : `${model.name}: ${model.classes[this.best]}, ${model.score} ${scores[this.best].toFixed(2)}`);
     if (answer.capsules) this.resetNumbers();
     if (answer.drawn) this.paintDrawn(answer.drawn);
     this.showIterations();
