@@ -65,6 +65,7 @@ def test_graphs_give_the_numbers_of_pytorch(page):
     assert {key: about[key] for key in network.describe()} == network.describe()
 
 
+@pytest.mark.slow
 def test_graphs_of_a_network_without_places(tmp_path):
     network = fresh("efficient_capsnet", decoder=True, decoder_dims=(16, 24))
     files = export_graphs(network, tmp_path, "efficient")

@@ -220,7 +220,7 @@ def test_no_more_than_a_clone_should_carry(export, recipe, make_run, weights_dir
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["ship", "nowhere", "--name", "capsnet_tiny.mnist"], "'nowhere' is no file and no shipped weights"),
+        (["ship", "nowhere", "--name", "capsnet_tiny.mnist"], "no checkpoint at 'nowhere'"),
         (["ship", "nowhere", "--name", "capsnet_tny.mnist"], "did you mean 'capsnet_tiny'?"),
         (["ship", "nowhere", "--name", "capsnet_tiny"], "needs a tag in small letters, such as capsnet_tiny.mnist"),
         (["ship", "nowhere", "--name", "capsnet_tiny.../x"], "needs a tag"),
