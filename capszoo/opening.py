@@ -1,5 +1,6 @@
 """Open a model with its weights, from the name of shipped weights or from a file, and data for it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def open_model(
         if model_name is not None:
             raise UsageError(f"{source!r} says what model it is, --model {model_name} is for files: leave it out")
         if decoder is None and "decoder" in model_keywords(source):
-            decoder = True
+            decoder = _ships_decoder(source)
         model = create_model(source, pretrained=True, **_with_decoder(decoder, kwargs))
         cfg: Any = model.pretrained_cfg
         name = f"{source.partition('.')[0]}.{cfg['tag']}"
@@ -80,6 +81,13 @@ def open_model(
     kwargs = {**header_arguments(source, model_name, header), **kwargs}
     model = create_model(model_name, checkpoint_path=source, **kwargs)
     return OpenedModel(model, f"{model_name} {source}", Path(source), header, header.get("dataset"))
+
+
+def _ships_decoder(name: str) -> bool:
+    """Whether the shipped weights of this name, or of a model without a tag, have a decoder."""
+    cfg: Any = create_model(name, device="meta").pretrained_cfg
+    file = weights_path(f"{name.partition('.')[0]}.{cfg['tag']}")
+    return file.is_file() and json.loads(read_metadata(file).get("model_args", "{}")).get("decoder", False)
 
 
 def weights_in(path: str | Path) -> Path:

@@ -36,7 +36,7 @@ from capszoo.files import check_kinds, read_json, read_yaml, write_json
 from capszoo.layers import unfold_scales
 from capszoo.opening import open_model, weights_in
 from capszoo.precision import choose_device
-from capszoo.registry import model_header, model_keywords
+from capszoo.registry import model_header
 
 # Arguments that change what a network computes, and the shapes of its weights not always.
 COMPUTING = "num_routing num_passes concurrent routing couplings squash form head head_kwargs keep_capsules".split()
@@ -165,7 +165,7 @@ def check_fit(name: str, tensors: dict[str, Tensor], model_args: dict[str, Any])
         UsageError: If the weights are those of another model; it names the first difference.
     """
     task = {key: model_args[key] for key in ("num_classes", "in_chans", "img_size") if key in model_args}
-    decoder = {"decoder": True} if "decoder" in model_keywords(name) else {}
+    decoder = {"decoder": True} if model_args.get("decoder") else {}
     model = capszoo.create_model(name, device="meta", **task, **decoder)
     own, tensors = model.state_dict(), unfold_scales(tensors, model)
     for key in [*own, *tensors]:

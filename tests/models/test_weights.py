@@ -17,7 +17,9 @@ from safetensors import safe_open
 import capszoo
 from capszoo import pretrained
 from capszoo.checkpoint import load_tensors
+from capszoo.contract import decoder_of
 from capszoo.layers import unfold_scales
+from capszoo.opening import open_model
 
 ROOT = Path(__file__).parents[2]
 both = pytest.mark.parametrize("create", [capszoo.create_model, timm.create_model], ids=["capszoo", "timm"])
@@ -316,6 +318,8 @@ def test_shipped(name):
     assert json.loads(card["seed"]) >= 0 and json.loads(card["epochs"]) > 0
     has_decoder = json.loads(card["model_args"]).get("decoder", False)
     model = capszoo.create_model(name, pretrained=True, **({"decoder": True} if has_decoder else {})).eval()
+    # A decoder that was not trained is not taken.
+    assert (decoder_of(open_model(name).model) is not None) == has_decoder
     assert json.loads(card["class_names"]) == list(model.pretrained_cfg["label_names"]) == entry["label_names"]
     assert len(entry["label_names"]) == model.num_classes
     weights = unfold_scales(stored(name), model)
