@@ -95,6 +95,7 @@ def stop_processes_of_torchrun(tmp_path, *options, restarts, choose):
     return process.returncode, log.read_text(), folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_one_process_of_torchrun_is_asked_to_stop(tmp_path):
     """All stop with it, save, and torchrun does not start them again; with fewer steps an epoch than questions."""

@@ -31,6 +31,7 @@ def test_a_pair_of_rows(tmp_path, monkeypatch, capsys):
     assert ablation.main(argv) == 0 and "gain.csv has all of these rows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = [*SMALL, "--models", "efficient_capsnet", "--results", "gain.csv"]
