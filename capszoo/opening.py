@@ -1,10 +1,10 @@
 """Open a model with its weights, from the name of shipped weights or from a file, and data for it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from .checkpoint import read_metadata
@@ -85,9 +85,10 @@ def open_model(
 
 def _ships_decoder(name: str) -> bool:
     """Whether the shipped weights of this name, or of a model without a tag, have a decoder."""
-    cfg: Any = create_model(name, device="meta").pretrained_cfg
-    file = weights_path(f"{name.partition('.')[0]}.{cfg['tag']}")
-    return file.is_file() and json.loads(read_metadata(file).get("model_args", "{}")).get("decoder", False)
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.file:  # nothing is shipped, which `create_model` says
+        return False
+    return header_arguments(cfg.file, name, read_metadata(cfg.file)).get("decoder", False)
 
 
 def weights_in(path: str | Path) -> Path:

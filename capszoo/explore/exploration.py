@@ -18,7 +18,7 @@ from capszoo.precision import resolve_amp
 
 from .caution import RANDOM_TRIALS
 from .grid import Row
-from .reclaim import KEPT, Reclaimer, retry
+from .reclaim import Reclaimer, enqueue_again, retry
 from .solution import OBJECTIVES, ExplorationError, Solution, most_repeated, over_seeds, pareto_front
 from .space import Space
 from .storage import open_storage, storage_errors, without_password
@@ -259,9 +259,7 @@ class Exploration:
         again = {trial.user_attrs.get("put_off") for trial in trials}
         for trial in trials:
             if trial.user_attrs.get("waits_for_seeds") and trial.number not in again:
-                known = {key: trial.user_attrs[key] for key in KEPT if key in trial.user_attrs}
-                point = trial.system_attrs.get("fixed_params", {})
-                self.study.enqueue_trial(point, user_attrs={**known, "queued": True, "put_off": trial.number})
+                enqueue_again(self.study, trial, put_off=trial.number)
 
     def _repeating(self) -> bool:
         return bool(self.study.user_attrs.get("repeating"))

@@ -4,14 +4,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import optuna
 
 
 # What a trial that is enqueued again keeps of the one before.
-KEPT = ("name", "repeat_of", "seed", "promoted_from", "retry_of", "folder_before")
+_KEPT = ("name", "repeat_of", "seed", "promoted_from", "retry_of", "folder_before")
 
 
 class Reclaimer:
@@ -48,13 +48,18 @@ class Reclaimer:
                 retry(self.study, trial)
 
 
+def enqueue_again(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", **attributes: Any) -> None:
+    """Enqueue a trial once more, as what it was."""
+    kept = {key: trial.user_attrs[key] for key in _KEPT if key in trial.user_attrs}
+    point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    study.enqueue_trial(point, user_attrs={**kept, **attributes, "queued": True})
+
+
 def retry(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
     """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint."""
     known = trial.user_attrs
-    attributes = {key: known[key] for key in KEPT if key in known}
-    attributes |= {"queued": True, "retry_of": known.get("retry_of", trial.number)}
-    attributes |= {"folder_before": known["folder"]} if "folder" in known else {}
-    study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params}, user_attrs=attributes)
+    folder = {"folder_before": known["folder"]} if "folder" in known else {}
+    enqueue_again(study, trial, retry_of=known.get("retry_of", trial.number), **folder)
 
 
 def process_identity(process: int | None = None) -> list[str]:

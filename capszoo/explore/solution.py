@@ -121,9 +121,6 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 def over_seeds(solutions: Sequence[Solution]) -> list[Solution]:
     """Trials with the means over their repetitions, which are left out themselves.
 
-    Where some trials were repeated, a search takes its front from those with the most runs alone: of many single runs
-    the best ones were also the luckiest.
-
     Args:
         solutions: Trials, repetitions among them.
     """
@@ -162,7 +159,11 @@ def _mean_of(runs: list[Solution], accuracies: dict[int, Any], baseline: dict[in
 
 
 def most_repeated(solutions: Sequence[Solution]) -> list[Solution]:
-    """Of trials with means over seeds, the complete ones with the most runs."""
+    """Of trials with means over seeds, the complete ones with the most runs.
+
+    Where some trials were repeated, a search takes its front from these alone: of many single runs the best ones were
+    also the luckiest.
+    """
     complete = [solution for solution in solutions if solution.state == "complete"]
     most = max((solution.runs for solution in complete), default=1)
     return [solution for solution in complete if solution.runs == most]

@@ -108,8 +108,8 @@ class Worker:
             # Another worker took the last one between our look at the queue and our turn.
             trial.set_user_attr("surplus", True)
             raise optuna.TrialPruned
-        known = trial.user_attrs
-        if self.study.user_attrs.get("repeating") and not is_limited(self.study) and "repeat_of" not in known:
+        repeating = self.study.user_attrs.get("repeating") and not is_limited(self.study)
+        if repeating and "repeat_of" not in trial.user_attrs:
             # The rest of the budget is for repetitions; what began before them is handed back, and goes on later.
             trial.set_user_attr("surplus", True)
             trial.set_user_attr("waits_for_seeds", True)
