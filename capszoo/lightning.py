@@ -56,7 +56,7 @@ class CapsuleModule(LightningModule):
         opt: Name of one of timm's optimizers.
         weight_decay: Of the optimizer; biases and what the model's `no_weight_decay` names are left out.
         criterion: Loss of (scores ``[B, J]``, labels); if None, the model's own, else the margin loss.
-        reconstruction_weight: Weight of the reconstruction loss of a model with a decoder; 0.0005 is the paper's.
+        reconstruction_weight: Weight of the reconstruction loss of a model with a decoder; None as in `CapsuleTask`.
 
     Raises:
         UsageError: If there is no such policy or option, or the policy changes the batch size or is the learning-rate
@@ -80,7 +80,7 @@ class CapsuleModule(LightningModule):
         opt: str = "adam",
         weight_decay: float = 0.0,
         criterion: nn.Module | None = None,
-        reconstruction_weight: float = 0.0005,
+        reconstruction_weight: float | None = None,
     ):
         super().__init__()
         options = dict(policy_options or {})
