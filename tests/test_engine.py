@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from capszoo import checkpoint
 from capszoo.data import Loader, load_data
 from capszoo.engine import Trainer, evaluate, find_lr, graphs
 from capszoo.engine.distributed import ALONE, Ranks
+from capszoo.engine.optimizers import FusedSGD
 from capszoo.engine.run_folder import SUMMARY_COLUMNS
 from capszoo.engine.run_state import load_state
 from capszoo.engine.task import CapsuleTask
@@ -37,13 +39,15 @@ def few(digits):
     return train, val
 
 
-def make_trainer(splits, folder=None, epochs=3, policy="one_cycle", drop_rate=0.2, device="cpu", **kwargs):
+def make_trainer(
+    splits, folder=None, epochs=3, policy="one_cycle", drop_rate=0.2, device="cpu", optimizer=torch.optim.Adam, **kwargs
+):
     train, val = splits
     torch.manual_seed(0)
     model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2, decoder=True, drop_rate=drop_rate)
     model.to(device, memory_format=torch.channels_last)
     options = {"lr": 1e-3, "batch_size": 16, "epochs": epochs, "num_images": len(train)}
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    optimizer = optimizer(model.parameters(), lr=1e-3, fused=True)
     task = CapsuleTask(model, verbose=False)
     policy = create_policy(policy, **options)
     return Trainer(task, optimizer, policy, train, val, folder=folder, translate=2, device=device, **kwargs)
@@ -572,13 +576,16 @@ def test_warm_up_meets_every_size_of_the_run(few, micro_batch, ranks, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(FusedSGD, momentum=0.9)])
 @pytest.mark.parametrize("policy", ["one_cycle", "warm_ada_batch"])
-def test_captured_steps_on_a_gpu(few, policy, tmp_path, caplog):
+def test_captured_steps_on_a_gpu(few, policy, optimizer, tmp_path, caplog):
     """Graphs change the order of nothing: the losses are those of steps launched one kernel at a time."""
     histories = []
     for name, captured in (("plain", False), ("captured", True)):
         (tmp_path / name).mkdir()
-        trainer = make_trainer(few, tmp_path / name, epochs=6, policy=policy, device="cuda", cuda_graphs=captured)
+        trainer = make_trainer(
+            few, tmp_path / name, 6, policy, device="cuda", optimizer=optimizer, cuda_graphs=captured
+        )
         assert trainer.step.cuda_graphs == captured
         trainer.fit()
         assert trainer.step.cuda_graphs == captured, caplog.text
@@ -589,7 +596,8 @@ def test_captured_steps_on_a_gpu(few, policy, tmp_path, caplog):
     assert trainer.step.captured.replay is not None
     # The state of a captured run is taken up on either side.
     for captured in (True, False):
-        again = make_trainer(few, tmp_path / "captured", epochs=7, policy=policy, device="cuda", cuda_graphs=captured)
+        more = {"device": "cuda", "optimizer": optimizer, "cuda_graphs": captured}
+        again = make_trainer(few, tmp_path / "captured", 7, policy, **more)
         assert again.resume() and again.fit()
 
 

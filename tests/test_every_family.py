@@ -14,10 +14,12 @@ from capszoo import prune
 from capszoo.contract import Explorable, Prunable
 from capszoo.data import Split
 from capszoo.engine import CapsuleTask, Trainer, find_lr
+from capszoo.engine.options import options_from
+from capszoo.engine.run import load_splits, make_model
 from capszoo.models import list_heads
 from capszoo.policies import create_policy, list_policies
 from capszoo.pretrained import image_statistics
-from capszoo.registry import family_of
+from capszoo.registry import family_of, model_keywords
 
 # A model of each family, and each head; images are as small as all of them take.
 CASES = {
@@ -60,6 +62,29 @@ def space_of(model):
         ways = [needed | ({} if value is None else {argument.keyword: value}) for value in named.values()]
         place = list(named).index(first if isinstance(choices, Mapping) else str(first))
         yield argument, [ways[place], *ways[:place], *ways[place + 1 :]]
+
+
+@every_case
+def test_default_options_train_the_model_as_it_is_made(case):
+    """What is not given on a command line is the model's own, such as two iterations of a mini."""
+    name, kwargs = CASES[case]
+    kwargs = {**sizes_of(name), **kwargs}
+    data = load_splits(options_from({"dataset": "digits", "img_size": 20, "in_chans": 1}))
+    options = options_from({"model": name, "dataset": "digits", "img_size": 20, "in_chans": 1, "model_kwargs": kwargs})
+    trained = make_model(options, data)
+    plain = capszoo.create_model(
+        name, in_chans=1, img_size=20, **kwargs, **({"decoder": True} if "decoder" in model_keywords(name) else {})
+    )
+    assert str(trained) == str(plain)
+    assert attributes(trained) == attributes(plain)
+
+
+def attributes(model):
+    """Numbers and words of all modules, such as iterations of routing."""
+    return [
+        {key: value for key, value in vars(module).items() if isinstance(value, int | float | str)}
+        for module in model.modules()
+    ]
 
 
 @every_case

@@ -1,4 +1,4 @@
-"""Optimizers by name, and an Adam that is one pass over memory, whatever its format, on a CPU too."""
+"""Optimizers by name: an Adam that is one pass over memory on a CPU too, an SGD whose steps a GPU can replay."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from capszoo.errors import UsageError
 
 from .options import TrainingOptions
 
-__all__ = ["FusedAdam", "FusedAdamW", "create_optimizer"]
+__all__ = ["FusedAdam", "FusedAdamW", "FusedSGD", "create_optimizer"]
 
 
 class _InMemoryOrder(torch.optim.Adam):
@@ -49,7 +49,20 @@ class FusedAdamW(_InMemoryOrder, torch.optim.AdamW):
     """`torch.optim.AdamW` with `fused=True`, whose states it reads and writes."""
 
 
+class FusedSGD(torch.optim.SGD):
+    """`torch.optim.SGD` with `fused=True`, for GPUs: it reads the learning rate from memory, so that its steps can be
+    captured."""
+
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *states: Any) -> bool:
+        has_sparse = super()._init_group(group, params, grads, *states)
+        for place, parameter in enumerate(params):
+            if not has_sparse and grads[place].stride() != parameter.stride():
+                grads[place] = torch.empty_like(parameter).copy_(grads[place])
+        return has_sparse
+
+
 _FUSED = {"adam": FusedAdam, "adamw": FusedAdamW}
+_FUSED_ON_GPU = {"sgd": FusedSGD, "nesterov": FusedSGD, "momentum": FusedSGD}
 
 
 def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -62,7 +75,9 @@ def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.
 
     if options.opt not in list_optimizers():
         raise UsageError(f"unknown optimizer {options.opt!r}: see timm.optim.list_optimizers()")
-    extra: dict[str, Any] = {"fused": True} if options.opt in _FUSED else {}
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    fused = {**_FUSED, **_FUSED_ON_GPU}.get(options.opt) if on_gpu else _FUSED.get(options.opt)
+    extra: dict[str, Any] = {"fused": True} if fused else {}
     values = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
     try:
         optimizer = create_optimizer_v2(model, opt=options.opt, **values, **extra)
@@ -75,4 +90,4 @@ def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.
             f"use adam, or a loop of your own with backward(create_graph=True)"
         )
     # Each group has all settings.
-    return _FUSED[options.opt](optimizer.param_groups, options.lr, fused=True) if extra else optimizer
+    return fused(optimizer.param_groups, options.lr, fused=True) if fused else optimizer

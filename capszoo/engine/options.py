@@ -101,9 +101,9 @@ class TrainingOptions(Augmentation):
         None, "pixels of a side, or height and width; default the data set's", "model", many="+", join=read_size
     )
     in_chans: int | None = option(None, "channels of the images; default the data set's", "model", read=int)
-    num_routing: int = option(3, "routing iterations", "model", read=int)
-    routing: str = option("dynamic", "kind of routing", "model")
-    squash: str = option("exact", "exact or approx", "model")
+    num_routing: int | None = option(None, "routing iterations; default the model's own", "model", read=int)
+    routing: str | None = option(None, "kind of routing; default the model's own", "model")
+    squash: str | None = option(None, "exact or approx; default the model's own", "model")
     decoder: bool | None = option(True, "train with the decoder", "model", flag=True, negatable=True)
     start: str = option("default", "how a fresh network starts: default, plain or paper", "model")
     drop_rate: float = option(0.0, "dropout rate of the primary capsules", "model", read=float, within=BELOW_1)

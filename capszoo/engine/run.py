@@ -78,9 +78,9 @@ def model_arguments(options: TrainingOptions, data: DataSplits) -> dict[str, Any
     """
     known = model_keywords(options.model)
     of_data = {"num_classes": data.num_classes, "in_chans": data.in_chans, "img_size": data.img_size}
-    # A model without routing or decoder is not told of them, unless the user changed something about them; nor is any
-    # model of a backbone.
-    own = {key: getattr(options, key) for key in MODEL_OPTIONS}
+    # A model without a decoder is not told of it, unless the user changed something about it; nor is any model of a
+    # backbone. What is not given is the model's own.
+    own = {key: value for key in MODEL_OPTIONS if (value := getattr(options, key)) is not None}
     told = known.difference(BACKBONE_OPTIONS)
     own = {key: value for key, value in own.items() if key in told or value != getattr(DEFAULTS, key)}
     more = check_arguments(options.model, dict(options.model_kwargs))

@@ -57,13 +57,14 @@ class TrainingStep:
         self.task, self.optimizer, self.device, self.amp = task, optimizer, device, amp
         self.clip_grad, self.micro_batch, self.skips, self.ranks = clip_grad, micro_batch, skips, ranks
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.cuda_graphs = (
+        self.cuda_graphs = bool(
             cuda_graphs
             and device.type == "cuda"
             and ranks.count == 1
             and not self.scaler.is_enabled()
             and not skips
-            and "capturable" in optimizer.defaults
+            # One that reads the learning rate from memory.
+            and ("capturable" in optimizer.defaults or optimizer.defaults.get("fused"))
         )
         self._rate = torch.zeros((), device=device)  # the learning rate as captured steps read it
         self.captured: CapturedStep | None = None

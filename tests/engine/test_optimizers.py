@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from capszoo.engine.optimizers import FusedAdam, FusedAdamW, create_optimizer
+from capszoo.engine.optimizers import FusedAdam, FusedAdamW, FusedSGD, create_optimizer
 from capszoo.engine.options import options_from
 
 KINDS = [(FusedAdam, torch.optim.Adam), (FusedAdamW, torch.optim.AdamW)]
@@ -31,12 +31,15 @@ def train(model, optimizer, format_of_gradients=torch.preserve_format, steps=3):
     return list(model.parameters())
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
+MORE = [(*kinds, {"amsgrad": amsgrad}) for kinds in KINDS for amsgrad in (False, True)]
+MORE += [(FusedSGD, torch.optim.SGD, {"momentum": momentum, "nesterov": momentum > 0}) for momentum in (0.0, 0.9)]
+
+
 @pytest.mark.parametrize("format_of_gradients", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize(("fused", "plain"), KINDS)
-def test_it_is_the_same_update(fused, plain, format_of_gradients, amsgrad):
+@pytest.mark.parametrize(("fused", "plain", "more"), MORE)
+def test_it_is_the_same_update(fused, plain, more, format_of_gradients):
     model, expected = make_model(), make_model()
-    settings = {**SETTINGS, "amsgrad": amsgrad}
+    settings = {**SETTINGS, **more}
     found = train(model, fused(model.parameters(), **settings, fused=True), format_of_gradients)
     expected = train(expected, plain(expected.parameters(), **settings))
     for p, q in zip(found, expected, strict=True):
@@ -54,6 +57,20 @@ def test_states_are_those_of_torch(fused, plain):
     torchs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p, q in zip(train(model, optimizer), train(other, torchs), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_sgd_reads_its_learning_rate_from_memory():
+    """As a replay needs it, which runs no Python."""
+    model, expected = make_model(), make_model()
+    rate = torch.tensor(0.5)
+    optimizer = FusedSGD(model.parameters(), lr=rate, momentum=0.9, fused=True)
+    plain = torch.optim.SGD(expected.parameters(), lr=0.5, momentum=0.9)
+    train(model, optimizer)
+    train(expected, plain)
+    rate.fill_(0.125)
+    plain.param_groups[0]["lr"] = 0.125
+    for p, q in zip(train(model, optimizer), train(expected, plain), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_is_copied():

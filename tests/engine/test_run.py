@@ -58,7 +58,7 @@ def test_options_reach_what_they_name(digits):
 
 def test_arguments_of_the_model(digits):
     of_data = {"num_classes": 10, "in_chans": 1, "img_size": (28, 28)}
-    own = {"decoder": True, "num_routing": 3, "routing": "dynamic", "squash": "exact", "drop_rate": 0.0}
+    own = {"decoder": True, "drop_rate": 0.0}
     own["start"] = "default"
     assert model_arguments(options_from({}), digits) == {**of_data, **own}
     assert model_arguments(options_from({"model": "cnn_baseline"}), digits) == {**of_data, "drop_rate": 0.0}
