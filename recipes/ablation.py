@@ -142,7 +142,7 @@ def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.devi
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
-    console, device = Console(highlight=False, soft_wrap=True), choose_device(args.device)
+    console, device = Console(highlight=False, markup=False, soft_wrap=True), choose_device(args.device)
     path = Path(args.results or results_folder() / f"routing-gain-{args.dataset}.csv")
     for name in OWN.keys() & {name for name, _ in args.set}:
         raise UsageError(f"--set {name}=... is an option of this recipe: give it as --{OWN[name]}")

@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -206,11 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
     try:
         import optuna  # noqa: F401
-        import plotly  # noqa: F401
     except ImportError as error:
         raise UsageError(f'{error.name} is not installed: pip install "capszoo[explore]"') from None
     piped = not sys.stdout.isatty()
-    console = Console(highlight=False, soft_wrap=piped, width=180 if piped else None)
+    console = Console(highlight=False, markup=False, soft_wrap=piped, width=180 if piped else None)
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True
     check_ranges(args)
@@ -257,6 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         what = f"{len(rows)} rows, {args.seeds} seeds" if rows else f"up to {plan.epochs} epochs a trial"
         console.print(f"{names[0]} on {names[1]}, {what}, {device.type}, folder {folder}")
+    if find_spec("plotly") is None:
+        console.print('there will be no report.html: it needs plotly, pip install "capszoo[explore]"')
     with report, StopSignal() as stop:
         completed = exploration.run(args.budget, stop)
 
@@ -277,10 +279,11 @@ def main(argv: list[str] | None = None) -> int:
             command = shlex.join(["python", "recipes/explore.py", *(sys.argv[1:] if argv is None else argv)])
             write_comparison(Path(args.results), exploration, solutions, compared, clock, command)
     for line in missing:
-        console.print(f"not drawn: {line}")
+        console.print(f"left out: {line}")
     for line in doubts:
         console.print(f"caution: {line}")
-    console.print(f"report: {folder / 'report.html'}")
+    if (folder / "report.html").exists():
+        console.print(f"report: {folder / 'report.html'}")
     if chosen is None:
         console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --max-drop and --within")
     else:

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--port {args.port} is not a port: give a number from 0 to 65535")
     if args.onnxruntime_web is not None and args.export is None:
         raise UsageError("--onnxruntime-web is for --export: give both, or neither")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     # A graph is traced on the CPU.
     device = choose_device("cpu" if args.export is not None else args.device)
     if args.export is not None:

@@ -91,7 +91,7 @@ def hold_run_folder(options: PruneOptions) -> AbstractContextManager[Path]:
 def main(argv: list[str] | None = None) -> int:
     options = parse_args(argv)
     check_ranges(options.training)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     device = choose_device(options.training.device)
     amp = resolve_amp(options.training.amp, device)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm

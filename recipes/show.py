@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {str(output)!r} is in a folder that is not there: make it first")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if args.images:
         found = find(model, batches_of_images(model, args.images, device), class_names_of(model))
         seen = f"{found.count:,} images"

@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     root = Path(__file__).resolve().parents[1]
     pages = [Path(page) for page in args.pages] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    console, changed = Console(highlight=False, soft_wrap=True), 0
+    console, changed = Console(highlight=False, markup=False, soft_wrap=True), 0
     for page in pages:
         if not page.is_file():
             raise UsageError(f"no page at {str(page)!r}: check the path")

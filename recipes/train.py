@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
     """Load the data, make the trainer and the run folder, and train; the first of the ranks writes and prints."""
-    console = Console(highlight=False, soft_wrap=True, quiet=not ranks.is_first)
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not ranks.is_first)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm
     if not ranks.is_first:
         options = replace(options, quiet=True, tensorboard=False)

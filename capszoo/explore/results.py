@@ -66,11 +66,14 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
     }
     title = f"{facts['model']} on {facts['dataset']}"
     doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None, seeds=exploration.seeds)
-    write_report(
-        folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
-        study=exploration.study, command=command, cautions=doubts,
-    )  # fmt: skip
     missing = []
+    try:
+        write_report(
+            folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
+            study=exploration.study, command=command, cautions=doubts,
+        )  # fmt: skip
+    except ImportError as error:
+        missing.append(f"report.html: {error}")
     for name, draw in (
         ("front", lambda path: plot_front(solutions, front, path, exploration.objectives)),
         ("tradeoff", lambda path: plot_tradeoff(solutions, front, path)),

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import sys
 import shutil
 import signal
 import socket
@@ -62,6 +63,22 @@ def searched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "search"
     arguments = ["--trials", 12, "--epochs", 2, *SMALL, "policy=one_cycle", "--output", folder]
     return folder, run(*arguments)
+
+
+def test_without_plotly_all_but_the_page_is_written(tmp_path, monkeypatch, capsys):
+    from capszoo.recipes import explore
+
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    rows, folder = grid(tmp_path / "rows", 1, epochs=1), tmp_path / "run[red]"
+    results = tmp_path / "table.csv"
+    assert not explore.main(
+        ["--grid", str(rows), *SMALL, "dataset=digits", "--output", str(folder), "--results", str(results)]
+    )
+    out = capsys.readouterr().out
+    assert out.count('it needs plotly, pip install "capszoo[explore]"') == 1 and "left out: report.html" in out
+    assert f"folder {folder}" in out, "brackets are no markup"
+    assert not (folder / "report.html").exists() and table(results)[0]["name"] == "row0"
+    assert len(table(folder / "trials.csv")) == 1 and (folder / "accuracy.png").exists()
 
 
 def test_a_search_writes_tables_figures_and_a_page(searched):
