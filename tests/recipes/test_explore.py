@@ -4,11 +4,11 @@ import csv
 import json
 import os
 import re
-import sys
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 

@@ -61,15 +61,17 @@ def test_every_part(bare_python, tmp_path):
     write_gzipped_mnist(tmp_path / "data")
     result = run(bare_python, tmp_path / "out", tmp_path / "data", ROUND_SECONDS="400")
     assert result.returncode == 0, result.stdout + result.stderr
-    for part in ("benchmark-main", "tests", "training", "benchmark"):
+    tables = [f"benchmark-{name}" for name in ("main", "families", "layers")]
+    for part in ("tests", "worker0", "rows", "training", *tables):
         assert f"{part}: exit code 0" in result.stdout
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["best.safetensors.00", "round.tar.gz"]
     with tarfile.open(tmp_path / "out" / "round.tar.gz") as archive:
         names = set(archive.getnames())
         assert json.load(archive.extractfile("round/mnist/result.json"))["epochs"] == 1
-    for name in ("versions.txt", "parts.txt", "tests.log", "benchmark-main.csv", "benchmark.csv", "training.txt"):
+    for name in ("versions.txt", "parts.txt", "tests.log", "training.txt", "paper-mnist.csv"):
         assert f"round/{name}" in names
+    assert {f"round/{table}.csv" for table in tables} <= names
     assert any(name.endswith(".png") for name in names) and not any(name.endswith(".safetensors") for name in names)
     assert not list(tmp_path.glob("data/MNIST/raw/*-ubyte"))  # unpacked elsewhere
 
@@ -80,12 +82,58 @@ def test_a_round_without_time_or_data_leaves_its_versions_behind(bare_python, tm
     result = run(bare_python, tmp_path / "out", tmp_path / "nothing", ROUND_SECONDS="0")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("torch ")
-    for part in ("benchmark-main", "tests", "benchmark"):
+    for part in ("benchmark-main", "tests", "benchmark-families"):
         assert f"{part}: left out, no time" in result.stdout
     assert "training: left out, no MNIST" in result.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["round.tar.gz"]
     with tarfile.open(tmp_path / "out" / "round.tar.gz") as archive:
         assert {"round/versions.txt", "round/parts.txt"} <= set(archive.getnames())
+
+
+def test_a_part_that_ends_badly_is_shown_at_once(tmp_path, monkeypatch, capsys):
+    from capszoo.recipes import gpu_round
+
+    monkeypatch.setattr(sys, "argv", ["gpu_round"])
+    monkeypatch.setenv("DEVICE", "cpu")
+    for name in ("PYTHONPATH", "TRITON_PRINT_AUTOTUNING", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.setenv(name, "")  # set by the round, and back after the test
+    (tmp_path / "work").mkdir()
+    round = gpu_round.Round(tmp_path, tmp_path, tmp_path / "work")
+    round.alone("quick", 1.0, "-c", "import sys; print('first'); sys.exit('the reason')")
+    round.alone("slow", 10.5 / round.total + 5 / round.total, "-c", "import time; time.sleep(60)")
+    out = capsys.readouterr().out
+    assert "quick: exit code 1" in out and "the reason" in out and round.failed
+    assert "slow: cut off" in out
+    with tarfile.open(tmp_path / "round.tar.gz") as archive:
+        assert {"round/quick.log", "round/slow.log", "round/parts.txt"} <= set(archive.getnames())
+
+
+def test_a_worker_gives_way_to_a_long_training(tmp_path, monkeypatch):
+    from capszoo.recipes import gpu_round
+
+    class Fake:
+        code, stopped = None, False
+
+        def pause(self, stopped):
+            self.stopped = stopped
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+    clock, workers, seen = Clock(), [Fake(), Fake()], []
+    monkeypatch.setattr(gpu_round, "time", clock)
+    monkeypatch.setenv("DEVICE", "cuda")
+    round = object.__new__(gpu_round.Round)
+    round.start, round.total, round.work = 0.0, 900.0, tmp_path
+    (tmp_path / "cifar10").mkdir()
+    for seconds, epochs, expected in ((10, 1, 0), (70, 4, 1), (90, 5, 1), (130, 7, 2), (150, 10, 2), (180, 25, 1)):
+        clock.now = seconds
+        (tmp_path / "cifar10" / "summary.csv").write_text("epoch\n" + "1\n" * epochs)
+        gpu_round.give_way(round, Fake(), workers, seen)
+        assert sum(worker.stopped for worker in workers) == expected, (seconds, epochs)
 
 
 def test_without_a_gpu_it_says_so(bare_python, tmp_path):
