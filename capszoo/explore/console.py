@@ -37,7 +37,7 @@ class Report:
             self.live.update(Group(head, solutions_table(seen[-8:], "trials"), "", front))
             return
         for s in solutions:
-            if s.state in ("complete", "stopped", "failed") and s.number not in self.printed:
+            if s.state in ("complete", "stopped", "failed", "interrupted") and s.number not in self.printed:
                 self.printed.add(s.number)
                 why = f" ({s.reason})" if s.reason else ""
                 self.console.print(

@@ -22,7 +22,7 @@ class Solution:
     Attributes:
         number: Number of the trial in the study.
         name: Its policy, or the name of its row in a grid; "baseline" for the network and training of the original.
-        state: 'complete', 'stopped' (early), 'failed', 'running' or 'waiting'.
+        state: 'complete', 'stopped' (early), 'failed', 'interrupted', 'running' or 'waiting'.
         options: Options of recipes/train.py that differ from the defaults.
         accuracy: Best top-1 on the validation split, a fraction; the exact-match accuracy where images show several
             classes (:class:`capszoo.engine.Evaluation`).

@@ -24,10 +24,13 @@ def solution_of(trial: "optuna.trial.FrozenTrial", images: int) -> Solution:
     history = attributes.get("history", [])
     best = max(history, key=lambda point: (point[2], -point[0])) if history else None
     states = {"COMPLETE": "complete", "PRUNED": "stopped", "FAIL": "failed", "RUNNING": "running"}
+    state = states.get(trial.state.name, "waiting")
+    if state == "failed" and attributes.get("interrupted"):
+        state = "interrupted"  # goes on in another trial
     return Solution(
         number=trial.number,
         name=attributes.get("name", ""),
-        state=states.get(trial.state.name, "waiting"),
+        state=state,
         options=attributes.get("options", {}),
         accuracy=best[2] if best else None,
         seconds=history[-1][1] if history else None,

@@ -116,7 +116,7 @@ def curves(solutions: Sequence["Solution"]) -> dict[str, list["Solution"]]:
     """
     found: dict[str, list[Solution]] = {}
     for solution in sorted(solutions, key=lambda solution: solution.number):
-        if solution.history and solution.state != "failed":
+        if solution.history and solution.state not in ("failed", "interrupted"):
             found.setdefault(solution.name, []).append(solution)
     for name, runs in found.items():
         runs = [run for run in runs if run.state == "complete"] or runs

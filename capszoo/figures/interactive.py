@@ -52,7 +52,7 @@ def draw_figures(
             f"{_below([(point.name, point.accuracy) for point in points], _MARKED)}"
         )
         found["tradeoff"] = "Accuracy, time and size", note, _tradeoff(points, front, colors)
-    runs = [solution for solution in solutions if solution.history and solution.state != "failed"]
+    runs = [solution for solution in solutions if solution.history and solution.state not in ("failed", "interrupted")]
     if runs:
         note = "The best trial of each name in bold; the other ones can be switched on and off in the legend."
         best = _best_of_names(runs, colors)

@@ -235,7 +235,8 @@ def _look_inside(found: Findings, model: Any, x: Tensor) -> None:
         if has_couplings(model):
             found.entropy = tuple(inspect.coupling_entropy(model, x).tolist())
             with contextlib.suppress(InspectionError):  # capsules of the whole image have no place in it
-                found.part_maps = inspect.part_maps(model, x, iteration=None).cpu()
+                if len(inspect.place_centers(model)) > 1:  # from a single place all pixels look alike
+                    found.part_maps = inspect.part_maps(model, x, iteration=None).cpu()
 
 
 def _robustness(model: Any, normalization: Normalization, x: Tensor, labels: Tensor) -> list[Curve]:

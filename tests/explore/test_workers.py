@@ -61,7 +61,7 @@ def test_the_budgets_end_while_the_test_set_is_measured(digits, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(capszoo.explore.worker, "measure_test", too_late)
         exploration.run(budget=1000)
-    assert [s.state for s in exploration.solutions()] == ["failed", "waiting", "waiting"]
+    assert [s.state for s in exploration.solutions()] == ["interrupted", "waiting", "waiting"]
     again = explore(rows, digits, tmp_path / "study", measure_test=True)
     assert again.run()
     complete = [s for s in again.solutions() if s.state == "complete"]
@@ -76,7 +76,7 @@ def test_interruptions_are_no_failures(digits, tmp_path, explore):
     for _ in range(7):
         explore(rows, digits, tmp_path / "study").run(should_stop=iter([False, False, True, *[True] * 99]).__next__)
     states = [s.state for s in explore(rows, digits, tmp_path / "study").solutions()]
-    assert states == ["failed"] * 7 + ["waiting"]
+    assert states == ["interrupted"] * 7 + ["waiting"]
 
 
 def test_a_full_disk_takes_no_trial_from_other_workers(digits, tmp_path, monkeypatch, explore):
