@@ -17,6 +17,7 @@ OUTPUT_FOLDER gets round.tar.gz with versions, logs, tables, figures and results
 weights in pieces of 15 MB (cat NAME.safetensors.* > NAME.safetensors). Exit code 1 if a part failed.
 """
 
+import argparse
 import contextlib
 import csv
 import gzip
@@ -369,9 +370,16 @@ def summarize(round: Round) -> None:
                 out.write(text + "\n")
 
 
-def main() -> int:
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gpu_round").resolve()
-    data = Path(sys.argv[2] if len(sys.argv) > 2 else "data").resolve()
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="All GPU evidence in one call, within one deadline.")
+    parser.add_argument("output", nargs="?", default="runs/gpu_round", help="folder of what the round leaves behind")
+    parser.add_argument("data", nargs="?", default="data", help="folder that has the data sets")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    out, data = Path(args.output).resolve(), Path(args.data).resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.safetensors.[0-9]*"):  # of an earlier round, which may have had more pieces
         old.unlink()

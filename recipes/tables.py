@@ -95,13 +95,12 @@ def routing_gain(rows: Rows, columns: Sequence[str]) -> str:
             gains = [a - b for a, b in zip(routing, uniform, strict=True)]
             cells += [spread(routing, 100, " %"), spread(uniform, 100, " %"), f"{statistics.mean(gains) * 100:+.2f}"]
             cells[-1] += f" ± {100 * statistics.stdev(gains):.2f}" if len(gains) > 1 else ""
-        times = [float(found["routing"][seed]["step_ms"]) / float(found["uniform"][seed]["step_ms"]) for seed in seeds]
         entropies = [float(found["routing"][seed]["entropy"]) for seed in seeds]
-        body.append([*cells, f"{statistics.median(times):.2f}", f"{statistics.mean(entropies):.3f}"])
+        body.append([*cells, f"{statistics.mean(entropies):.3f}"])
     header = ["model", "epochs", "seeds"]
     for key in columns:
         header += [f"{TITLES.get(key, key)}: routing", "uniform", "gain"]
-    return markdown([*header, "step time, routing / uniform", TITLES["entropy"]], body) if body else NOT_MEASURED + "\n"
+    return markdown([*header, TITLES["entropy"]], body) if body else NOT_MEASURED + "\n"
 
 
 def families(rows: Rows, columns: Sequence[str]) -> str:
@@ -127,10 +126,39 @@ def families(rows: Rows, columns: Sequence[str]) -> str:
     return markdown(header, body) if body else NOT_MEASURED + "\n"
 
 
+def paper(rows: Rows, columns: Sequence[str]) -> str:
+    """The rows of a grid of recipes/explore.py beside the published ones of a data set, which is the first column."""
+    published = read_rows(results_folder() / "paper-published.csv", "restore it")
+    theirs = {row["name"]: row for row in published if row["dataset"] == columns[0]}
+
+    def with_deviation(row: dict[str, str], key: str, scale: float, digits: int, unit: str) -> str:
+        if not row.get(key):
+            return "-"
+        deviation = f" ± {scale * float(row[f'{key}_std']):.{digits}f}" if row.get(f"{key}_std") else ""
+        return f"{scale * float(row[key]):.{digits}f}{deviation}{unit}"
+
+    baseline = next((float(row["seconds_to_best"]) for row in rows if row["name"] == "baseline"), None)
+    body = []
+    for row in rows:
+        is_other = baseline is not None and row["name"] != "baseline"
+        saved = f"{100 * (1 - float(row['seconds']) / baseline):.0f} %" if is_other else "-"
+        cells = [row["name"].replace("_", " "), row["runs"], with_deviation(row, "test_top1", 100, 2, " %")]
+        cells += [f"{float(row['seconds']):.0f} s", with_deviation(row, "seconds_to_best", 1, 0, " s"), saved]
+        other = theirs.get(row["name"])
+        if other is None:
+            cells += ["-", "-"]
+        else:
+            cells += [f"{100 * float(other['accuracy']):.2f} %", f"{other['epochs']} x {other['epoch_seconds']}"]
+        body.append(cells)
+    header = ["row", "seeds", "test top-1", "training", "to its best epoch", "less than the baseline to its best"]
+    return markdown([*header, "paper: top-1", "epochs x seconds to its best"], body)
+
+
 KINDS: dict[str, Callable[[Rows, Sequence[str]], str]] = {
     "accuracies": accuracies,
     "routing-gain": routing_gain,
     "families": families,
+    "paper": paper,
 }
 
 

@@ -93,7 +93,6 @@ def test_a_round_without_time_or_data_leaves_its_versions_behind(bare_python, tm
 def test_a_part_that_ends_badly_is_shown_at_once(tmp_path, monkeypatch, capsys):
     from capszoo.recipes import gpu_round
 
-    monkeypatch.setattr(sys, "argv", ["gpu_round"])
     monkeypatch.setenv("DEVICE", "cpu")
     for name in ("PYTHONPATH", "TRITON_PRINT_AUTOTUNING", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
         monkeypatch.setenv(name, "")  # set by the round, and back after the test

@@ -60,7 +60,25 @@ def test_routing_gain_is_over_pairs_of_seeds(results):
     path = page(results, "routing-gain gain.csv top1")
     tables.main([str(path)])
     cells = body(path)[2].strip("| ").split(" | ")
-    assert cells == ["`deepcaps`", "2", "2", "91.00 ± 1.41 %", "90.00 ± 0.00 %", "+1.00 ± 1.41", "1.50", "0.500"]
+    assert cells == ["`deepcaps`", "2", "2", "91.00 ± 1.41 %", "90.00 ± 0.00 %", "+1.00 ± 1.41", "0.500"]
+
+
+def test_rows_of_the_paper(results):
+    published = {"name": "exp_decay", "accuracy": 0.99404, "epochs": 12, "epoch_seconds": 300}
+    write(results / "paper-published.csv", [
+        {**published, "dataset": "fashion_mnist", "accuracy": 0.5}, {**published, "dataset": "mnist"},
+    ])  # fmt: skip
+    row = {"runs": 2, "test_top1": 0.99, "test_top1_std": 0.0005, "seconds_std": "", "seconds_to_best_std": 4}
+    write(results / "p.csv", [
+        {**row, "name": "baseline", "seconds": 120, "seconds_to_best": 100},
+        {**row, "name": "exp_decay", "seconds": 40.4, "seconds_to_best": ""},
+    ])  # fmt: skip
+    path = page(results, "paper p.csv mnist")
+    tables.main([str(path)])
+    assert body(path)[2:] == [
+        "| baseline | 2 | 99.00 ± 0.05 % | 120 s | 100 ± 4 s | - | - | - |",
+        "| exp decay | 2 | 99.00 ± 0.05 % | 40 s | - | 60 % | 99.40 % | 12 x 300 |",
+    ]
 
 
 def test_families(results):
