@@ -69,8 +69,8 @@ export class Panel {
     parts.classes.replaceChildren(...this.rows.map(row => make("li", {}, row.button)));
     this.sliders = Array.from({length: model.draws ? model.dims : 0}, (_, d) => {
       const input = make("input", {type: "range", step: "0.005"}), value = make("output");
-      const label = make("label", {}, make("span", {textContent: d + 1}), input, value);
-      input.setAttribute("aria-label", `number ${d + 1} of the capsule`);
+      const label = make("label", {}, make("span", {textContent: d}), input, value);
+      input.setAttribute("aria-label", `number ${d} of the capsule`);
       input.addEventListener("input", () => this.turn(d, +input.value));
       return {input, value, label};
     });
