@@ -82,14 +82,16 @@ def routing_gain(rows: Rows, columns: Sequence[str]) -> str:
     """The rows of recipes/ablation.py: routing, uniform couplings, and their difference over pairs of equal seeds."""
     groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
     for row in rows:
-        key = row["model"], row["epochs"]
+        key = row["model"], row["epochs"], row.get("options", "")
         groups.setdefault(key, {}).setdefault(row["couplings"], {})[row["seed"]] = row
     body = []
-    for (model, epochs), found in groups.items():
+    for (model, epochs, options), found in groups.items():
         seeds = sorted(found.get("routing", {}).keys() & found.get("uniform", {}).keys())
         if not seeds:
             continue
-        cells = [f"`{model}`", epochs, str(len(seeds))]
+        kwargs = re.search(r"model_kwargs=\{(.+?)\}", options)
+        with_kwargs = f" ({kwargs[1]})".replace("'", "") if kwargs else ""
+        cells = [f"`{model}`{with_kwargs}", epochs, str(len(seeds))]
         for key in columns:
             routing, uniform = ([float(found[kind][seed][key]) for seed in seeds] for kind in ("routing", "uniform"))
             gains = [a - b for a, b in zip(routing, uniform, strict=True)]

@@ -56,11 +56,14 @@ def test_routing_gain_is_over_pairs_of_seeds(results):
             ("uniform", 1, 0.90, 20), ("uniform", 0, 0.90, 20),
         )
     ]  # fmt: skip
-    write(results / "gain.csv", rows)
+    other = {"epochs": "2", "options": "lr=0.1 model_kwargs={'num_passes': 3} opt=sgd"}
+    rows = [{"options": "lr=0.1", **row} for row in rows]
+    write(results / "gain.csv", rows + [{**row, **other, "top1": 0.75} for row in rows[:1] + rows[-1:]])
     path = page(results, "routing-gain gain.csv top1")
     tables.main([str(path)])
     cells = body(path)[2].strip("| ").split(" | ")
     assert cells == ["`deepcaps`", "2", "2", "91.00 ± 1.41 %", "90.00 ± 0.00 %", "+1.00 ± 1.41", "0.500"]
+    assert body(path)[3].startswith("| `deepcaps` (num_passes: 3) | 2 | 1 | 75.00 % | 75.00 % | +0.00 |")
 
 
 def test_rows_of_the_paper(results):
