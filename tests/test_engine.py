@@ -601,6 +601,20 @@ def test_captured_steps_on_a_gpu(few, policy, optimizer, tmp_path, caplog):
         assert again.resume() and again.fit()
 
 
+def test_a_run_goes_on_with_the_fused_steps_of_its_own_device(few, tmp_path):
+    def plain(parameters, lr, fused):
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+    kinds = [partial(FusedSGD, momentum=0.9), plain]
+    for number, (first, then) in enumerate((kinds, kinds[::-1])):
+        (tmp_path / str(number)).mkdir()
+        assert make_trainer(few, tmp_path / str(number), 1, optimizer=first).fit()
+        again = make_trainer(few, tmp_path / str(number), 2, optimizer=then)
+        expected = [group["fused"] for group in again.optimizer.param_groups]
+        assert again.resume() and [group["fused"] for group in again.optimizer.param_groups] == expected
+        assert again.optimizer.state_dict()["state"][0]["momentum_buffer"].any() and again.fit()
+
+
 def test_saturation_is_said_once_with_the_remedy_and_changes_nothing(few, caplog):
     trainer = make_trainer(few)
     with torch.no_grad():

@@ -362,7 +362,11 @@ class Trainer:
             self.task.model.load_state_dict(state["model"])
             if self.task.has_ema():
                 self.task.kept_model.load_state_dict(state["ema"])
+            fused = [group.get("fused") for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, value in zip(self.optimizer.param_groups, fused, strict=True):
+                if "fused" in group:  # that of this device, not of the one on which the run began
+                    group["fused"] = value
             self.step.scaler.load_state_dict(state["scaler"])
             set_random_state(state["random"])
             self.position = Position(**state["position"])
