@@ -48,10 +48,7 @@ ROWS = [
     "paper/2-exp_decay", "paper/3-one_cycle", "paper/4-warm_restarts", "paper_as_coded/4-warm_restarts_as_coded",
     "paper/7-weight_sharing", "fast_gpu",
 ]  # fmt: skip
-CIFAR = """--model capsnet_resnet_ia --dataset cifar10 --batch-size 128 --policy one_cycle --opt sgd
-    --weight-decay 0.0005 --lr 0.01 --max-lr 0.1 --final-lr 0.0001 --rise 0.25 --fall-end 0.95 --smoothing 0.1
-    --alternate-flip --translate 4 --reprob 0.25 --remode const --model-ema --model-ema-decay 0.999
-    --val-fraction 0.05""".split()
+CIFAR = "recipes/configs/cifar10_ia.yaml"
 FAMILIES = (
     "efficient_capsnet capsnet_conv_ia capsnet_resnet_ia capsnet_resnet_sr capsnet_em_mini capsnet_vb_mini".split()
 )
@@ -230,8 +227,8 @@ def start_cifar(round: Round) -> Part:
     epochs = EPOCHS_OF_CIFAR if round.on_gpu else 1
     small = [] if round.on_gpu else ["--model", "capsnet_tiny"]
     return round.background(
-        "cifar10", "-m", "capszoo.recipes.train", *CIFAR, *small, "--data-dir", round.data, "--device", round.device,
-        "--epochs", epochs, "--save-every", 1_000_000, "--quiet", "--output", round.work / "cifar10",
+        "cifar10", "-m", "capszoo.recipes.train", "--config", CIFAR, *small, "--data-dir", round.data,
+        "--device", round.device, "--epochs", epochs, "--save-every", 1_000_000, "--quiet", "--output", round.work / "cifar10",
     )  # fmt: skip
 
 
