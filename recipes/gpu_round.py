@@ -228,7 +228,8 @@ def start_cifar(round: Round) -> Part:
     small = [] if round.on_gpu else ["--model", "capsnet_tiny"]
     return round.background(
         "cifar10", "-m", "capszoo.recipes.train", "--config", CIFAR, *small, "--data-dir", round.data,
-        "--device", round.device, "--epochs", epochs, "--save-every", 1_000_000, "--quiet", "--output", round.work / "cifar10",
+        "--device", round.device, "--epochs", epochs, "--save-every", 1_000_000, "--quiet",
+        "--output", round.work / "cifar10",
     )  # fmt: skip
 
 
