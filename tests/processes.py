@@ -168,6 +168,8 @@ def serve(connection):
         if not pid:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, before)
+            # A shell that starts the tests in the background lets them ignore Ctrl-C, which forks are sent.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             for to, number in enumerate(standard):
                 os.dup2(number, to)
             for number in (*numbers, waking, woken, *running.values()):

@@ -28,7 +28,7 @@ def test_it_serves_until_it_is_asked_to_end(asked):
         with opener.open(url + "models.json", timeout=20) as answer:
             assert json.load(answer)[0]["name"] == "capsnet_tiny.mnist"
         process.send_signal(asked)
-        out, err = process.communicate(120)
+        out, err = process.communicate(20)
         assert (process.returncode, out.split(), err) == (0, ["ended"], "")
     finally:
         process.kill()
