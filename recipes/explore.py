@@ -257,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         what = f"{len(rows)} rows, {args.seeds} seeds" if rows else f"up to {plan.epochs} epochs a trial"
         console.print(f"{names[0]} on {names[1]}, {what}, {device.type}, folder {folder}")
-    if find_spec("plotly") is None:
+    has_page = find_spec("plotly") is not None
+    if not has_page:
         console.print('there will be no report.html: it needs plotly, pip install "capszoo[explore]"')
     with report, StopSignal() as stop:
         completed = exploration.run(args.budget, stop)
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"left out: {line}")
     for line in doubts:
         console.print(f"caution: {line}")
-    if (folder / "report.html").exists():
+    if has_page:
         console.print(f"report: {folder / 'report.html'}")
     if chosen is None:
         console.print(f"nothing to choose: no solution meets --choose {args.choose} with this --max-drop and --within")

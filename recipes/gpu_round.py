@@ -94,15 +94,19 @@ class Round:
 
     def __init__(self, out: Path, data: Path, work: Path):
         self.out, self.data, self.work, self.round = out, data, work, work / "round"
-        self.python, self.device = os.environ.get("PYTHON", sys.executable), os.environ.get("DEVICE", "cuda")
+        self.device = os.environ.get("DEVICE", "cuda")
         self.total = float(os.environ.get("ROUND_SECONDS", "520"))
         self.start, self.failed, self.parts = time.monotonic(), False, []
         (work / "data/MNIST/raw").mkdir(parents=True)
         self.round.mkdir()
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # Packages are found from the root, which has links where an installation has folders.
-        os.environ.update(PYTHONPATH=os.pathsep.join(paths), PYTHONDONTWRITEBYTECODE="1", PYTHONUNBUFFERED="1")
-        os.environ["TRITON_PRINT_AUTOTUNING"] = "1"  # the tile sizes chosen, in the logs
+        self.environment = {  # of the parts
+            # Packages are found from the root, which has links where an installation has folders.
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "TRITON_PRINT_AUTOTUNING": "1",  # the tile sizes chosen, in the logs
+        }
 
     @property
     def on_gpu(self) -> bool:
@@ -117,10 +121,14 @@ class Round:
         with open(self.round / "parts.txt", "a") as file:
             file.write(text + "\n")
 
-    def background(self, name: str, *command: Any, **environment: str) -> Part:
-        part = Part(name, self.round / f"{name}.log", [self.python, *command], **environment)
+    def launch(self, name: str, *command: Any, **environment: str) -> Part:
+        part = Part(name, self.round / f"{name}.log", list(command), **{**self.environment, **environment})
         self.parts.append(part)
         return part
+
+    def background(self, name: str, *arguments: Any) -> Part:
+        """Start Python with these arguments."""
+        return self.launch(name, sys.executable, *arguments)
 
     def tell(self, part: Part, cut: bool = False) -> None:
         """Say once how a part ended; one that ended by itself and badly shows its last lines."""
@@ -241,7 +249,7 @@ def epochs_done(folder: Path) -> int:
         return 0
 
 
-def give_way(round: Round, cifar: Part, workers: list[Part], seen: list[tuple[float, int]]) -> None:
+def give_way(round: Round, workers: list[Part], seen: list[tuple[float, int]]) -> None:
     """Stop a worker if the long training will not be done in time beside it, and let it go on if it will."""
     done = epochs_done(round.work / "cifar10")
     if done and (not seen or done >= seen[-1][1] + 3):
@@ -260,7 +268,7 @@ def give_way(round: Round, cifar: Part, workers: list[Part], seen: list[tuple[fl
 def side_by_side(round: Round, has_mnist: bool) -> None:
     """What only has to be right."""
     # Processes that share the cores must not each start as many threads as there are.
-    os.environ["OMP_NUM_THREADS"] = "2" if round.on_gpu else "1"
+    round.environment["OMP_NUM_THREADS"] = "2" if round.on_gpu else "1"
     command = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += ["-n", "8"] if round.on_gpu and find_spec("xdist") else []
     tests = round.background("tests", *command, "tests" if round.on_gpu else "tests/kernels")
@@ -279,16 +287,15 @@ def side_by_side(round: Round, has_mnist: bool) -> None:
         if cifar is None and (round.data / "cifar-10-batches-bin/test_batch.bin").is_file():
             cifar = start_cifar(round)
         if cifar is not None and cifar.code is None:
-            give_way(round, cifar, workers, seen)
+            give_way(round, workers, seen)
         elif cifar is not None:
-            for worker in workers:
+            for worker in filter(lambda worker: worker.stopped, workers):
                 worker.pause(False)
         if tests.code is not None and memcheck is None and round.on_gpu and shutil.which("compute-sanitizer"):
             which = ["tests/kernels/test_routings_cuda.py", "-k", "not step and not graph and not sizes3 and not case2"]
-            inner = [round.python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *which]
-            code = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
-            memcheck = round.background(
-                "memcheck", "-c", code, "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", 1, *inner,
+            memcheck = round.launch(
+                "memcheck", "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", 1,
+                sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *which,
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )  # fmt: skip
         if all(part.code is not None for part in round.parts) and (cifar or not round.on_gpu):
@@ -302,7 +309,7 @@ def side_by_side(round: Round, has_mnist: bool) -> None:
         for name in ("summary.csv", "args.yaml", "result.json"):
             if (round.work / "cifar10" / name).is_file():
                 shutil.copy(round.work / "cifar10" / name, round.round / f"cifar10-{name}")
-    os.environ.pop("OMP_NUM_THREADS")
+    del round.environment["OMP_NUM_THREADS"]
 
 
 def one_by_one(round: Round, has_mnist: bool) -> None:

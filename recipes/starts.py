@@ -222,11 +222,8 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
-    console, device, path = (
-        Console(highlight=False, markup=False, soft_wrap=True),
-        choose_device(args.device),
-        Path(args.results),
-    )
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    device, path = choose_device(args.device), Path(args.results)
     done = read_rows(path, "mend or delete it") if path.exists() else []
     keys = {tuple(str(row[key]) for key in KEYS) for row in done}
     for name, rows in itertools.groupby(plan(args), key=lambda row: row["set"]):

@@ -27,14 +27,17 @@ class _InMemoryOrder(torch.optim.Adam):
         for place, parameter in enumerate(params):
             if parameter.device.type != "cpu" or not group["fused"]:
                 continue
-            if grads[place].stride() != parameter.stride():
-                grads[place] = torch.empty_like(parameter).copy_(grads[place])
+            grads[place] = _in_format_of(parameter, grads[place])
             together = [tensors[place] for tensors in (params, grads, *moments)]
             if not all(_is_channels_last(tensor) for tensor in together):
                 continue
             for tensors in (params, grads, *moments):
                 tensors[place] = tensors[place].permute(0, 2, 3, 1)
         return has_complex
+
+
+def _in_format_of(parameter: Tensor, grad: Tensor) -> Tensor:
+    return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -55,9 +58,8 @@ class FusedSGD(torch.optim.SGD):
 
     def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *states: Any) -> bool:
         has_sparse = super()._init_group(group, params, grads, *states)
-        for place, parameter in enumerate(params):
-            if not has_sparse and grads[place].stride() != parameter.stride():
-                grads[place] = torch.empty_like(parameter).copy_(grads[place])
+        if not has_sparse:
+            grads[:] = map(_in_format_of, params, grads)
         return has_sparse
 
 
@@ -76,7 +78,7 @@ def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.
     if options.opt not in list_optimizers():
         raise UsageError(f"unknown optimizer {options.opt!r}: see timm.optim.list_optimizers()")
     on_gpu = next(model.parameters()).device.type == "cuda"
-    fused = {**_FUSED, **_FUSED_ON_GPU}.get(options.opt) if on_gpu else _FUSED.get(options.opt)
+    fused = (_FUSED | _FUSED_ON_GPU if on_gpu else _FUSED).get(options.opt)
     extra: dict[str, Any] = {"fused": True} if fused else {}
     values = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
     try:

@@ -94,8 +94,6 @@ def test_a_part_that_ends_badly_is_shown_at_once(tmp_path, monkeypatch, capsys):
     from capszoo.recipes import gpu_round
 
     monkeypatch.setenv("DEVICE", "cpu")
-    for name in ("PYTHONPATH", "TRITON_PRINT_AUTOTUNING", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"):
-        monkeypatch.setenv(name, "")  # set by the round, and back after the test
     (tmp_path / "work").mkdir()
     round = gpu_round.Round(tmp_path, tmp_path, tmp_path / "work")
     round.alone("quick", 1.0, "-c", "import sys; print('first'); sys.exit('the reason')")
@@ -131,7 +129,7 @@ def test_a_worker_gives_way_to_a_long_training(tmp_path, monkeypatch):
     for seconds, epochs, expected in ((10, 1, 0), (70, 4, 1), (90, 5, 1), (130, 7, 2), (150, 10, 2), (180, 25, 1)):
         clock.now = seconds
         (tmp_path / "cifar10" / "summary.csv").write_text("epoch\n" + "1\n" * epochs)
-        gpu_round.give_way(round, Fake(), workers, seen)
+        gpu_round.give_way(round, workers, seen)
         assert sum(worker.stopped for worker in workers) == expected, (seconds, epochs)
 
 
