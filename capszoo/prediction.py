@@ -54,8 +54,8 @@ def to_pixels(image: Any, model: Any) -> Tensor:
     """Turn an image into the pixels that a model takes: float32 `[C, H, W]` in [0, 1], not normalised.
 
     Args:
-        image: A path, a PIL image, an array `[H, W]`, `[H, W, C]` or a tensor `[C, H, W]`; of uint8, or of floats in
-            [0, 1]. Other sizes are resized (bilinear), colour becomes grey or grey colour, as the model wants. A model
+        image: A path, a PIL image, an array `[H, W]`, `[H, W, C]` or, where the last side cannot be channels,
+            `[C, H, W]`, or a tensor `[C, H, W]`; of uint8, or of floats in [0, 1]. Other sizes are resized (bilinear), colour becomes grey or grey colour, as the model wants. A model
             of other channels (2 are stereo) takes arrays and tensors of as many.
         model: The model; its `in_chans` and `img_size` count.
 
@@ -63,6 +63,7 @@ def to_pixels(image: Any, model: Any) -> Tensor:
         DataError: If it is none of these, or cannot be read.
     """
     size, channels = tuple(model.img_size), model.in_chans
+    possible = (1, 3) if channels in (1, 3) else (channels,)
     if channels not in (1, 3) and isinstance(image, (str, os.PathLike, Image.Image)):
         raise DataError(f"the model takes images of {channels} channels, which no file has: give an array [H, W, C]")
     if isinstance(image, (str, os.PathLike)):
@@ -83,9 +84,10 @@ def to_pixels(image: Any, model: Any) -> Tensor:
         array = image.detach().cpu().permute(1, 2, 0).numpy()
     elif isinstance(image, np.ndarray):
         array = image[:, :, None] if image.ndim == 2 else image
+        if array.ndim == 3 and array.shape[2] not in possible and array.shape[0] in possible:
+            array = array.transpose(1, 2, 0)
     else:
         raise DataError(f"{type(image).__name__!r} is not an image: give a path, a PIL image, an array or a tensor")
-    possible = (1, 3) if channels in (1, 3) else (channels,)
     if array.ndim != 3 or array.shape[2] not in possible or 0 in array.shape:
         wanted = "one grey or three colour channels" if channels in (1, 3) else f"the model's {channels} channels"
         raise DataError(f"an image of shape {list(image.shape)} is not possible: give {wanted}")

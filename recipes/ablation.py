@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import capszoo
 from capszoo import inspect
 from capszoo.checkpoint import load_weights
-from capszoo.command_line import OptionParser, StopSignal, key_value, results_folder, run
+from capszoo.command_line import OptionParser, StopSignal, key_value, make_console, results_folder, run
 from capszoo.contract import has_couplings
 from capszoo.data import DataSplits, Loader
 from capszoo.engine import Trainer, evaluate
@@ -142,7 +141,7 @@ def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.devi
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
-    console, device = Console(highlight=False, markup=False, soft_wrap=True), choose_device(args.device)
+    console, device = make_console(), choose_device(args.device)
     path = Path(args.results or results_folder() / f"routing-gain-{args.dataset}.csv")
     for name in OWN.keys() & {name for name, _ in args.set}:
         raise UsageError(f"--set {name}=... is an option of this recipe: give it as --{OWN[name]}")

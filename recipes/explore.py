@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from capszoo.command_line import OptionParser, StopSignal, key_value, parse_resumable, run
+from capszoo.command_line import OptionParser, StopSignal, key_value, make_console, parse_resumable, run
 from capszoo.engine.options import check_ranges, options_from
 from capszoo.engine.run import load_splits
 from capszoo.engine.run_folder import check_folder, default_folder, make_default_folder, start_folder
@@ -210,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         raise UsageError(f'{error.name} is not installed: pip install "capszoo[explore]"') from None
     piped = not sys.stdout.isatty()
-    console = Console(highlight=False, markup=False, soft_wrap=piped, width=180 if piped else None)
+    console = make_console(width=180 if piped else None)
+    console.soft_wrap = piped  # a live table is cut to the terminal
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True
     check_ranges(args)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from capszoo.command_line import OptionParser, run
+from capszoo.command_line import OptionParser, make_console, run
 from capszoo.errors import UsageError
 from capszoo.explorer import (
     RUNTIME_VERSION,
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--port {args.port} is not a port: give a number from 0 to 65535")
     if args.onnxruntime_web is not None and args.export is None:
         raise UsageError("--onnxruntime-web is for --export: give both, or neither")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     # A graph is traced on the CPU.
     device = choose_device("cpu" if args.export is not None else args.device)
     if args.export is not None:

@@ -20,9 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from capszoo.command_line import OptionParser, StopSignal, add_options, add_result, check_results, parse_resumable, run
+from capszoo.command_line import (
+    OptionParser,
+    StopSignal,
+    add_options,
+    add_result,
+    check_results,
+    make_console,
+    parse_resumable,
+    run,
+)
 from capszoo.data import DataSplits
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.options import check_ranges, fill_in
@@ -91,7 +99,7 @@ def hold_run_folder(options: PruneOptions) -> AbstractContextManager[Path]:
 def main(argv: list[str] | None = None) -> int:
     options = parse_args(argv)
     check_ranges(options.training)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     device = choose_device(options.training.device)
     amp = resolve_amp(options.training.amp, device)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from capszoo.command_line import OptionParser, run
+from capszoo.command_line import OptionParser, make_console, run
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import DataError, UsageError
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {str(output)!r} is in a folder that is not there: make it first")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     if args.images:
         found = find(model, batches_of_images(model, args.images, device), class_names_of(model))
         seen = f"{found.count:,} images"

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import capszoo
-from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.command_line import OptionParser, make_console, results_folder, run
 from capszoo.data import DataSplits, Split, load_data
 from capszoo.data.loader import Loader, seeded_generator
 from capszoo.engine import evaluate
@@ -222,7 +221,7 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
     device, path = choose_device(args.device), Path(args.results)
     done = read_rows(path, "mend or delete it") if path.exists() else []
     keys = {tuple(str(row[key]) for key in KEYS) for row in done}

@@ -13,9 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from capszoo.command_line import OptionParser, results_folder, run
+from capszoo.command_line import OptionParser, make_console, results_folder, run
 from capszoo.errors import UsageError
 from capszoo.files import read_rows, write_atomically
 from capszoo.pretrained import read_table
@@ -183,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     root = Path(__file__).resolve().parents[1]
     pages = [Path(page) for page in args.pages] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    console, changed = Console(highlight=False, markup=False, soft_wrap=True), 0
+    console, changed = make_console(), 0
     for page in pages:
         if not page.is_file():
             raise UsageError(f"no page at {str(page)!r}: check the path")

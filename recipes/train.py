@@ -23,7 +23,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capszoo.command_line import StopSignal, add_result, changed_options, check_results, parse_resumable, run
+from capszoo.command_line import (
+    StopSignal,
+    add_result,
+    changed_options,
+    check_results,
+    make_console,
+    parse_resumable,
+    run,
+)
 from capszoo.command_line.training import MAY_CHANGE_ON_RESUME, build_parser
 from capszoo.costs import model_info
 from capszoo.data import DataSplits
@@ -177,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, device: torch.device) -> int:
     """Load the data, make the trainer and the run folder, and train; the first of the ranks writes and prints."""
-    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not ranks.is_first)
+    console = make_console(quiet=not ranks.is_first)
     torch.backends.cudnn.benchmark = True  # few shapes, seen often: worth the search for the best algorithm
     if not ranks.is_first:
         options = replace(options, quiet=True, tensorboard=False)

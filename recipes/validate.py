@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import capszoo
-from capszoo.command_line import OptionParser, run
+from capszoo.command_line import OptionParser, make_console, run
 from capszoo.contract import auxiliary_modules
 from capszoo.data import DataSplits, Loader, Split
 from capszoo.engine import CapsuleTask, Evaluation, evaluate
@@ -99,12 +99,11 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
     """Counts of true class (rows) by predicted class (columns), and each class's accuracy."""
     table = Table(title="true class by predicted class", show_lines=False)
     table.add_column("", justify="right", style="bold")
-    class_names = [escape(name) for name in class_names]
     for name in class_names:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("top1", justify="right", style="bold")
     for index, (name, row) in enumerate(zip(class_names, evaluation.confusion.tolist(), strict=True)):
-        cells = [f"[bold]{n}[/bold]" if i == index else (str(n) if n else ".") for i, n in enumerate(row)]
+        cells = [Text(str(n), style="bold") if i == index else (str(n) if n else ".") for i, n in enumerate(row)]
         table.add_row(name, *cells, f"{row[index] / sum(row):.4f}" if sum(row) else "-")
     return table
 
@@ -126,7 +125,7 @@ def class_table(evaluation: Evaluation, class_names: list[str]) -> Table:
         images, predicted = missed + both, extra + both
         parts = (f"{both / total:.4f}" if total else "-" for total in (predicted, images))
         row = (str(images), str(predicted), str(both), *parts, f"{average_precision:.4f}" if images else "-")
-        table.add_row(escape(name), *row)
+        table.add_row(name, *row)
     return table
 
 
@@ -311,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     for key in sorted(wrong):
         does = "does not go with --all" if args.all else "needs --all"
         raise UsageError(f"--{key.replace('_', '-')} {does}: see --help")
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     if args.all:
         measure_all(args, console)
     else:

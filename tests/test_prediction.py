@@ -27,7 +27,7 @@ def test_images_of_all_kinds_are_the_same(model, digits, tmp_path):
     image = digits[0][3]
     array = image[0].numpy()
     Image.fromarray(array).save(tmp_path / "3.png")
-    kinds = [tmp_path / "3.png", str(tmp_path / "3.png"), Image.fromarray(array), array, array[:, :, None], image,
+    kinds = [tmp_path / "3.png", str(tmp_path / "3.png"), Image.fromarray(array), array, array[:, :, None], array[None], image,
              image.float() / 255, (array / 255).astype(np.float64)]  # fmt: skip
     expected = model.eval()(image[None].float() / 255)[0].tolist()
     for kind in kinds:
@@ -48,6 +48,8 @@ def test_many_images_at_once(model, digits, tmp_path):
     with torch.no_grad():
         assert [one.class_index for one in found] == model.eval()(images.float() / 255).argmax(1).tolist()
     assert capszoo.predict(model, list(images)) == capszoo.predict(model, images)
+    for batch in (images.numpy(), images.permute(0, 2, 3, 1).numpy()):
+        assert capszoo.predict(model, batch) == capszoo.predict(model, images)
     (tmp_path / "below").mkdir()
     for place in range(3):
         Image.fromarray(images[place, 0].numpy()).save(tmp_path / "below" / f"{place}.png")

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from capszoo._version import __version__
+from capszoo.command_line import make_console
 from capszoo.errors import first_line
 from capszoo.figures import plot_layers, plot_memory, plot_speedup
 from capszoo.precision import device_name
@@ -50,7 +50,7 @@ def print_table(rows: list[dict]) -> None:
         shown = {**row, "subject": row["layer"] or row["subject"]}
         table.add_row(*(str(shown.get(key, "")) for key in titles))
     # Through a pipe rich would assume 80 columns.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    make_console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def print_summary(rows: list[dict], batch_size: int) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+
 from capszoo.errors import UsageError, first_line
 from capszoo.files import read_rows, write_csv
 
@@ -41,6 +43,16 @@ def _raised_by_us(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("capszoo")
+
+
+def make_console(quiet: bool = False, width: int | None = None) -> Console:
+    """Make a console that prints text as it is: no word in brackets is taken for markup, and no line is broken.
+
+    Args:
+        quiet: Print nothing.
+        width: Columns that tables get; None for the terminal's.
+    """
+    return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet, width=width)
 
 
 def add_result(path: Path, result: dict[str, Any], launch: str, argv: Sequence[str] | None) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from capszoo.opening import open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import Prediction, class_names_of, named_images, predict_pixels, reconstruct, to_pixels
 
+from .console import make_console
 from .parser import OptionParser
 
 __all__ = ["main"]
@@ -100,12 +99,9 @@ def print_table(rows: list[list[Any]]) -> None:
     for column in ("image", "class", "score", "second best", "score", "shows")[: len(rows[0])]:
         table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
     for name, label, score, second, second_score, *shown in rows:
-        more = ("", "") if second is None else (escape(second), f"{second_score:.3f}")
-        table.add_row(escape(name), escape(label), f"{score:.3f}", *more, *(escape(some) or "-" for some in shown))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=1000)
-    console.print(table)
+        more = ("", "") if second is None else (second, f"{second_score:.3f}")
+        table.add_row(name, label, f"{score:.3f}", *more, *(some or "-" for some in shown))
+    make_console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

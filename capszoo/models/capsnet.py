@@ -267,7 +267,7 @@ class CapsNet(nn.Module):
 
     @torch.jit.ignore
     def search_space(self) -> list[SearchedArgument]:
-        """The reductions of FasTrCaps (section V), and what else makes the network smaller or faster."""
+        """The reductions of FasTrCaps (section V), and what else makes the network smaller or faster to train."""
         types = {share: max(1, round(share * self.primary_caps.num_types)) for share in (0.75, 0.5, 0.25)}
         return [
             SearchedArgument("share_weights", [False, True]),
@@ -275,6 +275,7 @@ class CapsNet(nn.Module):
             SearchedArgument("keep_types", {1.0: None, **types}, name="types"),
             SearchedArgument("num_routing", range(1, 5), first=3),
             SearchedArgument("squash", ["exact", "approx"]),
+            SearchedArgument("start", ["default", "plain"]),
         ]
 
     @torch.jit.ignore

@@ -166,7 +166,7 @@ def test_every_control_has_a_name_and_takes_the_focus(browser, served):
 
 
 def test_a_phone(browser, served):
-    """Nothing is wider than 360 pixels, and a finger draws."""
+    """Nothing is wider than 360 pixels, a finger draws, and the answer is in sight of who draws."""
     browser.emulate("Emulation.setDeviceMetricsOverride", width=360, height=700, deviceScaleFactor=2, mobile=True)
     browser.emulate("Emulation.setTouchEmulationEnabled", enabled=True)
     open_page(browser, served)
@@ -176,6 +176,10 @@ def test_a_phone(browser, served):
     assert not browser.run('return document.getElementById("changes").open')
     browser.draw("#board", SEVEN, kind="touch")
     browser.wait(f'{BEST} === "7 - seven"')
+    browser.wait('return document.getElementById("said").textContent.includes("7 - seven")')
+    box = browser.run('const box = document.getElementById("said").getBoundingClientRect(); return [box.top, box.bottom]')
+    seen = browser.run("return visualViewport.height")
+    assert seen - 100 < box[0] < box[1] <= seen
     browser.emulate("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
