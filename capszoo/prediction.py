@@ -55,8 +55,9 @@ def to_pixels(image: Any, model: Any) -> Tensor:
 
     Args:
         image: A path, a PIL image, an array `[H, W]`, `[H, W, C]` or, where the last side cannot be channels,
-            `[C, H, W]`, or a tensor `[C, H, W]`; of uint8, or of floats in [0, 1]. Other sizes are resized (bilinear), colour becomes grey or grey colour, as the model wants. A model
-            of other channels (2 are stereo) takes arrays and tensors of as many.
+            `[C, H, W]`, or a tensor `[C, H, W]`; of uint8, or of floats in [0, 1]. Other sizes are resized (bilinear),
+            colour becomes grey or grey colour, as the model wants. A model of other channels (2 are stereo) takes
+            arrays and tensors of as many.
         model: The model; its `in_chans` and `img_size` count.
 
     Raises:

@@ -27,8 +27,8 @@ def test_images_of_all_kinds_are_the_same(model, digits, tmp_path):
     image = digits[0][3]
     array = image[0].numpy()
     Image.fromarray(array).save(tmp_path / "3.png")
-    kinds = [tmp_path / "3.png", str(tmp_path / "3.png"), Image.fromarray(array), array, array[:, :, None], array[None], image,
-             image.float() / 255, (array / 255).astype(np.float64)]  # fmt: skip
+    kinds = [tmp_path / "3.png", str(tmp_path / "3.png"), Image.fromarray(array), array, array[:, :, None],
+             array[None], image, image.float() / 255, (array / 255).astype(np.float64)]  # fmt: skip
     expected = model.eval()(image[None].float() / 255)[0].tolist()
     for kind in kinds:
         found = capszoo.predict(model, kind)

@@ -177,9 +177,11 @@ def test_a_phone(browser, served):
     browser.draw("#board", SEVEN, kind="touch")
     browser.wait(f'{BEST} === "7 - seven"')
     browser.wait('return document.getElementById("said").textContent.includes("7 - seven")')
-    box = browser.run('const box = document.getElementById("said").getBoundingClientRect(); return [box.top, box.bottom]')
-    seen = browser.run("return visualViewport.height")
-    assert seen - 100 < box[0] < box[1] <= seen
+    top, bottom, seen = browser.run("""
+      const box = document.getElementById("said").getBoundingClientRect();
+      return [box.top, box.bottom, visualViewport.height];
+    """)
+    assert seen - 100 < top < bottom <= seen
     browser.emulate("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
