@@ -58,8 +58,8 @@ class _TransformedWeights:
     copy: Tensor | None
     """The kernels, where a forward pass without gradients made the transform."""
 
-    def belong_to(self, weight: Tensor, plan: Plan) -> bool:
-        return self.plan == plan and self.weight() is weight and self.version == _version(weight)
+    def belong_to(self, weight: Tensor) -> bool:
+        return self.weight() is weight and self.version == _version(weight)
 
 
 def _version(weight: Tensor) -> int:
@@ -184,15 +184,17 @@ def _w_products(plan: Plan, weight: Tensor, made_by_forward: bool = False, has_g
     """`[P, D, S]` of kernels `[D, C, k, k]`, as the last call left them where that is sure to be the same.
 
     A backward pass takes what its forward pass made. A forward pass without gradients takes what the one before made,
-    if no number of the kernels has changed: they can be written by ways that leave their version as it was.
+    if no number of the kernels has changed: they can be written by ways that leave their version as it was, or be
+    computed anew from the same weights.
     """
     D, C = weight.shape[:2]
     products = scratch.take("w_products", plan.numbers, D, plan.stride**2 * C)
     last = scratch.weights
-    if last is not None and last.belong_to(weight, plan):
-        if made_by_forward:
+    if last is not None and last.plan == plan:
+        if made_by_forward and last.belong_to(weight):
             return products
-        if not has_gradients and last.copy is not None and torch.equal(last.copy, weight):
+        is_known = not made_by_forward and not has_gradients and last.copy is not None
+        if is_known and torch.equal(last.copy, weight):
             return products
     scratch.weights = None  # should this be interrupted
     _transform_kernels(plan, weight, products)

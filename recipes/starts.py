@@ -30,18 +30,20 @@ from capszoo.engine.options import options_from
 from capszoo.engine.run import make_trainer
 from capszoo.engine.watch import measure_saturation
 from capszoo.files import read_rows, write_csv
+from capszoo.layers import fan_in_scale
 from capszoo.policies import list_policies
 from capszoo.precision import choose_device, device_name
 
-# Whether images are normalised, and keywords of the model.
-STARTS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "plain": (False, {"start": "plain"}),
-    "normalized": (True, {"start": "plain"}),
-    "scaled": (False, {}),
-    "normalized, primary scaled": (True, {"conv1_scale": 1.0}),
-    "paper": (False, {"start": "paper"}),
-    "normalized, paper": (True, {"start": "paper"}),
-    "default": (True, {}),
+# Whether images are normalised, keywords of the model, and whether its primary capsules are scaled without centring.
+STARTS: dict[str, tuple[bool, dict[str, Any], bool]] = {
+    "plain": (False, {"start": "plain"}, False),
+    "normalized": (True, {"start": "plain"}, False),
+    "scaled": (False, {}, True),
+    "normalized, primary scaled": (True, {"conv1_scale": 1.0}, True),
+    "normalized, scaled": (True, {}, True),
+    "paper": (False, {"start": "paper"}, False),
+    "normalized, paper": (True, {"start": "paper"}, False),
+    "default": (True, {}, False),
 }
 SETS = ("mnist", "fashion_mnist", "cifar10", "shapes", "inverted_mnist")
 # Steps of a row by its batch size, where the command line does not say.
@@ -136,7 +138,10 @@ def first(split: Split, count: int) -> Split:
 
 def measure(row: dict[str, Any], data: DataSplits, device: torch.device) -> dict[str, Any]:
     """Train as a row says, and complete it."""
-    normalized, model_kwargs = STARTS[row["start"]]
+    normalized, model_kwargs, only_scaled = STARTS[row["start"]]
+    if only_scaled:
+        conv = capszoo.create_model(row["model"], device="meta").primary_caps.conv
+        model_kwargs = {**model_kwargs, "primary_scale": fan_in_scale(conv.weight[0].numel())}
     options = {key: row[key] for key in ("model", "seed", "policy", "epochs")}
     options.update(dataset=row["set"], start=model_kwargs.get("start", "default"), amp=row["precision"])
     options["model_kwargs"] = {key: value for key, value in model_kwargs.items() if key != "start"}

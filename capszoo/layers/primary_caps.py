@@ -46,6 +46,7 @@ class PrimaryCaps(nn.Module):
         scale: Factor of the convolution's sum, before the bias is added; None for that of
             :func:`capszoo.layers.fan_in_scale`. Where capsules are made by one routing iteration over zero logits, as
             in the codes of Sabour and of FasTrCaps, it is 1 / num_types.
+        centered: Centre the filters, see :class:`capszoo.layers.ScaledConv2d`; None for where no scale is given.
         init_gain: Gain of the convolution's fresh weights over those of `torch.nn.Conv2d`, with which squash, quadratic
             near zero, would shorten fresh capsules of normalised images to about a tenth; with 2 it is a quarter.
         approximate_squash: Use the paper's cheap approximation of squash.
@@ -62,6 +63,7 @@ class PrimaryCaps(nn.Module):
         stride: int = 2,
         scale: float | None = None,
         init_gain: float = 2.0,
+        centered: bool | None = None,
         approximate_squash: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -69,8 +71,10 @@ class PrimaryCaps(nn.Module):
         super().__init__()
         self.num_types = num_types
         self.caps_dim = caps_dim
+        if centered is None:
+            centered = scale is None
         self.conv = ScaledConv2d(
-            in_chans, num_types * caps_dim, kernel_size, stride, scale, init_gain, device=device, dtype=dtype
+            in_chans, num_types * caps_dim, kernel_size, stride, scale, init_gain, centered, device=device, dtype=dtype
         )
         # A module, so that a network cut before it can put nn.Identity in its place.
         self.squash: nn.Module = SquashMap(num_types, caps_dim, approximate_squash)

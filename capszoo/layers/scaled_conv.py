@@ -10,20 +10,23 @@ from .large_conv import LargeConv2d
 
 __all__ = ["ScaledConv2d", "fan_in_scale", "fold_scales", "unfold_scales"]
 
-# The scale times the fan-in. Chosen by recipes/starts.py, see recipes/results/starts-cpu.csv.
+# The scale times the fan-in, plain and centred. Chosen by recipes/starts.py, see recipes/results/starts-cpu.csv.
 _SCALED_FAN_IN = 32
+_CENTERED_FAN_IN = 128
 
 
-def fan_in_scale(fan_in: int) -> float:
-    """Scale of a convolution's sum: 32 / fan_in, rounded to a power of two, at most 1.
+def fan_in_scale(fan_in: int, centered: bool = False) -> float:
+    """Scale of a convolution's sum: 32 / fan_in, centred 128 / fan_in, rounded to a power of two, at most 1.
 
     Adam moves each weight by about its learning rate, whatever the gradient. Inputs of one sign then move a sum of
     fan_in products by up to fan_in * lr: 20 at a rate of 0.001 in the primary capsules of `capsnet`, which squash takes
     to a length of 0.998. Scaled, the same step moves it by up to 32 * lr. This is the 1 / fan_in learning rate that
     maximal update parametrisation gives hidden layers (Yang et al. 2022, https://arxiv.org/abs/2203.03466), as a
     property of the network and not of its optimizer. A power of two scales to the same bits.
+
+    Centred filters do not see what the inputs have in common, so that their steps can be larger.
     """
-    return min(1.0, 2.0 ** round(math.log2(_SCALED_FAN_IN / fan_in)))
+    return min(1.0, 2.0 ** round(math.log2((_CENTERED_FAN_IN if centered else _SCALED_FAN_IN) / fan_in)))
 
 
 class ScaledConv2d(LargeConv2d):
@@ -32,7 +35,13 @@ class ScaledConv2d(LargeConv2d):
     A fresh one computes what a fresh `torch.nn.Conv2d` of the same arguments does, times a gain, whatever the scale:
     its weights are larger by gain / scale.
 
-    The scale is part of the state dict; a state dict without one is that of a plain convolution, and makes it 1.
+    Centred, each filter less its mean over the fan-in is what convolves (as in Huang et al. 2017, "Centered Weight
+    Normalization in Accelerating Training of Deep Neural Networks", without their normalisation). A step of Adam, which
+    moves all weights of a filter alike, then does not drive its sums to one side by what all inputs have in common, as
+    those after a ReLU do.
+
+    Scale and centring are part of the state dict; a state dict without them is that of a plain convolution, which they
+    become.
 
     Args:
         in_channels: Channels of the incoming map.
@@ -41,15 +50,17 @@ class ScaledConv2d(LargeConv2d):
         stride: Stride, in pixels.
         scale: Factor of the sum; None for that of :func:`fan_in_scale`.
         init_gain: Gain of fresh weights.
+        centered: Centre the filters.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: If the scale is not above 0 and finite.
+        ValueError: If the scale is not above 0 and finite, or filters of one weight are to be centred.
     """
 
     if TYPE_CHECKING:
         scale: Tensor
+        centered: Tensor
 
     def __init__(
         self,
@@ -59,13 +70,19 @@ class ScaledConv2d(LargeConv2d):
         stride: int = 1,
         scale: float | None = None,
         init_gain: float = 1.0,
+        centered: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        scale = fan_in_scale(in_channels * kernel_size**2) if scale is None else scale
+        scale = fan_in_scale(in_channels * kernel_size**2, centered) if scale is None else scale
         if not 0 < scale < math.inf:
             raise ValueError(f"scale={scale} of a convolution is not possible: give a number above 0, such as 1/32")
+        if centered and in_channels * kernel_size**2 == 1:
+            raise ValueError("centered=True of filters of one weight leaves nothing of them: leave it out")
         super().__init__(in_channels, out_channels, kernel_size, stride, device=device, dtype=dtype)
+        # Two ways, since a graph is not to depend on what a tensor holds.
+        self.is_centered = centered
+        self.register_buffer("centered", torch.full((), float(centered), device=device, dtype=self.weight.dtype))
         self.register_buffer("scale", torch.full((), scale, device=device, dtype=self.weight.dtype))
         self.init_factor = init_gain / scale
         self._rescale()
@@ -80,35 +97,50 @@ class ScaledConv2d(LargeConv2d):
     def _rescale(self) -> None:
         self.weight.mul_(self.init_factor)
 
+    def kernels(self) -> Tensor:
+        """The weights as they convolve, without the scale: centred, if they are to be."""
+        return self.weight - self.weight.mean((1, 2, 3), keepdim=True) if self.is_centered else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
+        kernels = self.kernels()
         if not torch.jit.is_scripting():
-            y = self._by_plan(x, self.scale)
+            y = self._by_plan(x, kernels, self.scale)
             if y is not None:
                 return y
         # Not the sum is multiplied but the weights, as float16 could not hold all sums.
-        return self._conv_forward(x, self.weight * self.scale, self.bias)
+        return self._conv_forward(x, kernels * self.scale, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:
-            state_dict.setdefault(f"{prefix}scale", state_dict[f"{prefix}weight"].new_ones(()))
+            weight = state_dict[f"{prefix}weight"]
+            state_dict.setdefault(f"{prefix}scale", weight.new_ones(()))
+            centered = state_dict.setdefault(f"{prefix}centered", weight.new_zeros(()))
+            if not centered.is_meta:
+                self.is_centered = bool(centered)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def fold_scales(model: nn.Module) -> nn.Module:
-    """Multiply the scales of all convolutions of a model into their weights, in place, and return the model.
+    """Centre the weights of all convolutions of a model that are to be, multiply the scales into them, in place, and
+    return the model.
 
     It computes the same numbers as before, and its weights are those of plain convolutions.
     """
     for module in model.modules():
         if isinstance(module, ScaledConv2d):
             with torch.no_grad():
-                module.weight.mul_(module.scale)
+                module.weight.copy_(module.kernels() * module.scale)
                 module.scale.fill_(1.0)
+                module.centered.fill_(0.0)
+                module.is_centered = False
     return model
 
 
 def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Give weights of plain convolutions, which have no scales, those of a model, so that they train as fresh ones do.
+    """Give weights of plain convolutions, which have no scales, scales, so that they train about as fresh ones do.
+
+    They are those of the model; where it centres its filters, which these weights are not made for, those of
+    convolutions of its size that are not centred.
 
     Args:
         state_dict: Weights of a whole model. Convolutions that have a scale are left as they are.
@@ -120,9 +152,14 @@ def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
     state_dict = dict(state_dict)
     for name, module in model.named_modules():
         weight = state_dict.get(f"{name}.weight")
-        if not isinstance(module, ScaledConv2d) or f"{name}.scale" in state_dict or weight is None:
+        if not isinstance(module, ScaledConv2d) or weight is None:
+            continue
+        state_dict.setdefault(f"{name}.centered", torch.zeros((), dtype=module.weight.dtype, device=weight.device))
+        if f"{name}.scale" in state_dict:
             continue
         scale = torch.ones(()) if module.scale.is_meta else module.scale.detach().clone()
+        if module.is_centered and not module.scale.is_meta:
+            scale.fill_(fan_in_scale(module.weight[0].numel()))
         state_dict[f"{name}.scale"] = scale = scale.to(weight.device)
         if weight.is_floating_point():  # others are refused where they are loaded
             # In the model's type, since float16 could not hold all of them.

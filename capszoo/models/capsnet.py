@@ -114,7 +114,8 @@ class CapsNet(nn.Module):
             squash: 'exact', or 'approx' for the paper's cheap approximation.
             drop_rate: Dropout rate of the primary capsules' values before routing.
             start: How a fresh network starts. 'default' suits Adam at rates from 0.0001 to 0.01: each convolution has
-                the scale of `capszoo.layers.fan_in_scale`. 'plain' has scales of 1, and torch's own start of a
+                the scale of `capszoo.layers.fan_in_scale`, and the filters of the primary capsules are centred, see
+                `capszoo.layers.ScaledConv2d`. 'plain' has scales of 1, and torch's own start of a
                 convolution. 'paper' is that of FasTrCaps's code: the primary capsules' scale is 1 / num_types, vote
                 matrices have a standard deviation of 1, and biases are 0.
             conv1_scale: Factor of the first convolution's sum, before its bias is added; None for that of `start`.

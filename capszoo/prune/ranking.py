@@ -135,8 +135,8 @@ def _squares(tensor: Tensor) -> Tensor:
 
 
 def _filter_weights(conv: ScaledConv2d) -> Tensor:
-    """Squared weights of a convolution's filters, with its scale."""
-    return _squares(conv.weight) * _squares(conv.scale)
+    """Squared weights of a convolution's filters as they convolve, with its scale."""
+    return _squares(conv.kernels()) * _squares(conv.scale)
 
 
 def _filter_squares(model: CapsNet) -> Tensor:

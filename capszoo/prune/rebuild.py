@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capszoo.layers import fan_in_scale
 from capszoo.models import CapsNet
 from capszoo.registry import create_model
 
@@ -28,12 +29,16 @@ _SOURCE_KEYS = {
 
 def keep_conv1(model: CapsNet, filters: list[int]) -> CapsNet:
     """Keep these filters of the first convolution."""
-    index = torch.tensor(filters, device=model.conv1.weight.device)
+    index, conv = torch.tensor(filters, device=model.conv1.weight.device), model.primary_caps.conv
     tensors = {
         "conv1.weight": model.conv1.weight[index],
         "conv1.bias": model.conv1.bias[index],
-        "primary_caps.conv.weight": model.primary_caps.conv.weight[:, index],
+        "primary_caps.conv.weight": conv.kernels()[:, index],
     }
+    if conv.is_centered:  # what is kept of filters has another mean, and trains as those that are not centred
+        scale = torch.full_like(conv.scale, fan_in_scale(tensors["primary_caps.conv.weight"][0].numel()))
+        tensors["primary_caps.conv.weight"] *= conv.scale / scale
+        tensors |= {"primary_caps.conv.scale": scale, "primary_caps.conv.centered": torch.zeros_like(conv.centered)}
     return rebuild(model, tensors, conv_dim=len(filters))
 
 

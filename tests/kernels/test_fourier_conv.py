@@ -306,6 +306,19 @@ def test_training_transforms_kernels_once_a_step(passes):
         passes.weight.data.sub_(passes.weight.grad, alpha=0.01)
 
 
+def test_kernels_that_are_computed_anew_are_transformed_as_often_as_others(passes):
+    """Of a centred convolution: they are another tensor in each pass."""
+    kept = passes.weight
+    with torch.no_grad():
+        for _ in range(2):
+            passes.weight = kept * 1
+            assert passes.is_right(passes()) and passes.count == 1
+    for count in (2, 3):
+        passes.weight = kept * 1
+        passes().square().sum().backward()
+        assert passes.count == count
+
+
 def test_backward_pass_of_kernels_that_another_convolution_has_overwritten(passes):
     other = torch.randn(3, 2, 5, 5, requires_grad=True)
     x = passes.x.float().requires_grad_()
