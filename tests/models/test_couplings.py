@@ -34,7 +34,9 @@ def make(name, **kwargs):
     torch.manual_seed(0)
     model = capszoo.create_model(name, **{**sizes_of(name), "in_chans": 1, "img_size": 20, "num_classes": 4, **kwargs})
     layer = model.get_classifier()
-    if hasattr(layer, "uniform"):  # zeros at first
+    if hasattr(layer, "uniform") or (
+        name == "capsnet_head" and hasattr(layer, "weight")
+    ):  # zeros, or votes nearly equal
         torch.nn.init.normal_(layer.weight)
     if hasattr(layer, "beta_u"):  # poses of a small network are nearly zero at first, and votes equal
         for parameter in model.parameters():

@@ -19,7 +19,7 @@ def test_class_capsules_do_not_grow_with_the_images(name, most):
     for size in (28, 48, 80):
         torch.manual_seed(0)
         mean, spread = mean_score(capszoo.create_model(name, img_size=size, in_chans=3), size, 3)
-        assert 0.2 < mean < most and spread > 0.01, size
+        assert 0.15 < mean < most and spread > 0.01, size
 
 
 def test_matrices_of_28_pixels_start_as_ever():
