@@ -72,7 +72,7 @@ class PrimaryCaps(nn.Module):
         self.num_types = num_types
         self.caps_dim = caps_dim
         if centered is None:
-            centered = scale is None
+            centered = scale is None and in_chans * kernel_size**2 > 1
         self.conv = ScaledConv2d(
             in_chans, num_types * caps_dim, kernel_size, stride, scale, init_gain, centered, device=device, dtype=dtype
         )

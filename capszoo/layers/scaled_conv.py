@@ -80,8 +80,6 @@ class ScaledConv2d(LargeConv2d):
         if centered and in_channels * kernel_size**2 == 1:
             raise ValueError("centered=True of filters of one weight leaves nothing of them: leave it out")
         super().__init__(in_channels, out_channels, kernel_size, stride, device=device, dtype=dtype)
-        # Two ways, since a graph is not to depend on what a tensor holds.
-        self.is_centered = centered
         self.register_buffer("centered", torch.full((), float(centered), device=device, dtype=self.weight.dtype))
         self.register_buffer("scale", torch.full((), scale, device=device, dtype=self.weight.dtype))
         self.init_factor = init_gain / scale
@@ -99,7 +97,22 @@ class ScaledConv2d(LargeConv2d):
 
     def kernels(self) -> Tensor:
         """The weights as they convolve, without the scale: centred, if they are to be."""
-        return self.weight - self.weight.mean((1, 2, 3), keepdim=True) if self.is_centered else self.weight
+        if not torch.jit.is_scripting() and self._is_known_plain():
+            return self.weight
+        return self.weight - self.centered * self.weight.mean((1, 2, 3), keepdim=True)
+
+    @torch.jit.unused
+    def _is_known_plain(self) -> bool:
+        """Whether there is nothing to centre, where that is asked at no cost: not of a GPU, nor while a graph is made,
+        which would then hold for these weights alone."""
+        return (
+            type(self.centered) is Tensor
+            and self.centered.device.type == "cpu"
+            and not torch.jit.is_tracing()
+            and not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not self.centered.item()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = self.kernels()
@@ -114,9 +127,7 @@ class ScaledConv2d(LargeConv2d):
         if f"{prefix}weight" in state_dict:
             weight = state_dict[f"{prefix}weight"]
             state_dict.setdefault(f"{prefix}scale", weight.new_ones(()))
-            centered = state_dict.setdefault(f"{prefix}centered", weight.new_zeros(()))
-            if not centered.is_meta:
-                self.is_centered = bool(centered)
+            state_dict.setdefault(f"{prefix}centered", weight.new_zeros(()))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -132,7 +143,6 @@ def fold_scales(model: nn.Module) -> nn.Module:
                 module.weight.copy_(module.kernels() * module.scale)
                 module.scale.fill_(1.0)
                 module.centered.fill_(0.0)
-                module.is_centered = False
     return model
 
 
@@ -158,7 +168,7 @@ def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
         if f"{name}.scale" in state_dict:
             continue
         scale = torch.ones(()) if module.scale.is_meta else module.scale.detach().clone()
-        if module.is_centered and not module.scale.is_meta:
+        if not module.scale.is_meta and module.centered:
             scale.fill_(fan_in_scale(module.weight[0].numel()))
         state_dict[f"{name}.scale"] = scale = scale.to(weight.device)
         if weight.is_floating_point():  # others are refused where they are loaded

@@ -35,7 +35,8 @@ def keep_conv1(model: CapsNet, filters: list[int]) -> CapsNet:
         "conv1.bias": model.conv1.bias[index],
         "primary_caps.conv.weight": conv.kernels()[:, index],
     }
-    if conv.is_centered:  # what is kept of filters has another mean, and trains as those that are not centred
+    # What is kept of filters has another mean, and trains as those that are not centred.
+    if not conv.centered.is_meta and conv.centered:
         scale = torch.full_like(conv.scale, fan_in_scale(tensors["primary_caps.conv.weight"][0].numel()))
         tensors["primary_caps.conv.weight"] *= conv.scale / scale
         tensors |= {"primary_caps.conv.scale": scale, "primary_caps.conv.centered": torch.zeros_like(conv.centered)}

@@ -62,9 +62,9 @@ def test_a_step_of_adam_does_not_drive_all_sums_of_a_centred_filter_to_one_side(
 def test_which_filters_are_centred():
     with pytest.raises(ValueError, match="centered=True of filters of one weight leaves nothing of them"):
         ScaledConv2d(1, 7, 1, centered=True)
-    assert PrimaryCaps(4, 2, 3, kernel_size=5).conv.is_centered
-    assert not capszoo.create_model("capsnet_tiny").conv1.is_centered
-    assert not PrimaryCaps(4, 2, 3, kernel_size=5, scale=0.5).conv.is_centered
+    assert PrimaryCaps(4, 2, 3, kernel_size=5).conv.centered
+    assert not capszoo.create_model("capsnet_tiny").conv1.centered
+    assert not PrimaryCaps(4, 2, 3, kernel_size=5, scale=0.5).conv.centered
 
 
 def test_centring_is_part_of_the_weights(tmp_path):
@@ -76,17 +76,24 @@ def test_centring_is_part_of_the_weights(tmp_path):
         expected, target = source(images), copy.deepcopy(other)
         target.load_state_dict(source.state_dict())
         torch.testing.assert_close(target(images), expected)
-        assert target.primary_caps.conv.is_centered == source.primary_caps.conv.is_centered
+        assert bool(target.primary_caps.conv.centered) == (source is centered)
         again = copy.deepcopy(target)
         torch.testing.assert_close(again(images), expected)
         capszoo.save_model(tmp_path / "m.safetensors", source)
         torch.testing.assert_close(
             capszoo.load_model(tmp_path / "m.safetensors").train(source.training)(images), expected
         )
+    # By those who set tensors and ask no module, too.
+    target = copy.deepcopy(plain)
+    for key, value in centered.state_dict().items():
+        owner, _, name = key.rpartition(".")
+        tensors = target.get_submodule(owner)
+        getattr(tensors, name).data = value.clone()
+    torch.testing.assert_close(target(images), centered(images))
     before = {key: value for key, value in centered.state_dict().items() if not key.endswith(".centered")}
     target = copy.deepcopy(plain)
     target.load_state_dict(before)
-    assert not target.primary_caps.conv.is_centered
+    assert not target.primary_caps.conv.centered
     assert float(target.primary_caps.conv.scale) == float(centered.primary_caps.conv.scale)
 
 
@@ -127,7 +134,7 @@ def test_folded_scales_compute_the_same_and_unfold_again():
     kernels = model.primary_caps.conv.kernels().detach() * model.primary_caps.conv.scale
     assert fold_scales(model) is model
     assert float(model.conv1.scale) == float(model.primary_caps.conv.scale) == 1
-    assert not model.primary_caps.conv.is_centered and torch.equal(model.primary_caps.conv.weight, kernels)
+    assert not model.primary_caps.conv.centered and torch.equal(model.primary_caps.conv.weight, kernels)
     torch.testing.assert_close(model(images), before)
     plain = {key: value for key, value in model.state_dict().items() if not key.endswith((".scale", ".centered"))}
     other = capszoo.create_model("capsnet_tiny")
@@ -170,4 +177,4 @@ def test_pruned_filters_of_a_centred_convolution_compute_the_same():
     assert report.kept["conv1"] == (0, 1, 2)
     torch.testing.assert_close(smaller(images), model(images))
     conv = smaller.primary_caps.conv
-    assert not conv.is_centered and float(conv.scale) == fan_in_scale(3 * 81)
+    assert not conv.centered and float(conv.scale) == fan_in_scale(3 * 81)
