@@ -80,6 +80,9 @@ class ScaledConv2d(LargeConv2d):
         if centered and in_channels * kernel_size**2 == 1:
             raise ValueError("centered=True of filters of one weight leaves nothing of them: leave it out")
         super().__init__(in_channels, out_channels, kernel_size, stride, device=device, dtype=dtype)
+        # False once it is known that there is nothing to centre. A step does not ask the tensor, for which a GPU would
+        # have to be waited for; and who sets tensors past `load_state_dict` gets what they say.
+        self.may_center = True
         self.register_buffer("centered", torch.full((), float(centered), device=device, dtype=self.weight.dtype))
         self.register_buffer("scale", torch.full((), scale, device=device, dtype=self.weight.dtype))
         self.init_factor = init_gain / scale
@@ -97,22 +100,9 @@ class ScaledConv2d(LargeConv2d):
 
     def kernels(self) -> Tensor:
         """The weights as they convolve, without the scale: centred, if they are to be."""
-        if not torch.jit.is_scripting() and self._is_known_plain():
+        if not self.may_center:
             return self.weight
         return self.weight - self.centered * self.weight.mean((1, 2, 3), keepdim=True)
-
-    @torch.jit.unused
-    def _is_known_plain(self) -> bool:
-        """Whether there is nothing to centre, where that is asked at no cost: not of a GPU, nor while a graph is made,
-        which would then hold for these weights alone."""
-        return (
-            type(self.centered) is Tensor
-            and self.centered.device.type == "cpu"
-            and not torch.jit.is_tracing()
-            and not torch.compiler.is_compiling()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and not self.centered.item()
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = self.kernels()
@@ -127,7 +117,8 @@ class ScaledConv2d(LargeConv2d):
         if f"{prefix}weight" in state_dict:
             weight = state_dict[f"{prefix}weight"]
             state_dict.setdefault(f"{prefix}scale", weight.new_ones(()))
-            state_dict.setdefault(f"{prefix}centered", weight.new_zeros(()))
+            centered = state_dict.setdefault(f"{prefix}centered", weight.new_zeros(()))
+            self.may_center = bool(centered.is_meta or centered)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -143,6 +134,7 @@ def fold_scales(model: nn.Module) -> nn.Module:
                 module.weight.copy_(module.kernels() * module.scale)
                 module.scale.fill_(1.0)
                 module.centered.fill_(0.0)
+                module.may_center = False
     return model
 
 
