@@ -159,9 +159,12 @@ def unfold_scales(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
         state_dict.setdefault(f"{name}.centered", torch.zeros((), dtype=module.weight.dtype, device=weight.device))
         if f"{name}.scale" in state_dict:
             continue
-        scale = torch.ones(()) if module.scale.is_meta else module.scale.detach().clone()
-        if not module.scale.is_meta and module.centered:
-            scale.fill_(fan_in_scale(module.weight[0].numel()))
+        if module.scale.is_meta:
+            scale = torch.ones(())
+        elif module.centered:
+            scale = torch.full_like(module.scale, fan_in_scale(module.weight[0].numel()))
+        else:
+            scale = module.scale.detach().clone()
         state_dict[f"{name}.scale"] = scale = scale.to(weight.device)
         if weight.is_floating_point():  # others are refused where they are loaded
             # In the model's type, since float16 could not hold all of them.
