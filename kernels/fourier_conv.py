@@ -55,11 +55,18 @@ class _TransformedWeights:
     weight: weakref.ref[Tensor]
     version: int
     plan: Plan
+    centered: Tensor | None
+    """A copy."""
     copy: Tensor | None
     """The kernels, where a forward pass without gradients made the transform."""
 
     def belong_to(self, weight: Tensor) -> bool:
         return self.weight() is weight and self.version == _version(weight)
+
+    def is_for(self, plan: Plan, centered: Tensor | None) -> bool:
+        if self.centered is None or centered is None:
+            return self.plan == plan and self.centered is centered
+        return self.plan == plan and torch.equal(self.centered, centered)
 
 
 def _version(weight: Tensor) -> int:
@@ -157,13 +164,17 @@ def _pieces(rows: int) -> list[slice]:
     return [slice(rows * piece // count, rows * (piece + 1) // count) for piece in range(count)]
 
 
-def _transform_kernels(plan: Plan, weight: Tensor, products: Tensor) -> None:
-    """Fill products `[P, D, S]` from kernels `[D, C, k, k]`."""
+def _transform_kernels(plan: Plan, weight: Tensor, products: Tensor, centered: Tensor | None) -> None:
+    """Fill products `[P, D, S]` from kernels `[D, C, k, k]`, each less its mean times `centered`."""
     q = plan.taps
+    means = None if centered is None else weight.mean((1, 2, 3)).mul_(centered)[:, None]
     for filters, kernels in _kernel_blocks(plan, *weight.shape[:2]):
         for taps, (a, b, down, across) in _phases(plan):
-            phase = kernels[:, :, :, a, b]
-            phase[:down, :across] = weight[filters][:, :, taps[0], taps[1]].permute(2, 3, 0, 1)
+            phase, part = kernels[:, :, :, a, b], weight[filters][:, :, taps[0], taps[1]].permute(2, 3, 0, 1)
+            if means is None:
+                phase[:down, :across] = part
+            else:
+                torch.sub(part, means[filters], out=phase[:down, :across])
             phase[down:].zero_()
             phase[:, across:].zero_()
         for rows in _pieces(plan.numbers):
@@ -171,16 +182,25 @@ def _transform_kernels(plan: Plan, weight: Tensor, products: Tensor) -> None:
             torch.mm(matrices(plan).kernels[rows], kernels.view(q * q, -1), out=into)
 
 
-def _gradient_of_kernels(plan: Plan, dproducts: Tensor, dweight: Tensor) -> None:
+def _gradient_of_kernels(plan: Plan, dproducts: Tensor, dweight: Tensor, centered: Tensor | None) -> None:
     """The transpose of `_transform_kernels`: fill dweight `[D, C, k, k]`."""
-    q = plan.taps
+    q, fan_in = plan.taps, dweight[0].numel()
     for filters, kernels in _kernel_blocks(plan, *dweight.shape[:2]):
         torch.mm(matrices(plan).kernels.t(), dproducts[:, filters].flatten(1), out=kernels.view(q * q, -1))
-        for taps, (a, b, down, across) in _phases(plan):
-            dweight[filters][:, :, taps[0], taps[1]] = kernels[:down, :across, :, a, b].permute(2, 3, 0, 1)
+        parts = [(taps, kernels[:down, :across, :, a, b]) for taps, (a, b, down, across) in _phases(plan)]
+        if centered is not None:
+            means = torch.stack([part.sum((0, 1, 3)) for _, part in parts]).sum(0).mul_(centered / fan_in)[:, None]
+        for taps, part in parts:
+            into = dweight[filters][:, :, taps[0], taps[1]].permute(2, 3, 0, 1)
+            if centered is None:
+                into.copy_(part)
+            else:
+                torch.sub(part, means, out=into)
 
 
-def _w_products(plan: Plan, weight: Tensor, made_by_forward: bool = False, has_gradients: bool = True) -> Tensor:
+def _w_products(
+    plan: Plan, weight: Tensor, centered: Tensor | None, made_by_forward: bool = False, has_gradients: bool = True
+) -> Tensor:
     """`[P, D, S]` of kernels `[D, C, k, k]`, as the last call left them where that is sure to be the same.
 
     A backward pass takes what its forward pass made. A forward pass without gradients takes what the one before made,
@@ -190,16 +210,17 @@ def _w_products(plan: Plan, weight: Tensor, made_by_forward: bool = False, has_g
     D, C = weight.shape[:2]
     products = scratch.take("w_products", plan.numbers, D, plan.stride**2 * C)
     last = scratch.weights
-    if last is not None and last.plan == plan:
+    if last is not None and last.is_for(plan, centered):
         if made_by_forward and last.belong_to(weight):
             return products
         is_known = not made_by_forward and not has_gradients and last.copy is not None
         if is_known and torch.equal(last.copy, weight):
             return products
     scratch.weights = None  # should this be interrupted
-    _transform_kernels(plan, weight, products)
+    _transform_kernels(plan, weight, products, centered)
     copy = None if has_gradients else weight.clone()
-    scratch.weights = _TransformedWeights(weakref.ref(weight), _version(weight), plan, copy)
+    known = None if centered is None else centered.clone()
+    scratch.weights = _TransformedWeights(weakref.ref(weight), _version(weight), plan, known, copy)
     return products
 
 
@@ -224,9 +245,10 @@ def _in_parts(plan: Plan, w_products: Tensor) -> Tensor:
     return w_products.unflatten(0, (plan.parts, -1))
 
 
-def forward(plan: Plan, x: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
-    """`[B, D, H', W']`, channels last; fills `kept` `[P, B * tiles, S]` for the backward pass."""
-    w_products, D = _w_products(plan, weight, has_gradients=kept is not None), weight.shape[0]
+def forward(plan: Plan, x: Tensor, weight: Tensor, centered: Tensor | None, kept: Tensor | None) -> Tensor:
+    """`[B, D, H', W']`, channels last, by kernels each less its mean times `centered`; fills `kept`
+    `[P, B * tiles, S]` for the backward pass."""
+    w_products, D = _w_products(plan, weight, centered, has_gradients=kept is not None), weight.shape[0]
     m, (down, across), (H, W) = plan.tile, plan.tiles, plan.output
     x = x.permute(0, 2, 3, 1)
     y = x.new_empty(x.shape[0], H, W, D)
@@ -262,12 +284,19 @@ def _multiply(a: Tensor, b: Tensor, into: Tensor, adds: bool) -> None:
 
 
 def backward(
-    plan: Plan, grad: Tensor, x: Tensor, weight: Tensor, kept: Tensor, needs_x: bool, needs_w: bool
+    plan: Plan,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    centered: Tensor | None,
+    kept: Tensor,
+    needs_x: bool,
+    needs_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by x, in channels last, and by weight, in its own format."""
     m, (down, across), (H, W) = plan.tile, plan.tiles, plan.output
     D, S = weight.shape[0], plan.stride**2 * x.shape[1]
-    w_products = _w_products(plan, weight, made_by_forward=True) if needs_x else None
+    w_products = _w_products(plan, weight, centered, made_by_forward=True) if needs_x else None
     dw_products = scratch.take("dw_products", plan.numbers, D, S) if needs_w else None
     dx = torch.empty_like(x.permute(0, 2, 3, 1), memory_format=torch.contiguous_format) if needs_x else None
     grad = grad.permute(0, 2, 3, 1)
@@ -292,5 +321,5 @@ def backward(
     dweight = None
     if dw_products is not None:
         dweight = torch.empty_like(weight)
-        _gradient_of_kernels(plan, dw_products, dweight)
+        _gradient_of_kernels(plan, dw_products, dweight, centered)
     return None if dx is None else dx.permute(0, 3, 1, 2), dweight

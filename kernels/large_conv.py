@@ -18,28 +18,59 @@ def _form(plan: Plan | Unfolding):
 
 class _LargeConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, plan: Plan | Unfolding, is_trained: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx, x: Tensor, weight: Tensor, centered: Tensor | None, plan: Plan | Unfolding, is_trained: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, centered)
         ctx.plan = plan
         if is_trained:
             ctx.kept = Loan(*_form(plan).kept_shape(plan, x, weight))
         with torch.autocast("cpu", enabled=False):
-            return _form(plan).forward(plan, x.float(), weight, ctx.kept.tensor if is_trained else None)
+            return _form(plan).forward(plan, x.float(), weight, centered, ctx.kept.tensor if is_trained else None)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, centered = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         with torch.autocast("cpu", enabled=False):
             if torch.is_grad_enabled():  # higher derivatives are those of PyTorch's own convolution
                 sides = [ctx.plan.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
-                dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), weight, None, *sides, [*needs, False])
+                kernels = less_means(weight, centered)
+                dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), kernels, None, *sides, [*needs, False])
+                dw = dw if dw is None else less_means(dw, centered)
             else:
-                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x.float(), weight, ctx.kept.tensor, *needs)
-        return dx if dx is None else dx.to(x.dtype), dw, None, None
+                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x.float(), weight, centered, ctx.kept.tensor, *needs)
+        return dx if dx is None else dx.to(x.dtype), dw, None, None, None
 
 
-def _looked_at(*tensors: Tensor) -> bool:
+class _CenteredKernels(torch.autograd.Function):
+    """By PyTorch's formulas the gradient passes through memory five times, in fresh memory; by this twice."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, centered: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(centered, scale)
+        return less_means(weight, centered).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centered, scale = ctx.saved_tensors
+        grad = less_means(grad, centered)
+        return grad * scale if torch.is_grad_enabled() else grad.mul_(scale), None, None
+
+
+def less_means(weight: Tensor, centered: Tensor | None) -> Tensor:
+    """Kernels `[D, C, k, k]`, each less its mean times `centered`."""
+    return weight if centered is None else weight - centered * weight.mean((1, 2, 3), keepdim=True)
+
+
+def scaled_kernels(weight: Tensor, centered: Tensor | None, scale: Tensor) -> Tensor:
+    """Kernels `[D, C, k, k]`, each less its mean times `centered`, times `scale`. Those two have no gradients."""
+    if centered is None or is_looked_at(weight):
+        return less_means(weight, centered) * scale
+    return _CenteredKernels.apply(weight, centered, scale)
+
+
+def is_looked_at(*tensors: Tensor) -> bool:
     """Whether something else than a plain call computes with these."""
     return (
         torch.jit.is_tracing()
@@ -56,7 +87,7 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
     something else than a plain call looks on: torch.compile, torch.export, torch.jit, torch.fx, torch.func and forward
     mode.
     """
-    if type(x) is not Tensor or x.device.type != "cpu" or _looked_at(x, weight):
+    if type(x) is not Tensor or x.device.type != "cpu" or is_looked_at(x, weight):
         return None
     if weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -74,15 +105,21 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
 
 
 def large_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan | Unfolding, scale: Tensor | float | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan | Unfolding,
+    scale: Tensor | float | None = None,
+    centered: Tensor | None = None,
 ) -> Tensor:
     """Convolve `[B, C, H, W]` with kernels `[D, C, k, k]` of float32, as `plan` says: `[B, D, H', W']`, channels last.
 
-    The sums are multiplied by `scale` before the bias is added. Products and sums are float32, under autocast too; the
+    Each kernel's mean times `centered` is taken from it, if that is given, and the sums are multiplied by `scale` before
+    the bias is added. Products and sums are float32, under autocast too; the
     result has the type that a convolution there would have.
     """
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    y = _LargeConv.apply(x, weight, plan, is_trained)
+    y = _LargeConv.apply(x, weight, centered, plan, is_trained)
     if scale is not None:
         y = y * scale
     if bias is not None:

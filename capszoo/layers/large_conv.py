@@ -38,14 +38,14 @@ class LargeConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = self._by_plan(x, self.weight)
+            y = self._by_plan(x)
             if y is not None:
                 return y
         return self._conv_forward(x, self.weight, self.bias)
 
     @torch.jit.unused
-    def _by_plan(self, x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor | None:
-        """The convolution with `weight`, its sums times `scale`, by the form chosen for these shapes; None for
-        PyTorch's own."""
-        plan = chosen_plan(x, weight, self.stride[0]) if use_fourier_conv() else None
-        return None if plan is None else large_conv2d(x, weight, self.bias, plan, scale)
+    def _by_plan(self, x: Tensor, scale: Tensor | None = None, centered: Tensor | None = None) -> Tensor | None:
+        """The convolution, its sums times `scale`, by kernels that are `centered`, by the form chosen for these shapes;
+        None for PyTorch's own."""
+        plan = chosen_plan(x, self.weight, self.stride[0]) if use_fourier_conv() else None
+        return None if plan is None else large_conv2d(x, self.weight, self.bias, plan, scale, centered)

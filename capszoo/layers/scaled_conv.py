@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from capszoo.kernels.large_conv import less_means, scaled_kernels
+
 from .large_conv import LargeConv2d
 
 __all__ = ["ScaledConv2d", "fan_in_scale", "fold_scales", "unfold_scales"]
@@ -102,16 +104,18 @@ class ScaledConv2d(LargeConv2d):
         """The weights as they convolve, without the scale: centred, if they are to be."""
         if not self.may_center:
             return self.weight
-        return self.weight - self.centered * self.weight.mean((1, 2, 3), keepdim=True)
+        return less_means(self.weight, self.centered)
+
+    # Not the sum is multiplied but the weights, as float16 could not hold all sums.
+    @torch.jit.unused
+    def _scaled_kernels(self) -> Tensor:
+        return scaled_kernels(self.weight, self.centered if self.may_center else None, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = self.kernels()
-        if not torch.jit.is_scripting():
-            y = self._by_plan(x, kernels, self.scale)
-            if y is not None:
-                return y
-        # Not the sum is multiplied but the weights, as float16 could not hold all sums.
-        return self._conv_forward(x, kernels * self.scale, self.bias)
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.kernels() * self.scale, self.bias)
+        y = self._by_plan(x, self.scale, self.centered if self.may_center else None)
+        return self._conv_forward(x, self._scaled_kernels(), self.bias) if y is None else y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:

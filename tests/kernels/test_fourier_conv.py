@@ -33,6 +33,11 @@ def with_gradients(function, *tensors, **kwargs):
     return [y.detach(), *torch.autograd.grad(y, tensors, torch.linspace(0.5, 1, y.numel()).view(y.shape).to(y))]
 
 
+def centered_conv2d(x, weight, bias=None, stride=1, centered=None):
+    mean = weight.mean((1, 2, 3), keepdim=True)
+    return functional.conv2d(x, weight - mean if centered else weight, bias, stride)
+
+
 def error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
@@ -45,20 +50,22 @@ def error(actual, expected):
     kernel=st.integers(2, 11),
     stride=st.integers(1, 4),
     gauss=st.booleans(),
+    centered=st.sampled_from([None, 0.0, 1.0]),
     seed=st.integers(0, 99),
 )
-@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=True, seed=0)
-@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=False, seed=0)
-@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, gauss=False, seed=0)
-@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, gauss=True, seed=0)
-def test_exact(sizes, height, width, kernel, stride, gauss, seed):
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=True, centered=1.0, seed=0)
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, gauss=False, centered=None, seed=0)
+@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, gauss=False, centered=1.0, seed=0)
+@example(sizes=(2, 2, 3), height=41, width=17, kernel=5, stride=1, gauss=True, centered=None, seed=0)
+def test_exact(sizes, height, width, kernel, stride, gauss, centered, seed):
     stride = min(stride, kernel - 1)
     B, C, D = sizes
     x, weight, bias = inputs(B, C, D, max(height, kernel), max(width, kernel), kernel, seed)
-    expected = with_gradients(functional.conv2d, x, weight, bias, stride=stride)
+    expected = with_gradients(centered_conv2d, x, weight, bias, stride=stride, centered=centered)
     sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
     plan = replace(best_plan(*x.shape[2:], kernel, stride, C, D), gauss=gauss)
-    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan)
+    centered = None if centered is None else torch.tensor(centered)
+    found = with_gradients(large_conv2d, *(t.float() for t in (x, weight, bias)), plan=plan, centered=centered)
     assert [t.shape for t in found] == [t.shape for t in expected]
     for actual, wanted, size in zip(found, expected, sizes, strict=True):
         assert (actual - wanted).norm() <= 1e-6 * size.norm()
@@ -101,7 +108,8 @@ def test_counts_of_the_standard_convolution():
     assert [is_faster(cheapest(plan, B, 256, 256), B, 256, 256) for B in (8, 11, 12, 128)] == [False, False, True, True]
 
 
-def test_higher_derivatives_are_those_of_the_direct_convolution():
+@pytest.mark.parametrize("centered", [None, torch.ones(())])
+def test_higher_derivatives_are_those_of_the_direct_convolution(centered):
     x, weight, _ = inputs(2, 2, 3, 9, 9, 5)
 
     def penalty(function):
@@ -110,8 +118,8 @@ def test_higher_derivatives_are_those_of_the_direct_convolution():
         return torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b))
 
     plan = best_plan(9, 9, 5, 2, 2, 3)
-    found = penalty(lambda a, b: large_conv2d(a, b, None, plan))
-    expected = penalty(lambda a, b: functional.conv2d(a, b, stride=2))
+    found = penalty(lambda a, b: large_conv2d(a, b, None, plan, centered=centered))
+    expected = penalty(lambda a, b: centered_conv2d(a, b, stride=2, centered=centered))
     assert all(error(a, b) <= 1e-5 for a, b in zip(found, expected, strict=True))
 
 
@@ -272,8 +280,8 @@ class Passes:
 
         monkeypatch.setattr(fourier_conv, "_transform_kernels", transform)
 
-    def __call__(self):
-        return large_conv2d(self.x.float(), self.weight, None, self.plan)
+    def __call__(self, centered=None):
+        return large_conv2d(self.x.float(), self.weight, None, self.plan, centered=centered)
 
     def is_right(self, y):
         return error(y, functional.conv2d(self.x, self.weight.detach().double(), stride=2)) <= 1e-6
@@ -298,6 +306,18 @@ def test_evaluation_transforms_kernels_once_until_they_change(passes):
     assert passes.is_right(passes().detach())
 
 
+def test_kernels_are_transformed_again_where_centring_changes(passes):
+    centered = torch.zeros(())
+    with torch.no_grad():
+        assert passes.is_right(passes()) and passes.count == 1
+        assert passes.is_right(passes(centered)) and passes.is_right(passes(centered)) and passes.count == 2
+        centered.data.fill_(1.0)
+        y = passes(centered)
+        assert passes.count == 3
+        passes.weight -= passes.weight.mean((1, 2, 3), keepdim=True)
+        assert passes.is_right(y) and passes.is_right(passes()) and passes.count == 4
+
+
 def test_training_transforms_kernels_once_a_step(passes):
     for step in range(1, 4):
         y = passes()
@@ -307,7 +327,7 @@ def test_training_transforms_kernels_once_a_step(passes):
 
 
 def test_kernels_that_are_computed_anew_are_transformed_as_often_as_others(passes):
-    """Of a centred convolution: they are another tensor in each pass."""
+    """As with a parametrization: they are another tensor in each pass."""
     kept = passes.weight
     with torch.no_grad():
         for _ in range(2):

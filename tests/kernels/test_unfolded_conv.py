@@ -22,6 +22,11 @@ def with_gradients(function, *tensors, **kwargs):
     return [y.detach(), *torch.autograd.grad(y, tensors, torch.linspace(0.5, 1, y.numel()).view(y.shape).to(y))]
 
 
+def centered_conv2d(x, weight, bias=None, stride=1, centered=None):
+    mean = weight.mean((1, 2, 3), keepdim=True)
+    return functional.conv2d(x, weight - mean if centered else weight, bias, stride)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, n) for n in (4, 3, 4))),
@@ -30,30 +35,35 @@ def with_gradients(function, *tensors, **kwargs):
     kernel=st.integers(1, 9),
     stride=st.integers(1, 4),
     layout=st.sampled_from(FORMATS),
+    centered=st.sampled_from([None, 0.0, 1.0]),
     seed=st.integers(0, 99),
 )
-@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, layout=torch.channels_last, seed=0)
-@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, layout=torch.contiguous_format, seed=0)
-def test_exact(sizes, height, width, kernel, stride, layout, seed):
+@example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, layout=torch.channels_last, centered=1.0, seed=0)
+@example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, layout=FORMATS[1], centered=None, seed=0)
+def test_exact(sizes, height, width, kernel, stride, layout, centered, seed):
     (B, C, D), generator = sizes, torch.Generator().manual_seed(seed)
     shapes = (B, C, max(height, kernel), max(width, kernel)), (D, C, kernel, kernel), (D,)
     x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    expected = with_gradients(functional.conv2d, x, weight, bias, stride=stride)
+    expected = with_gradients(centered_conv2d, x, weight, bias, stride=stride, centered=centered)
     sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
     x, weight = (t.float().to(memory_format=layout) for t in (x, weight))
-    found = with_gradients(large_conv2d, x, weight, bias.float(), plan=Unfolding(kernel, stride))
+    centered = None if centered is None else torch.tensor(centered)
+    found = with_gradients(large_conv2d, x, weight, bias.float(), plan=Unfolding(kernel, stride), centered=centered)
     assert [t.shape for t in found] == [t.shape for t in expected]
     for actual, wanted, size in zip(found, expected, sizes, strict=True):
         assert (actual - wanted).norm() <= 1e-6 * size.norm()
 
 
-def test_one_gradient_alone_and_higher_derivatives():
+@pytest.mark.parametrize("centered", [None, torch.ones(())])
+def test_one_gradient_alone_and_higher_derivatives(centered):
     x, weight = torch.randn(2, 2, 9, 9), torch.randn(3, 2, 5, 5)
     for tensor in (x, weight):
         tensor.requires_grad_()
-        (gradient,) = torch.autograd.grad(large_conv2d(x, weight, None, Unfolding(5, 2)).sum(), tensor)
-        (expected,) = torch.autograd.grad(functional.conv2d(x, weight, stride=2).sum(), tensor)
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+        y = large_conv2d(x, weight, None, Unfolding(5, 2), centered=centered)
+        (gradient,) = torch.autograd.grad(y.square().sum(), tensor)
+        y = centered_conv2d(x, weight, stride=2, centered=centered)
+        (expected,) = torch.autograd.grad(y.square().sum(), tensor)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
         tensor.requires_grad_(False)
 
     def penalty(function):
@@ -61,8 +71,8 @@ def test_one_gradient_alone_and_higher_derivatives():
         gradients = torch.autograd.grad(function(a, b).square().sum(), (a, b), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b))
 
-    found = penalty(lambda a, b: large_conv2d(a, b, None, Unfolding(5, 2)))
-    expected = penalty(lambda a, b: functional.conv2d(a, b, stride=2))
+    found = penalty(lambda a, b: large_conv2d(a, b, None, Unfolding(5, 2), centered=centered))
+    expected = penalty(lambda a, b: centered_conv2d(a, b, stride=2, centered=centered))
     for actual, wanted in zip(found, expected, strict=True):
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
 
