@@ -114,9 +114,9 @@ def large_conv2d(
 ) -> Tensor:
     """Convolve `[B, C, H, W]` with kernels `[D, C, k, k]` of float32, as `plan` says: `[B, D, H', W']`, channels last.
 
-    Each kernel's mean times `centered` is taken from it, if that is given, and the sums are multiplied by `scale` before
-    the bias is added. Products and sums are float32, under autocast too; the
-    result has the type that a convolution there would have.
+    Each kernel's mean times `centered` is taken from it, if that is given, and the sums are multiplied by `scale`
+    before the bias is added. Products and sums are float32, under autocast too; the result has the type that a
+    convolution there would have.
     """
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     y = _LargeConv.apply(x, weight, centered, plan, is_trained)
