@@ -149,9 +149,9 @@ def test_pretrained_of_other_shapes(name, tmp_path):
 def test_task_trains(name):
     model = small(name, final_lambda=0.1)
     task, x, target = CapsuleTask(model, verbose=False), images(12), torch.arange(12) % 3
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
     losses = []
-    for _ in range(15):
+    for _ in range(30):
         optimizer.zero_grad()
         loss = task(x, target)["loss"]
         loss.backward()
