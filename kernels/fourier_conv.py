@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .fourier_plan import Plan, is_faster, matrices
+from .products import multiply
 from .scratch import release_scratch, scratch, scratch_bytes
 
 __all__ = ["Plan", "backward", "forward", "is_faster", "kept_shape", "release_scratch", "scratch_bytes"]
@@ -263,7 +264,7 @@ def forward(plan: Plan, x: Tensor, weight: Tensor, centered: Tensor | None, kept
         groups = _in_groups(plan, x_products)
         products = scratch.take("products", plan.parts, len(groups), plan.parts * count, D)
         for w_part, into_part in zip(_in_parts(plan, w_products), products, strict=True):
-            torch.bmm(groups, w_part.transpose(1, 2), out=into_part)
+            multiply(groups, w_part.transpose(1, 2), into_part)
         tiles = scratch.take("tiles", m * m, count, D)
         torch.mm(matrices(plan).outputs, products.view(plan.products, -1), out=tiles.view(m * m, -1))
         tiles = tiles.view(m, m, len(part), down, across, D).permute(2, 3, 0, 4, 1, 5)
@@ -276,11 +277,6 @@ def forward(plan: Plan, x: Tensor, weight: Tensor, centered: Tensor | None, kept
 
 def _chunks(B: int) -> list[slice]:
     return [slice(start, min(start + CHUNK, B)) for start in range(0, B, CHUNK)]
-
-
-def _multiply(a: Tensor, b: Tensor, into: Tensor, adds: bool) -> None:
-    """Matrix products, added to what is there or written over it."""
-    torch.baddbmm(into, a, b, beta=int(adds), out=into)
 
 
 def backward(
@@ -312,11 +308,11 @@ def backward(
         if dw_products is not None:
             groups = _in_groups(plan, _of_chunk(plan, kept, images))
             for dpart, into_part in zip(dproducts, _in_parts(plan, dw_products), strict=True):
-                _multiply(dpart.transpose(1, 2), groups, into_part, adds=images.start > 0)
+                multiply(dpart.transpose(1, 2), groups, into_part, adds=images.start > 0)
         if dx is not None:
             dx_products = scratch.take("x_products", plan.numbers, count, S)
             for number, (dpart, w_part) in enumerate(zip(dproducts, _in_parts(plan, w_products), strict=True)):
-                _multiply(dpart, w_part, _in_groups(plan, dx_products), adds=number > 0)
+                multiply(dpart, w_part, _in_groups(plan, dx_products), adds=number > 0)
             _gradient_of_images(plan, dx_products, dx[images])
     dweight = None
     if dw_products is not None:

@@ -1,12 +1,25 @@
-"""What the processor multiplies bfloat16 matrices with."""
+"""Which processor this is, and what it multiplies bfloat16 matrices with."""
 
 import functools
 import os
 import platform
+import re
+from pathlib import Path
 
 import torch
 
-__all__ = ["has_matrix_units", "matrix_unit_problem"]
+__all__ = ["family", "has_matrix_units", "matrix_unit_problem"]
+
+
+@functools.cache
+def family() -> tuple[str, int]:
+    """Vendor and family of an x86 processor, such as ('AuthenticAMD', 26) for Zen 5; ('', 0) where they are unknown."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = platform.processor()  # 'AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD' on Windows
+    vendor, number = re.search("AuthenticAMD|GenuineIntel", text), re.search(r"(?i)family\s*:?\s*(\d+)", text)
+    return (vendor[0], int(number[1])) if vendor and number else ("", 0)
 
 
 @functools.cache

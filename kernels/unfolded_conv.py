@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .products import multiply, product
 from .scratch import scratch
 
 # Kernels of fewer numbers are reordered in no time.
@@ -82,7 +83,7 @@ def forward(plan: Unfolding, x: Tensor, weight: Tensor, centered: Tensor | None,
     windows = x.permute(0, 2, 3, 1).unfold(1, k, s).unfold(2, k, s)  # [B, H', W', C, k, k]
     rows.view(len(x), height, width, k, k, -1).copy_(windows.permute(0, 1, 2, 4, 5, 3))
     _center(rows, centered)
-    return torch.mm(rows, _as_matrix(weight).t()).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+    return product(rows, _as_matrix(weight).t()).view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 def backward(
@@ -100,9 +101,10 @@ def backward(
     dx = dweight = None
     if needs_w:
         D, C, k, _ = weight.shape
-        dweight = torch.mm(grad.t(), kept).view(D, k, k, C).permute(0, 3, 1, 2)
+        dweight = product(grad.t(), kept).view(D, k, k, C).permute(0, 3, 1, 2)
     if needs_x:
-        drows = torch.mm(grad, _as_matrix(weight), out=scratch.take("rows", *kept.shape))
+        drows = scratch.take("rows", *kept.shape)
+        multiply(grad[None], _as_matrix(weight)[None], drows[None])
         dx = _fold(plan, _center(drows, centered), x)
     return dx, dweight
 
