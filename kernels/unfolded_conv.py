@@ -17,7 +17,6 @@ images. Where kernels have fewer numbers or channels the rows take longer than t
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .products import multiply, product
