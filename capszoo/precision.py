@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .errors import TrainingError, UsageError, first_line
-from .kernels.processor import matrix_unit_problem
+from .kernels.processor import has_fast_vectors, matrix_unit_problem
 
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,8 +46,8 @@ def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
     """Turn the name of a precision into the type that autocast takes, None for float32.
 
     Args:
-        amp: 'auto' (bfloat16 on GPUs that compute in it and on CPUs with matrix units for it, float16 on older GPUs,
-            else float32), 'none', 'bf16' or 'fp16'.
+        amp: 'auto' (bfloat16 on GPUs that compute in it and on CPUs with matrix units for it or of AMD from Zen 5 on,
+            float16 on older GPUs, else float32), 'none', 'bf16' or 'fp16'.
         device: Where the model runs.
 
     Raises:
@@ -71,7 +71,9 @@ def explain_auto(device: torch.device) -> tuple[torch.dtype | None, str]:
     if device.type != "cpu":
         return None, f"lower precision is not measured on {device.type}"
     problem = matrix_unit_problem()
-    return (torch.bfloat16, "AMX multiplies its matrices") if problem is None else (None, problem)
+    if problem is None:
+        return torch.bfloat16, "AMX multiplies its matrices"
+    return (torch.bfloat16, "the vectors of this AMD processor multiply it") if has_fast_vectors() else (None, problem)
 
 
 def time_precisions(device: torch.device, seconds: float = 0.6) -> dict[torch.dtype | None, float]:

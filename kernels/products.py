@@ -1,11 +1,9 @@
 """Products of matrices for convolutions on a CPU, by the library that multiplies faster on this processor."""
 
-import os
-
 import torch
 from torch import Tensor
 
-from .processor import family
+from .processor import is_zen5
 
 __all__ = ["multiply", "product"]
 
@@ -16,15 +14,7 @@ MIN_PRODUCT = 2**22
 
 def _takes_onednn() -> bool:
     """Whether oneDNN uses vectors of 512 bits where MKL, which is PyTorch's in float32, uses 256: AMD from Zen 5 on."""
-    vendor, number = family()
-    return (
-        (vendor == "AuthenticAMD" and number >= 26)
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and not os.environ.keys() & {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}
-    )
+    return is_zen5() and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 TAKES_ONEDNN = _takes_onednn()

@@ -10,6 +10,7 @@ from capszoo.kernels import processor
 from capszoo.precision import explain_auto, resolve_amp, time_precisions
 
 CPU = torch.device("cpu")
+ZEN_5 = "AuthenticAMD", 26
 
 
 @pytest.fixture
@@ -20,8 +21,11 @@ def pretend(monkeypatch):
         for function in (processor.matrix_unit_problem, processor.has_matrix_units):
             function.cache_clear()
 
-    def make(machine="x86_64", amx=True, vectors=True, allowed=True, onednn=True, limit=None):
+    def make(
+        machine="x86_64", amx=True, vectors=True, allowed=True, onednn=True, limit=None, family=("GenuineIntel", 6)
+    ):
         forget()
+        monkeypatch.setattr(processor, "family", lambda: family)
         monkeypatch.setattr(platform, "machine", lambda: machine)
         features = {"amx_bf16": amx, "amx_tile": amx}
         if hasattr(torch.cpu, "get_capabilities"):
@@ -49,6 +53,11 @@ def pretend(monkeypatch):
         ({"allowed": False}, None, "operating system"),
         ({"onednn": False}, None, "oneDNN"),
         ({"limit": "avx512_core_bf16"}, None, "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"),
+        ({"amx": False, "family": ZEN_5}, torch.bfloat16, "AMD"),
+        ({"amx": False, "family": ("AuthenticAMD", 25)}, None, "avx512_bf16 alone is slower"),
+        ({"amx": False, "family": ZEN_5, "vectors": False}, None, "no AMX"),
+        ({"amx": False, "family": ZEN_5, "onednn": False}, None, "avx512_bf16 alone is slower"),
+        ({"amx": False, "family": ZEN_5, "limit": "AVX2"}, None, "avx512_bf16 alone is slower"),
         ({"machine": "aarch64"}, None, "not measured on aarch64"),
         ({"machine": ""}, None, "not measured on this processor"),
     ],
@@ -57,7 +66,7 @@ def test_auto_on_processors(pretend, kind, dtype, why):
     pretend(**kind)
     found, reason = explain_auto(CPU)
     assert found is dtype and why in reason and resolve_amp("auto", CPU) is dtype
-    assert processor.has_matrix_units() == (dtype is not None)
+    assert processor.has_matrix_units() == ("AMX" in why and dtype is not None)
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])

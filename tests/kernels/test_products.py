@@ -68,9 +68,8 @@ def test_family(text, expected, monkeypatch):
 @pytest.mark.parametrize(("vendor", "number", "taken"), [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False)])
 @needs_onednn
 def test_where_onednn_is_taken(vendor, number, taken, monkeypatch):
-    monkeypatch.setattr(products, "family", lambda: (vendor, number))
+    monkeypatch.setattr(processor, "family", lambda: (vendor, number))
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     assert products._takes_onednn() == taken
