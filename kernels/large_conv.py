@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from . import fourier_conv, unfolded_conv
 from .fourier_plan import Plan, best_plan, cheapest
-from .processor import has_matrix_units
+from .processor import has_fast_vectors, has_matrix_units
 from .scratch import Loan
 from .unfolded_conv import Unfolding
 
@@ -94,14 +94,15 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
     half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if half and has_matrix_units():
         return None
+    half = half and has_fast_vectors()
     (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
     if k != width or k <= stride or H < k or W < k or B == 0:
         return None
     plan = cheapest(best_plan(H, W, k, stride, C, D), B, C, D)
-    if fourier_conv.is_faster(plan, B, C, D):
+    if fourier_conv.is_faster(plan, B, C, D, half):
         return plan
     unfolding = Unfolding(k, stride)
-    return unfolding if unfolded_conv.is_faster(unfolding, x, weight) else None
+    return unfolding if unfolded_conv.is_faster(unfolding, x, weight, half) else None
 
 
 def large_conv2d(

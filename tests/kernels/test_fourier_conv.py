@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import capszoo
-from capszoo.kernels import fourier_conv, scratch
+from capszoo.kernels import fourier_conv, large_conv, scratch
 from capszoo.kernels.fourier_conv import is_faster
 from capszoo.kernels.fourier_plan import Plan, best_plan, cheapest, matrices, multiplications
 from capszoo.kernels.large_conv import chosen_plan, large_conv2d
@@ -106,6 +106,9 @@ def test_counts_of_the_standard_convolution():
     assert image == 200 * (1024 * 256 + 36 * 256) + transform * 1024 and kernels == 100 * 25 * 1024 * 256
     assert cheapest(plan, 128, 256, 256) == plan
     assert [is_faster(cheapest(plan, B, 256, 256), B, 256, 256) for B in (8, 11, 12, 128)] == [False, False, True, True]
+    half = [is_faster(cheapest(plan, B, 256, 256), B, 256, 256, half=True) for B in (12, 32, 64, 128)]
+    assert half == [False, False, True, True]
+    assert not is_faster(best_plan(20, 20, 9, 2, 64, 64), 128, 64, 64, half=True)
 
 
 @pytest.mark.parametrize("centered", [None, torch.ones(())])
@@ -159,7 +162,8 @@ def test_layer_takes_it_for_large_batches_alone(counted):
     assert len(counted) == 1
 
 
-def test_layer_under_autocast(counted):
+def test_layer_under_autocast(counted, monkeypatch):
+    monkeypatch.setattr(large_conv, "has_fast_vectors", lambda: False)
     conv, x = make_conv(), torch.randn(60, 128, 20, 20)
     expected = conv(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,6 +175,17 @@ def test_layer_under_autocast(counted):
     found.sum().backward()
     assert conv.weight.grad.dtype == torch.float32
     assert len(counted) == (1 if has_matrix_units() else 3)
+
+
+@pytest.mark.parametrize(("images", "count"), [(30, 0), (128, 1)])
+def test_layer_where_bfloat16_is_fast(counted, monkeypatch, images, count):
+    monkeypatch.setattr(large_conv, "has_matrix_units", lambda: False)
+    monkeypatch.setattr(large_conv, "has_fast_vectors", lambda: True)
+    conv, x = ScaledConv2d(256, 256, 9, 2), torch.randn(images, 256, 20, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = conv(x)
+    assert len(counted) == count
+    torch.testing.assert_close(found.float(), conv(x).detach(), rtol=2e-2, atol=2e-2)
 
 
 def test_who_looks_on_sees_the_direct_convolution(counted):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import capszoo
-from capszoo.kernels import unfolded_conv
+from capszoo.kernels import large_conv, unfolded_conv
 from capszoo.kernels.large_conv import chosen_plan, large_conv2d
 from capszoo.kernels.processor import has_matrix_units
 from capszoo.kernels.unfolded_conv import Unfolding, is_faster
@@ -80,7 +80,7 @@ def test_one_gradient_alone_and_higher_derivatives(centered):
 @pytest.mark.parametrize(
     ("shape", "channels", "kernel", "faster"),
     [
-        ((1, 256, 20, 20), 256, 9, True),
+        ((1, 256, 20, 20), 256, 9, "both"),
         ((8, 256, 20, 20), 256, 9, True),
         ((1, 64, 20, 20), 64, 9, True),
         ((16, 64, 20, 20), 64, 9, False),
@@ -94,7 +94,8 @@ def test_one_gradient_alone_and_higher_derivatives(centered):
 )
 def test_where_it_is_faster(shape, channels, kernel, faster):
     x, weight = torch.empty(shape, device="meta"), torch.empty(channels, shape[1], kernel, kernel, device="meta")
-    assert is_faster(Unfolding(kernel, 2), x, weight) == faster
+    assert is_faster(Unfolding(kernel, 2), x, weight) == bool(faster)
+    assert is_faster(Unfolding(kernel, 2), x, weight, half=True) == (faster == "both")
 
 
 @pytest.fixture
@@ -106,7 +107,8 @@ def counted(monkeypatch):
     return plans
 
 
-def test_layer_takes_it_for_small_batches(counted):
+def test_layer_takes_it_for_small_batches(counted, monkeypatch):
+    monkeypatch.setattr(large_conv, "has_fast_vectors", lambda: False)
     torch.manual_seed(0)
     conv, x = ScaledConv2d(64, 64, 9, 2), torch.randn(2, 64, 20, 20)
     with capszoo.set_fourier_conv(False):
