@@ -250,11 +250,18 @@ def test_table_of_speeds_is_that_of_its_file(table, file, pages, count):
                 assert list(shown) == pytest.approx(ratios[subject, variant, model], rel=0.03), (page, what)
 
 
-def test_table_of_convolutions_is_that_of_its_file():
-    with open(ROOT / "recipes/results/convolutions-cpu.csv", newline="") as file:
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("convolutions-cpu.csv", "| one core: time over ours"),
+        ("convolutions-zen5-cpu.csv", "| one core of Zen 5: time over ours"),
+    ],
+)
+def test_table_of_convolutions_is_that_of_its_file(name, table):
+    with open(ROOT / "recipes/results" / name, newline="") as file:
         measured = {(row["variant"], row["batch_size"]): row for row in csv.DictReader(file) if not row["layer"]}
     variants = {"PyTorch's own": "direct", "plainly": "plain", "public": "reference", "without": "none"}
-    rows = list(tables(ROOT / "docs/routing.md", "| one core: time over ours"))
+    rows = list(tables(ROOT / "docs/routing.md", table))
     assert len(rows) == 4
     for what, *cells in rows:
         variant = next(variant for word, variant in variants.items() if word in what)
