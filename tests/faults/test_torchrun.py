@@ -107,6 +107,7 @@ def test_one_process_of_torchrun_is_asked_to_stop(tmp_path):
     assert load_state(folder / STATE_FILES[0])["position"]["epoch"] < 10000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_torchrun_is_asked_to_stop(tmp_path):
     options = ["--batch-size", "512", "--epochs", "10000"]

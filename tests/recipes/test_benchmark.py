@@ -214,6 +214,7 @@ def test_file_without_measurements_cannot_be_drawn(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["other.csv"]
 
 
+@pytest.mark.slow
 def test_compiled_variant_joins_where_it_is_asked_for(tmp_path):
     argv = "--subjects routing --batch-sizes 1 2 --compile-batch-sizes 2 --rounds 1".split()
     code, out = small(tmp_path / "b.csv", *argv)
