@@ -74,7 +74,7 @@ def build_parser() -> OptionParser:
     )
     add("--all", action="store_true", help="measure all shipped weights and write the tables of results")
     add("--also", nargs="+", default=[], metavar="FILE", help="with --all: weights that are not shipped")
-    add("--results-dir", default=".", help="with --all: folder of the tables (default: the working directory)")
+    add("--results-dir", default=".", help="with --all: folder of the tables")
     add("--model", help="model of the weights, where the file's header does not say it")
     add("--dataset", help="data set; default the one that the weights were trained on")
     add("--data-dir", default="data", help="folder that has the data set")

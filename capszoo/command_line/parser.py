@@ -1,6 +1,7 @@
 """Command lines with one line per error, near matches for unknown options, and defaults from YAML files."""
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,20 @@ from capszoo.fields import Option, OptionError, read_pair, read_size, read_value
 from capszoo.files import read_yaml
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """With the defaults, where there is one and the text does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default, text = action.default, action.help or ""
+        if re.search(r"(^|; |\()default", text) or any(default is no for no in (None, False, argparse.SUPPRESS)):
+            return text
+        if isinstance(default, list | tuple):
+            default = " ".join(map(str, default))
+        if default == "":
+            return text
+        return f"{text} (default: {str(default).replace('%', '%%')})".lstrip()
+
+
 class OptionParser(argparse.ArgumentParser):
     """argparse with one line per error, near matches for unknown options, and defaults from YAML files."""
 
@@ -18,8 +33,14 @@ class OptionParser(argparse.ArgumentParser):
         """Arguments as of `argparse.ArgumentParser`; `old_keys` are earlier names of options in YAML files."""
         self.old_keys = dict(old_keys or {})
         # Abbreviations would hide typos in scripts.
-        kwargs.update(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.update(allow_abbrev=False, formatter_class=_HelpFormatter)
         super().__init__(*args, **kwargs)
+        self._hidden_defaults: dict[argparse.Action, Any] = {}  # of options, while those that are given are looked for
+
+    def format_help(self) -> str:
+        for action, default in self._hidden_defaults.items():
+            action.default = default
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -64,7 +85,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def _given(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse into a namespace that has just the options on the command line."""
-        kept = {action: action.default for action in self._actions}
+        kept = self._hidden_defaults = {action: action.default for action in self._actions}
         required = {action: action.required for action in self._actions}
         for action in self._actions:
             action.default = argparse.SUPPRESS
@@ -73,6 +94,7 @@ class OptionParser(argparse.ArgumentParser):
         finally:
             for action, default in kept.items():
                 action.default, action.required = default, required[action]
+            self._hidden_defaults = {}
         for argument in unknown:
             options = [option for action in self._actions for option in action.option_strings]
             if not argument.startswith("-"):
