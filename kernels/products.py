@@ -7,8 +7,9 @@ from .processor import is_zen5
 
 __all__ = ["multiply", "product"]
 
-# Multiplications of one product from which oneDNN's is faster: 1.0 to 2.0 times on one core of Zen 5, and 1.4 to 2.0
-# times for the 2^23 and 2^25 of CapsNet at 16 and 128 images. Smaller ones take longer to call than to compute.
+# Multiplications of one product, for each thread, from which oneDNN's is faster: 1.0 to 2.0 times on one core of Zen 5,
+# and 1.4 to 2.0 times for the 2^23 and 2^25 of CapsNet at 16 and 128 images. Smaller ones take longer to call than to
+# compute; and MKL has a product for each thread, where all threads share one of oneDNN's.
 MIN_PRODUCT = 2**22
 
 
@@ -21,7 +22,7 @@ TAKES_ONEDNN = _takes_onednn()
 
 
 def _is_faster(M: int, K: int, N: int) -> bool:
-    return TAKES_ONEDNN and M * K * N >= MIN_PRODUCT
+    return TAKES_ONEDNN and M * K * N >= MIN_PRODUCT * torch.get_num_threads()
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
