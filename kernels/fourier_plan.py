@@ -8,21 +8,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .products import TAKES_ONEDNN
+
 # How many times fewer the multiplications of an image must be: narrow products are slow.
 ADVANTAGE = 1.4
 
-# The same where the direct convolution would be of bfloat16 and that is fast: 4.3 times fewer, for 256 to 256 channels,
+# The same, with three products, where the direct convolution would be of bfloat16 and that is fast: 4.3 times fewer, for 256 to 256 channels,
 # take 0.75 of its time at 128 images on one core of Zen 5, 3.7 times fewer, for 64 to 64, 1.3 times as long.
 HALF_ADVANTAGE = 4
 
 # How many multiplications of bfloat16 take as long as one of float32. Fourier transforms are faster from some 40 images
 # on so.
-HALF_RATE = 2
+HALF_RATE = 1.6
 
 # Multiplications that take as long as a number of the kernels' transform does to be written or read: 71 billion a
 # second of one core (avx512) against 12 GB. A step does that five times: it writes the transform, reads it forward and
-# backward, and writes and reads its gradient.
-TRAFFIC = 24
+# backward, and writes and reads its gradient. Zen 5 multiplies faster; there unfolded images are as fast up to some 20,
+# and four products as fast as three up to some 100.
+TRAFFIC = 55 if TAKES_ONEDNN else 24
 
 LARGEST_MAP = 16
 
@@ -197,6 +200,6 @@ def cheapest(plan: Plan, B: int, C: int, D: int) -> Plan:
 
 def is_faster(plan: Plan, B: int, C: int, D: int, half: bool = False) -> bool:
     """Whether this is faster than products of B unfolded images, or with `half` than fast ones of bfloat16."""
-    direct, image, _ = multiplications(plan, C, D)
+    direct, image, _ = multiplications(replace(plan, gauss=True) if half else plan, C, D)
     advantage, rate = (HALF_ADVANTAGE, HALF_RATE) if half else (ADVANTAGE, 1)
     return direct > advantage * image and 3 * B * direct > rate * cost(plan, B, C, D)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import capszoo
-from capszoo.kernels import fourier_conv, large_conv, scratch
+from capszoo.kernels import fourier_conv, fourier_plan, large_conv, scratch
 from capszoo.kernels.fourier_conv import is_faster
 from capszoo.kernels.fourier_plan import Plan, best_plan, cheapest, matrices, multiplications
 from capszoo.kernels.large_conv import chosen_plan, large_conv2d
@@ -90,7 +90,8 @@ def test_more_images_than_a_chunk(gauss, monkeypatch):
     assert all(error(a, b) <= 2e-6 for a, b in zip(found, expected, strict=True))
 
 
-def test_counts_of_the_standard_convolution():
+def test_counts_of_the_standard_convolution(monkeypatch):
+    monkeypatch.setattr(fourier_plan, "TRAFFIC", 24)
     plan = best_plan(20, 20, 9, 2, 256, 256)
     assert (plan.size, plan.tile, plan.tiles, plan.products) == (10, 6, (1, 1), 148)
     direct, image, kernels = multiplications(plan, 256, 256)
@@ -106,8 +107,15 @@ def test_counts_of_the_standard_convolution():
     assert image == 200 * (1024 * 256 + 36 * 256) + transform * 1024 and kernels == 100 * 25 * 1024 * 256
     assert cheapest(plan, 128, 256, 256) == plan
     assert [is_faster(cheapest(plan, B, 256, 256), B, 256, 256) for B in (8, 11, 12, 128)] == [False, False, True, True]
-    half = [is_faster(cheapest(plan, B, 256, 256), B, 256, 256, half=True) for B in (12, 32, 64, 128)]
-    assert half == [False, False, True, True]
+
+
+def test_choices_on_zen_5(monkeypatch):
+    monkeypatch.setattr(fourier_plan, "TRAFFIC", 55)
+    plan = best_plan(20, 20, 9, 2, 256, 256)
+    chosen = {B: cheapest(plan, B, 256, 256) for B in (12, 16, 24, 32, 64, 96, 128)}
+    assert [plan.gauss for plan in chosen.values()] == [False] * 6 + [True]
+    assert [is_faster(plan, B, 256, 256) for B, plan in chosen.items()] == [False] * 2 + [True] * 5
+    assert [is_faster(plan, B, 256, 256, half=True) for B, plan in chosen.items()] == [False] * 4 + [True] * 3
     assert not is_faster(best_plan(20, 20, 9, 2, 64, 64), 128, 64, 64, half=True)
 
 

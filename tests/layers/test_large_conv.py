@@ -8,7 +8,7 @@ from capszoo.kernels import fourier_conv, unfolded_conv
 from capszoo.layers import LargeConv2d
 
 
-@pytest.mark.parametrize(("images", "form"), [(1, unfolded_conv), (16, fourier_conv)])
+@pytest.mark.parametrize(("images", "form"), [(1, unfolded_conv), (32, fourier_conv)])
 def test_baselines_compute_as_capsnet_does(images, form, monkeypatch):
     torch.manual_seed(0)
     model, x = capszoo.create_model("cnn_baseline_tiny").eval(), torch.rand(images, 1, 28, 28)
