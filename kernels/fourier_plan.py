@@ -13,8 +13,8 @@ from .products import TAKES_ONEDNN
 # How many times fewer the multiplications of an image must be: narrow products are slow.
 ADVANTAGE = 1.4
 
-# The same, with three products, where the direct convolution would be of bfloat16 and that is fast: 4.3 times fewer, for
-# 256 to 256 channels, take 0.75 of its time at 128 images on one core of Zen 5, 3.7 times fewer, for 64 to 64, 1.3
+# The same, with three products, where the direct convolution would be of bfloat16 and that is fast: 4.3 times fewer,
+# for 256 to 256 channels, take 0.75 of its time at 128 images on one core of Zen 5, 3.7 times fewer, for 64 to 64, 1.3
 # times as long.
 HALF_ADVANTAGE = 4
 
