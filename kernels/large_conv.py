@@ -76,6 +76,7 @@ def is_looked_at(*tensors: Tensor) -> bool:
         torch.jit.is_tracing()
         or torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
     )
 
@@ -84,8 +85,8 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
     """How to convolve these, by counts alone so that the same shapes give the same bits; None for PyTorch's own way.
 
     That is taken on other devices and in other types, for small kernels, where bfloat16 has matrix units, and where
-    something else than a plain call looks on: torch.compile, torch.export, torch.jit, torch.fx, torch.func and forward
-    mode.
+    something else than a plain call looks on: torch.compile, torch.export, torch.jit, torch.fx, torch.func, forward
+    mode and dispatch modes, such as the one that counts multiplications.
     """
     if type(x) is not Tensor or x.device.type != "cpu" or is_looked_at(x, weight):
         return None

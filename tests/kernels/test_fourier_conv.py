@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import capszoo
 from capszoo.kernels import fourier_conv, fourier_plan, large_conv, scratch
@@ -210,6 +211,9 @@ def test_who_looks_on_sees_the_direct_convolution(counted):
     torch.testing.assert_close(exported(x), expected, **close)
     _, tangent = torch.func.jvp(conv, (x,), (x,))
     assert tangent.shape == expected.shape
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        conv(x)
+    assert counter.get_total_flops() == 2 * 60 * 36 * 81 * 128 * 128
     assert not counted
 
 
