@@ -161,7 +161,8 @@ def ship(weights_dir, recipe, make_run, monkeypatch):
             monkeypatch.setattr(timm.models._registry, key, copy.deepcopy(getattr(timm.models._registry, key)))
 
     def register():
-        for family in ("capsnet", "cnn_baseline", "deepcaps", "efficient_capsnet", "matrix_capsnet", "self_routing"):
+        families = "capsnet cnn_baseline deepcaps efficient_capsnet inverted_attention matrix_capsnet self_routing"
+        for family in families.split():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # timm says that names are registered a second time
                 load_module(ROOT / "capszoo/models" / f"{family}.py", f"registered_anew.{family}")
