@@ -9,6 +9,10 @@ from timm.models import is_model as timm_is_model
 from torch import nn
 
 from .contract import HasPrimaryCapsules
+from .kernels.gaussian_routing.ops import mixture_moments_op
+from .kernels.inverted_attention.ops import forward_op as inverted_attention_op
+from .kernels.ops import dynamic_routing_op
+from .kernels.self_attention.ops import forward_op as self_attention_op
 from .layers import set_fused_routing
 from .registry import create_model, list_pretrained
 
@@ -74,12 +78,16 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
     was_training = model.training
-    counted = {
-        torch.ops.capszoo.dynamic_routing: _routing_flops,
-        torch.ops.capszoo.inverted_attention_routing: _inverted_attention_flops,
-        torch.ops.capszoo.mixture_moments: _moments_flops,
-        torch.ops.capszoo.self_attention_routing: _self_attention_flops,
+    # Both as they were defined and as `torch.ops` has them: PyTorch may make a new object of an operator there, and
+    # the counter is given whichever was called first.
+    operators = {
+        dynamic_routing_op: _routing_flops,
+        inverted_attention_op: _inverted_attention_flops,
+        mixture_moments_op: _moments_flops,
+        self_attention_op: _self_attention_flops,
     }
+    counted = {operator._opoverload._overloadpacket: count for operator, count in operators.items()}
+    counted |= {getattr(torch.ops.capszoo, operator._name): count for operator, count in operators.items()}
     counter = FlopCounterMode(display=False, custom_mapping=counted)
     model.eval()
     try:

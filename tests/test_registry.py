@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -276,6 +278,22 @@ def test_model_info_of_the_baseline():
     assert capszoo.model_info("capsnet", num_classes=0).macs == CONVOLUTIONS
     assert capszoo.model_info("capsnet", decoder=True).macs == 201_793_536  # forward never uses it
     assert capszoo.model_info("capsnet", decoder=True).parameters == 8_215_728
+
+
+def test_model_info_where_pytorch_has_made_an_operator_anew():
+    """As it does when a library that added to it is thrown away, at any time. In a process that may crash after it."""
+    code = """
+import os, torch, capszoo
+names = "capsnet_tiny", "efficient_capsnet", "capsnet_conv_ia", "capsnet_em_mini"
+before = [capszoo.model_info(name) for name in names]
+kept = vars(torch.ops.capszoo).copy()
+for operator in "dynamic_routing", "inverted_attention_routing", "mixture_moments", "self_attention_routing":
+    delattr(torch.ops.capszoo, operator)
+print(before == [capszoo.model_info(name) for name in names], flush=True)
+os._exit(0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "True", result.stdout + result.stderr
 
 
 def test_model_info_leaves_everything_as_it_was():
