@@ -67,8 +67,10 @@ class _TransformedWeights:
 
     def is_for(self, plan: Plan, centered: Tensor | None) -> bool:
         if self.centered is None or centered is None:
-            return self.plan == plan and self.centered is centered
-        return self.plan == plan and torch.equal(self.centered, centered)
+            same = self.centered is centered
+        else:
+            same = torch.equal(self.centered, centered)
+        return same and self.plan == plan
 
 
 def _version(weight: Tensor) -> int:
