@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ ADVANTAGE = 1.4
 # times as long.
 HALF_ADVANTAGE = 4
 
-# How many multiplications of bfloat16 take as long as one of float32. Fourier transforms are faster from some 40 images
+# How many multiplications of bfloat16 take as long as one of float32. Fourier transforms are faster from some 60 images
 # on so.
-HALF_RATE = 1.6
+HALF_RATE = 1.85
 
 # Multiplications that take as long as a number of the kernels' transform does to be written or read: 71 billion a
 # second of one core (avx512) against 12 GB. A step does that five times: it writes the transform, reads it forward and
@@ -43,6 +44,9 @@ class Plan:
     """N, of a map."""
     gauss: bool = True
     """Whether a complex product is three real ones, else four, of fewer numbers."""
+
+    dtype: ClassVar = torch.float32
+    """Of the products."""
 
     @property
     def taps(self) -> int:

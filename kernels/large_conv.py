@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import fourier_conv, unfolded_conv
+from .centering import is_looked_at, less_means
 from .fourier_plan import Plan, best_plan, cheapest
 from .processor import has_fast_vectors, has_matrix_units
 from .scratch import Loan
@@ -24,9 +24,11 @@ class _LargeConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, centered)
         ctx.plan = plan
         if is_trained:
-            ctx.kept = Loan(*_form(plan).kept_shape(plan, x, weight))
+            ctx.kept = Loan(*_form(plan).kept_shape(plan, x, weight), dtype=plan.dtype)
         with torch.autocast("cpu", enabled=False):
-            return _form(plan).forward(plan, x.float(), weight, centered, ctx.kept.tensor if is_trained else None)
+            return _form(plan).forward(
+                plan, x.to(plan.dtype), weight, centered, ctx.kept.tensor if is_trained else None
+            )
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,46 +41,8 @@ class _LargeConv(torch.autograd.Function):
                 dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), kernels, None, *sides, [*needs, False])
                 dw = dw if dw is None else less_means(dw, centered)
             else:
-                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x.float(), weight, centered, ctx.kept.tensor, *needs)
+                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x, weight, centered, ctx.kept.tensor, *needs)
         return dx if dx is None else dx.to(x.dtype), dw, None, None, None
-
-
-class _CenteredKernels(torch.autograd.Function):
-    """By PyTorch's formulas the gradient passes through memory five times, in fresh memory; by this twice."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, centered: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(centered, scale)
-        return less_means(weight, centered).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        centered, scale = ctx.saved_tensors
-        grad = less_means(grad, centered)
-        return grad * scale if torch.is_grad_enabled() else grad.mul_(scale), None, None
-
-
-def less_means(weight: Tensor, centered: Tensor | None) -> Tensor:
-    """Kernels `[D, C, k, k]`, each less its mean times `centered`."""
-    return weight if centered is None else weight - centered * weight.mean((1, 2, 3), keepdim=True)
-
-
-def scaled_kernels(weight: Tensor, centered: Tensor | None, scale: Tensor) -> Tensor:
-    """Kernels `[D, C, k, k]`, each less its mean times `centered`, times `scale`. Those two have no gradients."""
-    if centered is None or is_looked_at(weight):
-        return less_means(weight, centered) * scale
-    return _CenteredKernels.apply(weight, centered, scale)
-
-
-def is_looked_at(*tensors: Tensor) -> bool:
-    """Whether something else than a plain call computes with these."""
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    )
 
 
 def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | None:
@@ -95,15 +59,15 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
     half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if half and has_matrix_units():
         return None
-    half = half and has_fast_vectors()
+    lower = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    half = half and lower == torch.bfloat16 and has_fast_vectors()
     (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
     if k != width or k <= stride or H < k or W < k or B == 0:
         return None
     plan = cheapest(best_plan(H, W, k, stride, C, D), B, C, D)
     if fourier_conv.is_faster(plan, B, C, D, half):
         return plan
-    unfolding = Unfolding(k, stride)
-    return unfolding if unfolded_conv.is_faster(unfolding, x, weight, half) else None
+    return unfolded_conv.plan_for(x, weight, stride, half)
 
 
 def large_conv2d(

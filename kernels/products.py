@@ -21,8 +21,10 @@ def _takes_onednn() -> bool:
 TAKES_ONEDNN = _takes_onednn()
 
 
-def _is_faster(M: int, K: int, N: int) -> bool:
-    return TAKES_ONEDNN and M * K * N >= MIN_PRODUCT * torch.get_num_threads()
+def _is_faster(a: Tensor, N: int) -> bool:
+    """PyTorch itself leaves products of bfloat16 to oneDNN."""
+    M, K = a.shape
+    return TAKES_ONEDNN and a.dtype == torch.float32 and M * K * N >= MIN_PRODUCT * torch.get_num_threads()
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -31,12 +33,12 @@ def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Of two matrices, `[M, K]` by `[K, N]`."""
-    return _by_onednn(a, b) if _is_faster(*a.shape, b.shape[1]) else torch.mm(a, b)
+    return _by_onednn(a, b) if _is_faster(a, b.shape[1]) else torch.mm(a, b)
 
 
 def multiply(a: Tensor, b: Tensor, into: Tensor, adds: bool = False) -> None:
     """Products of matrices, `[n, M, K]` by `[n, K, N]`, added to what is in `[n, M, N]` or written over it."""
-    if not _is_faster(*a.shape[1:], b.shape[2]):
+    if not _is_faster(a[0], b.shape[2]):
         torch.baddbmm(into, a, b, beta=int(adds), out=into)
         return
     for left, right, place in zip(a, b, into, strict=True):

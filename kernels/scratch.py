@@ -12,6 +12,15 @@ def _empty(size: int) -> Tensor:
         return torch.empty(size)
 
 
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Numbers of float32 that take the memory of these."""
+    return -(-math.prod(shape) * dtype.itemsize // 4)
+
+
+def _view(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return memory[: _size(shape, dtype)].view(dtype)[: math.prod(shape)].view(shape)
+
+
 class Scratch(threading.local):
     """Memory for what a call throws away, kept for the next."""
 
@@ -21,11 +30,11 @@ class Scratch(threading.local):
         self.weights: object | None = None
         """What `kept` holds of a convolution's kernels, see fourier_conv.py."""
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
+    def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        size = _size(shape, dtype)
         if name not in self.kept or self.kept[name].numel() < size:
             self.kept[name] = _empty(size)
-        return self.kept[name][:size].view(shape)
+        return _view(self.kept[name], shape, dtype)
 
 
 scratch = Scratch()
@@ -47,15 +56,15 @@ def release_scratch() -> None:
 class Loan:
     """Memory from a forward pass to its backward pass, which goes back to the next when the graph is freed."""
 
-    def __init__(self, *shape: int):
-        self._free, size = scratch.free, math.prod(shape)
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32):
+        self._free, size = scratch.free, _size(shape, dtype)
         fitting = [place for place, tensor in enumerate(self._free) if tensor.numel() >= size]
         if fitting:
             memory = self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
         else:
             self._free.clear()
             memory = _empty(size)
-        self.tensor = memory[:size].view(shape)
+        self.tensor = _view(memory, shape, dtype)
         self._memory = memory
 
     def __del__(self) -> None:

@@ -12,13 +12,17 @@ same: r . (w - mean(w)) = (r - mean(r)) . w, and there are fewer rows than kerne
 Kernels in channels-last format are read and their gradient is written where they lie. oneDNN's convolutions reorder
 both at every step, and first multiply them by a layer's scale: for the 256 to 256 channels of CapsNet and one image
 on one core (avx512) a step, forward and both gradients, is 2.9 times as fast so, and 1.5 to 1.8 times at 16 to 64
-images. Where kernels have fewer numbers or channels the rows take longer than they save; `is_faster` has the rule.
+images. Where kernels have fewer numbers or channels the rows take longer than they save; `plan_for` has the rule.
+
+Rows of bfloat16 are multiplied by kernels of bfloat16, centred before they are rounded; sums are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from .centering import less_means
 from .products import multiply, product
 from .scratch import scratch
 
@@ -32,14 +36,17 @@ MIN_HALF_KERNELS = 2**20
 # times as fast, at 144 of 256 channels 1.3 times; at 576 the one is no faster, and the other slower.
 FEW_ROWS = 144
 
+# Up to so many products of float32 are as fast as those of bfloat16, for which the kernels are rounded first.
+FEW_HALF_ROWS = 96
+
 # From so many channels on, in and out, and taps of a kernel, oneDNN's convolutions are slower at any batch size that
 # Fourier transforms leave. At 9 x 9 and 16 images a step is 1.1 times as fast with 128 channels, 1.5 times with 256;
 # with 192 to 64 channels it is as fast, with 64 to 64 slower.
 MANY_CHANNELS = 128
 MANY_TAPS = 49
 
-# Numbers that the rows may take.
-MAX_NUMBERS = 2**26
+# Bytes that the rows may take.
+MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -48,26 +55,40 @@ class Unfolding:
 
     kernel: int
     stride: int
+    dtype: torch.dtype = torch.float32
+    """Of the rows, and of the kernels as they are multiplied."""
 
     def output(self, x: Tensor) -> tuple[int, int]:
         """H', W' of images `[B, C, H, W]`."""
         return tuple((size - self.kernel) // self.stride + 1 for size in x.shape[2:])
 
 
-def is_faster(plan: Unfolding, x: Tensor, weight: Tensor, half: bool = False) -> bool:
-    """Whether PyTorch's own convolution of these shapes is slower, with `half` one of fast bfloat16."""
-    (D, C, k, _), (height, width) = weight.shape, plan.output(x)
-    rows = len(x) * height * width
+def plan_for(x: Tensor, weight: Tensor, stride: int, half: bool = False) -> Unfolding | None:
+    """How to unfold for kernels `[D, C, k, k]`; None where PyTorch's own convolution of these shapes is no slower, with
+    `half` one of fast bfloat16."""
+    D, C, k, _ = weight.shape
+    plan = Unfolding(k, stride)
+    rows, numbers = _num_rows(plan, x), k * k * C
     many = min(C, D) >= MANY_CHANNELS and k * k >= MANY_TAPS
+    if half and weight.numel() < MIN_HALF_KERNELS or weight.numel() < MIN_KERNELS:
+        return None
+    if rows <= (FEW_HALF_ROWS if half else FEW_ROWS):
+        return plan
     if half:
-        return weight.numel() >= MIN_HALF_KERNELS and rows <= FEW_ROWS
-    return weight.numel() >= MIN_KERNELS and (rows <= FEW_ROWS or many) and rows * k * k * C <= MAX_NUMBERS
+        plan = replace(plan, dtype=torch.bfloat16)
+    return plan if many and rows * numbers * plan.dtype.itemsize <= MAX_BYTES else None
+
+
+def _num_rows(plan: Unfolding, x: Tensor) -> int:
+    height, width = plan.output(x)
+    return len(x) * height * width
 
 
 def kept_shape(plan: Unfolding, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    """Of what a forward pass keeps for its backward pass: the rows."""
-    height, width = plan.output(x)
-    return len(x) * height * width, plan.kernel**2 * x.shape[1]
+    """Of what a forward pass keeps for its backward pass: the rows, and kernels that are not the parameters as they
+    lie."""
+    kernels = 0 if plan.dtype == torch.float32 else len(weight)
+    return _num_rows(plan, x) + kernels, plan.kernel**2 * x.shape[1]
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -81,13 +102,18 @@ def _center(rows: Tensor, centered: Tensor | None) -> Tensor:
 
 
 def forward(plan: Unfolding, x: Tensor, weight: Tensor, centered: Tensor | None, kept: Tensor | None) -> Tensor:
-    """`[B, D, H', W']`, channels last, by kernels each less its mean times `centered`; fills `kept` with the rows."""
+    """`[B, D, H', W']`, channels last, by kernels each less its mean times `centered`; fills `kept`."""
     k, s, (height, width) = plan.kernel, plan.stride, plan.output(x)
-    rows = scratch.take("rows", *kept_shape(plan, x, weight)) if kept is None else kept
+    kept = scratch.take("rows", *kept_shape(plan, x, weight), dtype=plan.dtype) if kept is None else kept
+    rows, matrix = kept.split([_num_rows(plan, x), len(kept) - _num_rows(plan, x)])
     windows = x.permute(0, 2, 3, 1).unfold(1, k, s).unfold(2, k, s)  # [B, H', W', C, k, k]
     rows.view(len(x), height, width, k, k, -1).copy_(windows.permute(0, 1, 2, 4, 5, 3))
-    _center(rows, centered)
-    return product(rows, _as_matrix(weight).t()).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+    if len(matrix):
+        matrix.copy_(_as_matrix(less_means(weight, centered)))
+    else:
+        _center(rows, centered)
+        matrix = _as_matrix(weight)
+    return product(rows, matrix.t()).float().view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 def backward(
@@ -101,15 +127,17 @@ def backward(
     needs_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by x, in channels last, and by weight, in its own format."""
-    grad = grad.permute(0, 2, 3, 1).reshape(-1, len(weight))
+    grad = grad.permute(0, 2, 3, 1).reshape(-1, len(weight)).to(plan.dtype)
+    rows, matrix = kept.split([len(grad), len(kept) - len(grad)])
+    of_kernels, of_rows = (centered, None) if len(matrix) else (None, centered)  # what is to be centred
     dx = dweight = None
     if needs_w:
         D, C, k, _ = weight.shape
-        dweight = product(grad.t(), kept).view(D, k, k, C).permute(0, 3, 1, 2)
+        dweight = _center(product(grad.t(), rows).float(), of_kernels).view(D, k, k, C).permute(0, 3, 1, 2)
     if needs_x:
-        drows = scratch.take("rows", *kept.shape)
-        multiply(grad[None], _as_matrix(weight)[None], drows[None])
-        dx = _fold(plan, _center(drows, centered), x)
+        drows = scratch.take("rows", *rows.shape, dtype=plan.dtype)
+        multiply(grad[None], (matrix if len(matrix) else _as_matrix(weight))[None], drows[None])
+        dx = _fold(plan, _center(drows, of_rows), x)
     return dx, dweight
 
 
@@ -121,7 +149,7 @@ def _fold(plan: Unfolding, drows: Tensor, x: Tensor) -> Tensor:
     across = scratch.take("across", B, height, k, W, C).zero_()
     for j in range(width):
         across[:, :, :, j * s : j * s + k] += drows[:, :, j]
-    dx = x.new_zeros(B, H, W, C)
+    dx = torch.zeros(B, H, W, C)
     for i in range(height):
         dx[:, i * s : i * s + k] += across[:, i]
     return dx.permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from capszoo.kernels.large_conv import less_means, scaled_kernels
+from capszoo.kernels.centering import less_means, scaled_kernels
 
 from .large_conv import LargeConv2d
 

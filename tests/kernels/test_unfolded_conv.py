@@ -10,7 +10,7 @@ import capszoo
 from capszoo.kernels import large_conv, unfolded_conv
 from capszoo.kernels.large_conv import chosen_plan, large_conv2d
 from capszoo.kernels.processor import has_matrix_units
-from capszoo.kernels.unfolded_conv import Unfolding, is_faster
+from capszoo.kernels.unfolded_conv import Unfolding, plan_for
 from capszoo.layers import ScaledConv2d
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
@@ -77,25 +77,51 @@ def test_one_gradient_alone_and_higher_derivatives(centered):
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("centered", [None, torch.ones(())])
+def test_bfloat16_is_as_exact_as_the_convolution_that_autocast_has(layout, centered):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((3, 16, 12, 12), (8, 16, 5, 5)))
+    x, weight, bias = (x + 1).to(memory_format=layout), weight.to(memory_format=layout) + 0.3, torch.ones(8)
+    scale = torch.tensor(0.25)
+
+    def plain(x, weight, bias):
+        return centered_conv2d(x, weight, None, 2, centered) * scale + bias.view(-1, 1, 1)
+
+    expected = with_gradients(plain, x.double(), weight.double(), bias.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = with_gradients(plain, x, weight, bias)
+        plan = Unfolding(5, 2, torch.bfloat16)
+        found = with_gradients(large_conv2d, x, weight, bias, plan=plan, scale=scale, centered=centered)
+    assert [t.dtype for t in found] == [torch.bfloat16] + 3 * [torch.float32]
+    for actual, other, exact in zip(found, wanted, expected, strict=True):
+        error, least = ((t - exact).norm() / exact.norm() for t in (actual, other))
+        assert error <= max(1.2 * least, 2**-9)
+
+
+FLOAT, HALF = Unfolding(9, 2), Unfolding(9, 2, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    ("shape", "channels", "kernel", "faster"),
+    ("shape", "channels", "kernel", "chosen", "chosen_of_half"),
     [
-        ((1, 256, 20, 20), 256, 9, "both"),
-        ((8, 256, 20, 20), 256, 9, True),
-        ((1, 64, 20, 20), 64, 9, True),
-        ((16, 64, 20, 20), 64, 9, False),
-        ((16, 192, 20, 20), 64, 9, False),
-        ((8, 128, 20, 20), 128, 9, True),
-        ((16, 256, 14, 14), 256, 3, False),
-        ((1, 8, 20, 20), 16, 9, False),
-        ((1, 1, 28, 28), 256, 9, False),
-        ((1000, 256, 20, 20), 256, 9, False),
+        ((1, 256, 20, 20), 256, 9, FLOAT, FLOAT),
+        ((8, 256, 20, 20), 256, 9, FLOAT, HALF),
+        ((1, 64, 20, 20), 64, 9, FLOAT, None),
+        ((16, 64, 20, 20), 64, 9, None, None),
+        ((16, 192, 20, 20), 64, 9, None, None),
+        ((8, 128, 20, 20), 128, 9, FLOAT, HALF),
+        ((16, 256, 14, 14), 256, 3, None, None),
+        ((1, 8, 20, 20), 16, 9, None, None),
+        ((1, 1, 28, 28), 256, 9, None, None),
+        ((128, 256, 20, 20), 256, 9, None, HALF),
+        ((1000, 256, 20, 20), 256, 9, None, None),
     ],
 )
-def test_where_it_is_faster(shape, channels, kernel, faster):
+def test_where_it_is_faster(shape, channels, kernel, chosen, chosen_of_half):
     x, weight = torch.empty(shape, device="meta"), torch.empty(channels, shape[1], kernel, kernel, device="meta")
-    assert is_faster(Unfolding(kernel, 2), x, weight) == bool(faster)
-    assert is_faster(Unfolding(kernel, 2), x, weight, half=True) == (faster == "both")
+    assert plan_for(x, weight, 2) == chosen
+    assert plan_for(x, weight, 2, half=True) == chosen_of_half
 
 
 @pytest.fixture
@@ -125,6 +151,21 @@ def test_layer_takes_it_for_small_batches(counted, monkeypatch):
     for other in (torch.fx.symbolic_trace(conv), torch.export.export(conv, (x,)).module()):
         torch.testing.assert_close(other(x), expected[0], rtol=1e-4, atol=1e-5)
     assert not counted
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, None])
+def test_rows_of_bfloat16_where_that_is_fast(counted, monkeypatch, precision):
+    monkeypatch.setattr(large_conv, "has_fast_vectors", lambda: True)
+    monkeypatch.setattr(large_conv, "has_matrix_units", lambda: False)
+    torch.manual_seed(0)
+    conv, x = ScaledConv2d(128, 128, 9, 2, centered=True), torch.randn(6, 128, 20, 20)
+    with capszoo.set_fourier_conv(False):
+        expected = with_gradients(conv, x)
+    with torch.autocast("cpu", precision, enabled=precision is not None):
+        found = with_gradients(conv, x)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert (actual - wanted).norm() <= (1e-5 if precision is None else 1e-2) * wanted.norm()
+    assert [plan.dtype for plan in counted] == [torch.bfloat16 if precision == torch.bfloat16 else torch.float32]
 
 
 def test_gradient_of_kernels_lies_as_they_do():
