@@ -255,6 +255,7 @@ def test_table_of_speeds_is_that_of_its_file(table, file, pages, count):
     [
         ("convolutions-cpu.csv", "| one core: time over ours"),
         ("convolutions-zen5-cpu.csv", "| one core of Zen 5: time over ours"),
+        ("convolutions-zen5-bf16-cpu.csv", "| one core of Zen 5, bfloat16: time over ours"),
     ],
 )
 def test_table_of_convolutions_is_that_of_its_file(name, table):
