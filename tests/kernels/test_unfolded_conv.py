@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from convolutions import centered_conv2d, with_gradients
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -14,17 +15,6 @@ from capszoo.kernels.unfolded_conv import Unfolding, plan_for
 from capszoo.layers import ScaledConv2d
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
-
-
-def with_gradients(function, *tensors, **kwargs):
-    tensors = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
-    y = function(*tensors, **kwargs)
-    return [y.detach(), *torch.autograd.grad(y, tensors, torch.linspace(0.5, 1, y.numel()).view(y.shape).to(y))]
-
-
-def centered_conv2d(x, weight, bias=None, stride=1, centered=None):
-    mean = weight.mean((1, 2, 3), keepdim=True)
-    return functional.conv2d(x, weight - mean if centered else weight, bias, stride)
 
 
 @settings(max_examples=30, deadline=None)
