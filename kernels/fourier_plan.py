@@ -15,19 +15,19 @@ from .products import TAKES_ONEDNN
 ADVANTAGE = 1.4
 
 # The same, with three products, where the direct convolution would be of bfloat16 and that is fast: 4.3 times fewer,
-# for 256 to 256 channels, take 0.75 of its time at 128 images on one core of Zen 5, 3.7 times fewer, for 64 to 64, 1.3
+# for 256 to 256 channels, take 0.5 of its time at 128 images on one core of Zen 5, 3.7 times fewer, for 64 to 64, 1.3
 # times as long.
 HALF_ADVANTAGE = 4
 
-# How many multiplications of bfloat16 take as long as one of float32. Fourier transforms are faster from some 60 images
+# How many multiplications of bfloat16 take as long as one of float32. Fourier transforms are faster from some 40 images
 # on so.
-HALF_RATE = 1.85
+HALF_RATE = 1.7
 
 # Multiplications that take as long as a number of the kernels' transform does to be written or read: 71 billion a
 # second of one core (avx512) against 12 GB. A step does that five times: it writes the transform, reads it forward and
-# backward, and writes and reads its gradient. Zen 5 multiplies faster; there unfolded images are as fast up to some 20,
-# and four products as fast as three up to some 100.
-TRAFFIC = 55 if TAKES_ONEDNN else 24
+# backward, and writes and reads its gradient. Zen 5 multiplies faster; there unfolded images are as fast at 16, and
+# four products as fast as three at some 90.
+TRAFFIC = 40 if TAKES_ONEDNN else 24
 
 LARGEST_MAP = 16
 

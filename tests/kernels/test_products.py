@@ -24,23 +24,29 @@ def matrix(generator, n, rows, columns, transposed):
 @given(
     sizes=st.tuples(*(st.integers(1, limit) for limit in (3, 40, 40, 40))),
     transposed=st.tuples(st.booleans(), st.booleans()),
+    gap=st.integers(0, 3),
     adds=st.booleans(),
     onednn=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_exact(sizes, transposed, adds, onednn, seed):
+def test_exact(sizes, transposed, gap, adds, onednn, seed):
     (n, M, K, N), generator = sizes, torch.Generator().manual_seed(seed)
-    a, b = matrix(generator, n, M, K, transposed[0]), matrix(generator, n, K, N, transposed[1])
+    a, b = matrix(generator, n, M, K, transposed[0]), matrix(generator, n, K, N + gap, transposed[1])[..., :N]
+    place = torch.full((M, N + gap), float("nan"))[:, :N]
     into = torch.randn(n, M, N, generator=generator) if adds else torch.full((n, M, N), float("nan"))
     expected = a.double() @ b.double() + (into.double() if adds else 0)
     size = a.double().abs() @ b.double().abs() + (into.double().abs() if adds else 0)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(products, "TAKES_ONEDNN", onednn)
         patch.setattr(products, "MIN_PRODUCT", 0)
+        patch.setattr(products, "MIN_ROWS", 0)
         single = products.product(a[0], b[0])
+        assert products.product(a[0], b[0], out=place).data_ptr() == place.data_ptr()
         products.multiply(a, b, into, adds)
     assert adds or torch.equal(single, into[0]) or not onednn
-    assert ((single - a[0].double() @ b[0].double()).abs() <= 1e-6 * (a[0].double().abs() @ b[0].double().abs())).all()
+    for result in (single, place):
+        error = (result - a[0].double() @ b[0].double()).abs()
+        assert (error <= 1e-6 * (a[0].double().abs() @ b[0].double().abs())).all()
     assert ((into - expected).abs() <= 1e-6 * size).all()
 
 
