@@ -18,7 +18,7 @@ time in cache. x_products and w_products are kept for the backward pass.
 
 For the 9 x 9 kernels of stride 2 in CapsNet, 20 x 20 to 6 x 6, these are 44 million multiplications an image instead of
 191 million, and as exact in float32. The transform of the kernels takes as many as 22 images, and as long again to go
-through memory. So for up to some 50 images (100 on Zen 5) the complex products are four real ones, of N^2 numbers:
+through memory. So for up to some 50 images (80 on Zen 5) the complex products are four real ones, of N^2 numbers:
 the numbers of an image and a kernel come in pairs (Xr, Xi) and (Vr, Vi), and each of one pair is multiplied by each of
 the other, 200 products of 100 numbers for N = 10. A step at 16 images takes 0.78 of the time so, at 128 images 1.12.
 Smaller batches are left to unfolded_conv.py: `cost` weighs that up, by counts alone, so that the same shapes give the
