@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_looked_at", "less_means", "scaled_kernels"]
+__all__ = ["is_looked_at", "is_plain_pass", "less_means", "scaled_kernels"]
 
 
 class _CenteredKernels(torch.autograd.Function):
@@ -19,7 +19,7 @@ class _CenteredKernels(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         centered, scale = ctx.saved_tensors
         grad = less_means(grad, centered)
-        return grad * scale if torch.is_grad_enabled() else grad.mul_(scale), None, None
+        return grad.mul_(scale) if is_plain_pass(grad) else grad * scale, None, None
 
 
 def less_means(weight: Tensor, centered: Tensor | None) -> Tensor:
@@ -43,3 +43,9 @@ def is_looked_at(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
     )
+
+
+def is_plain_pass(grad: Tensor) -> bool:
+    """Whether a backward pass computes one gradient, and none of higher order."""
+    is_batched = "Batched" in str(torch._C._dispatch_keys(grad))  # by `is_grads_batched`
+    return not torch.is_grad_enabled() and not is_batched

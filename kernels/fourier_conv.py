@@ -298,7 +298,7 @@ def backward(
     D, S = weight.shape[0], plan.stride**2 * x.shape[1]
     w_products = _w_products(plan, weight, centered, made_by_forward=True) if needs_x else None
     dw_products = scratch.take("dw_products", plan.numbers, D, S) if needs_w else None
-    dx = torch.empty(x.permute(0, 2, 3, 1).shape) if needs_x else None
+    dx = kept.new_empty(x.permute(0, 2, 3, 1).shape) if needs_x else None
     grad = grad.permute(0, 2, 3, 1)
     for images in _chunks(len(x)):
         part = grad[images]

@@ -128,8 +128,8 @@ def _num_real(N: int) -> int:
 def matrices(plan: Plan) -> Matrices:
     """See :class:`Matrices`."""
     N, q, m = plan.size, plan.taps, plan.tile
-    places = torch.arange(N)
-    transform = torch.exp(-2j * math.pi / N * places[:, None] * places[None, :].double())
+    places = torch.arange(N, device="cpu")  # whatever the default is
+    transform = torch.exp(-2j * math.pi / N * (places[:, None] * places).double())
     cos, sin = transform.real, transform.imag
     real, pairs = [0, N // 2][: _num_real(N)], list(range(1, (N + 1) // 2))
     columns = torch.cat([cos[real], *(torch.stack([cos[k], sin[k]]) for k in pairs)])
@@ -142,8 +142,8 @@ def matrices(plan: Plan) -> Matrices:
         complex_rows = torch.stack([re, im], 1).flatten(0, 1)
 
     # Of kernels and outputs, frequency by frequency in the same order.
-    taps = torch.tensor([i * N + j for i in range(q) for j in range(q)])
-    tile = torch.tensor([i * N + j for i in range(m) for j in range(m)])
+    taps = (places[:q, None] * N + places[:q]).flatten()
+    tile = (places[:m, None] * N + places[:m]).flatten()
     kernels, outputs = [], []
     for u, alone, others in [*((u, real, pairs) for u in real), *((u, [], list(range(N))) for u in pairs)]:
         for chosen, is_real in ((alone, True), (others, False)):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import fourier_conv, unfolded_conv
-from .centering import is_looked_at, less_means
+from .centering import is_looked_at, is_plain_pass, less_means
 from .fourier_plan import Plan, best_plan, cheapest
 from .processor import has_fast_vectors, has_matrix_units
 from .scratch import Loan
@@ -35,13 +35,13 @@ class _LargeConv(torch.autograd.Function):
         x, weight, centered = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():  # higher derivatives are those of PyTorch's own convolution
+            if is_plain_pass(grad):
+                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x, weight, centered, ctx.kept.tensor, *needs)
+            else:  # others are those of PyTorch's own convolution
                 sides = [ctx.plan.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
                 kernels = less_means(weight, centered)
                 dx, dw, _ = torch.ops.aten.convolution_backward(grad, x.float(), kernels, None, *sides, [*needs, False])
                 dw = dw if dw is None else less_means(dw, centered)
-            else:
-                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x, weight, centered, ctx.kept.tensor, *needs)
         return dx if dx is None else dx.to(x.dtype), dw, None, None, None
 
 
@@ -81,8 +81,8 @@ def large_conv2d(
     """Convolve `[B, C, H, W]` with kernels `[D, C, k, k]` of float32, as `plan` says: `[B, D, H', W']`, channels last.
 
     Each kernel's mean times `centered` is taken from it, if that is given, and the sums are multiplied by `scale`
-    before the bias is added. Products and sums are float32, under autocast too; the result has the type that a
-    convolution there would have.
+    before the bias is added. Products and sums are float32, under autocast too, unless the plan has rows of bfloat16.
+    The result has the type that a convolution there would have.
     """
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     y = _LargeConv.apply(x, weight, centered, plan, is_trained)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def _empty(size: int) -> Tensor:
     with torch.inference_mode(False):  # or it could not be written outside of inference mode
-        return torch.empty(size)
+        return torch.empty(size, dtype=torch.float32, device="cpu")  # whatever the defaults are
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -81,3 +81,19 @@ def test_where_onednn_is_taken(vendor, number, taken, monkeypatch):
     assert products._takes_onednn() == taken
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert not products._takes_onednn()
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N", "dtype", "taken"),
+    [
+        (148, 25, 7168, torch.float32, True),
+        (10, 148, 71680, torch.float32, False),
+        (148, 10, 71680, torch.float32, False),
+        (30, 20, 6144, torch.float32, False),
+        (576, 20736, 256, torch.bfloat16, False),
+    ],
+)
+def test_which_products_are_onednns(M, K, N, dtype, taken, monkeypatch):
+    monkeypatch.setattr(products, "TAKES_ONEDNN", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert products._is_faster(torch.empty(M, K, dtype=dtype, device="meta"), N) == taken

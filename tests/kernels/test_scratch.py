@@ -140,17 +140,6 @@ def test_scratch_memory_is_counted_and_given_back(passes):
     y = passes()
     fourier_conv.release_scratch()  # between a forward pass and its backward pass
     y.square().sum().backward()
-    expected = torch.autograd.grad(
-        functional.conv2d(passes.x.float(), passes.weight, stride=2).square().sum(), passes.weight
-    )
-    assert (
-        error(
-            passes.weight.grad,
-            expected[0].double()
-            + torch.autograd.grad(functional.conv2d(passes.x.float(), passes.weight, stride=2).sum(), passes.weight)[0],
-        )
-        <= 1e-5
-    )
     z = functional.conv2d(passes.x.float(), passes.weight, stride=2)
     (expected,) = torch.autograd.grad(z.square().sum() + z.sum(), passes.weight)
     assert error(passes.weight.grad, expected) <= 1e-5
@@ -167,4 +156,5 @@ def test_memory_holds_any_type(monkeypatch):
     assert loan.tensor.shape == (3, 5) and loan.tensor.dtype == torch.bfloat16
     del loan
     assert scratch.scratch_bytes() == 64
-    assert Loan(8).tensor.dtype == torch.float32 and scratch.scratch_bytes() == 32
+    loan = Loan(8)
+    assert loan.tensor.dtype == torch.float32 and scratch.scratch_bytes() == 32

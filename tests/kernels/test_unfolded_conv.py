@@ -9,8 +9,10 @@ from torch.nn import functional
 
 import capszoo
 from capszoo.kernels import large_conv, unfolded_conv
+from capszoo.kernels.fourier_plan import best_plan, matrices
 from capszoo.kernels.large_conv import chosen_plan, large_conv2d
 from capszoo.kernels.processor import has_matrix_units
+from capszoo.kernels.scratch import release_scratch
 from capszoo.kernels.unfolded_conv import Unfolding, plan_for
 from capszoo.layers import ScaledConv2d
 
@@ -100,7 +102,8 @@ FLOAT, HALF = Unfolding(9, 2), Unfolding(9, 2, torch.bfloat16)
         ((1, 64, 20, 20), 64, 9, FLOAT, None),
         ((16, 64, 20, 20), 64, 9, None, None),
         ((16, 192, 20, 20), 64, 9, None, None),
-        ((8, 128, 20, 20), 128, 9, FLOAT, HALF),
+        ((8, 128, 20, 20), 128, 9, FLOAT, None),
+        ((8, 192, 20, 20), 256, 9, FLOAT, HALF),
         ((16, 256, 14, 14), 256, 3, None, None),
         ((1, 8, 20, 20), 16, 9, None, None),
         ((1, 1, 28, 28), 256, 9, None, None),
@@ -148,7 +151,7 @@ def test_rows_of_bfloat16_where_that_is_fast(counted, monkeypatch, precision):
     monkeypatch.setattr(large_conv, "has_fast_vectors", lambda: True)
     monkeypatch.setattr(large_conv, "has_matrix_units", lambda: False)
     torch.manual_seed(0)
-    conv, x = ScaledConv2d(128, 128, 9, 2, centered=True), torch.randn(6, 128, 20, 20)
+    conv, x = ScaledConv2d(192, 192, 9, 2, centered=True), torch.randn(4, 192, 20, 20)
     with capszoo.set_fourier_conv(False):
         expected = with_gradients(conv, x)
     with torch.autocast("cpu", precision, enabled=precision is not None):
@@ -156,10 +159,65 @@ def test_rows_of_bfloat16_where_that_is_fast(counted, monkeypatch, precision):
     for actual, wanted in zip(found, expected, strict=True):
         assert (actual - wanted).norm() <= (1e-5 if precision is None else 1e-2) * wanted.norm()
     assert [plan.dtype for plan in counted] == [torch.bfloat16 if precision == torch.bfloat16 else torch.float32]
+    if precision == torch.bfloat16:
+        with torch.no_grad(), torch.autocast("cpu", precision):
+            assert torch.equal(conv(x.bfloat16()), found[0])
 
 
-def test_gradient_of_kernels_lies_as_they_do():
+def test_gradient_of_kernels_is_in_channels_last_format():
     weight = torch.randn(64, 64, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
     x = torch.randn(1, 64, 20, 20)
-    large_conv2d(x, weight, None, chosen_plan(x, weight, 2)).sum().backward()
-    assert weight.grad.stride() == weight.stride()
+    y = large_conv2d(x, weight, None, chosen_plan(x, weight, 2))
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    assert gradient.stride() == weight.stride()
+
+
+PLANS = [Unfolding(5, 2), Unfolding(5, 2, torch.bfloat16), best_plan(12, 12, 5, 2, 2, 3)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["float32", "bfloat16", "fourier"])
+def test_passes_in_any_order(plan):
+    """Memory that is used again holds what is still needed."""
+    x, weight = torch.randn(2, 4, 2, 12, 12), torch.randn(3, 2, 5, 5).requires_grad_()
+    centered = torch.ones(())
+
+    def convolve(images):
+        return large_conv2d(images, weight, None, plan, centered=centered)
+
+    expected = [torch.autograd.grad(convolve(images).square().sum(), weight)[0] for images in x]
+    first, second = map(convolve, x)
+    with torch.no_grad():
+        assert torch.equal(convolve(x[0]), first)
+    with torch.inference_mode():
+        assert torch.equal(convolve(x[1]), second)
+    for _ in range(2):
+        for y, wanted in zip((first, second), expected, strict=True):
+            assert torch.equal(torch.autograd.grad(y.square().sum(), weight, retain_graph=True)[0], wanted)
+    images = x[0].clone().requires_grad_()
+    (alone,) = torch.autograd.grad(convolve(images).square().sum(), images)
+    both = torch.autograd.grad(convolve(images).square().sum(), (images, weight))
+    assert torch.equal(alone, both[0]) and torch.equal(both[1], expected[0])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["float32", "bfloat16", "fourier"])
+def test_gradients_of_many_at_once_and_other_defaults(plan):
+    x, weight = torch.randn(2, 2, 12, 12), torch.randn(3, 2, 5, 5)
+    centered, grads = torch.ones(()), torch.randn(4, 2, 3, 4, 4)
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    tolerance = 3e-2 if plan.dtype == torch.bfloat16 else 1e-5
+    y = large_conv2d(x, weight, None, plan, centered=centered)
+    expected = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    at_once = torch.autograd.grad(y, inputs, grads, is_grads_batched=True)
+    for found, wanted in zip(at_once, map(torch.stack, zip(*expected, strict=True)), strict=True):
+        assert (found - wanted).norm() <= tolerance * wanted.norm()
+    matrices.cache_clear()
+    release_scratch()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            y = large_conv2d(x, weight, None, plan, centered=centered)
+            found = torch.autograd.grad(y, inputs, grads[0])
+    finally:
+        torch.set_default_dtype(default)
+    assert all(torch.equal(*pair) for pair in zip(found, expected[0], strict=True))
