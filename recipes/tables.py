@@ -127,7 +127,7 @@ def families(rows: Rows, columns: Sequence[str]) -> str:
 
 
 def paper(rows: Rows, columns: Sequence[str]) -> str:
-    """The rows of a grid of recipes/explore.py beside the published ones of a data set, which is the first column."""
+    """The rows of a grid of recipes/explore.py, beside the published ones of a data set, which is the first column."""
     published = read_rows(results_folder() / "paper-published.csv", "restore it")
     theirs = {row["name"]: row for row in published if row["dataset"] == columns[0]}
 
@@ -138,20 +138,26 @@ def paper(rows: Rows, columns: Sequence[str]) -> str:
         return f"{scale * float(row[key]):.{digits}f}{deviation}{unit}"
 
     baseline = next((float(row["seconds_to_best"]) for row in rows if row["name"] == "baseline"), None)
+    is_paired = any(row.get("gain_low") for row in rows)
     body = []
     for row in rows:
         is_other = baseline is not None and row["name"] != "baseline"
         saved = f"{100 * (1 - float(row['seconds']) / baseline):.0f} %" if is_other else "-"
         cells = [row["name"].replace("_", " "), row["runs"], with_deviation(row, "test_top1", 100, 2, " %")]
+        if is_paired:
+            mean, low, high = (100 * float(row[key] or 0) for key in ("gain", "gain_low", "gain_high"))
+            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" if row["gain_low"] and is_other else "-")
         cells += [f"{float(row['seconds']):.0f} s", with_deviation(row, "seconds_to_best", 1, 0, " s"), saved]
-        other = theirs.get(row["name"])
-        if other is None:
-            cells += ["-", "-"]
-        else:
-            cells += [f"{100 * float(other['accuracy']):.2f} %", f"{other['epochs']} x {other['epoch_seconds']}"]
+        if theirs:
+            other = theirs.get(row["name"])
+            best = ["-", "-"]
+            if other is not None:
+                best = [f"{100 * float(other['accuracy']):.2f} %", f"{other['epochs']} x {other['epoch_seconds']}"]
+            cells += best
         body.append(cells)
-    header = ["row", "seeds", "test top-1", "training", "to its best epoch", "less than the baseline to its best"]
-    return markdown([*header, "paper: top-1", "epochs x seconds to its best"], body)
+    header = ["row", "seeds", "test top-1", *["over the baseline of the same seed (95 %)"] * is_paired]
+    header += ["training", "to its best epoch", "less than the baseline to its best"]
+    return markdown([*header, *["paper: top-1", "epochs x seconds to its best"] * bool(theirs)], body)
 
 
 KINDS: dict[str, Callable[[Rows, Sequence[str]], str]] = {

@@ -66,6 +66,27 @@ def test_routing_gain_is_over_pairs_of_seeds(results):
     assert body(path)[3].startswith("| `deepcaps` (num_passes: 3) | 2 | 1 | 75.00 % | 75.00 % | +0.00 |")
 
 
+def test_rows_without_published_ones_and_over_pairs_of_seeds(results):
+    write(results / "paper-published.csv", [{"name": "baseline", "dataset": "mnist"}])
+    row = {"test_top1": 0.99, "seconds": 50, "seconds_to_best": 40, "runs": 3}
+    gain = {"gain": 0.0012, "gain_low": -0.0003, "gain_high": 0.0027}
+    write(results / "p.csv", [
+        {**row, "name": "baseline", **dict.fromkeys(gain, 0.0)},
+        {**row, "name": "fast", "seconds": 10, **gain},
+        {**row, "name": "once", "seconds": 60, "runs": 1, **dict.fromkeys(gain, "")},
+    ])  # fmt: skip
+    path = page(results, "paper p.csv digits")
+    tables.main([str(path)])
+    assert body(path) == [
+        "| row | seeds | test top-1 | over the baseline of the same seed (95 %) | training | to its best epoch | "
+        "less than the baseline to its best |",
+        "|---|---|---|---|---|---|---|",
+        "| baseline | 3 | 99.00 % | - | 50 s | 40 s | - |",
+        "| fast | 3 | 99.00 % | +0.12 (-0.03 to +0.27) | 10 s | 40 s | 75 % |",
+        "| once | 1 | 99.00 % | - | 60 s | 40 s | -50 % |",
+    ]
+
+
 def test_rows_of_the_paper(results):
     published = {"name": "exp_decay", "accuracy": 0.99404, "epochs": 12, "epoch_seconds": 300}
     write(results / "paper-published.csv", [
