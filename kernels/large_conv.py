@@ -45,6 +45,11 @@ class _LargeConv(torch.autograd.Function):
         return dx if dx is None else dx.to(x.dtype), dw, None, None, None
 
 
+def _type_of_result(x: Tensor) -> torch.dtype:
+    """The type that PyTorch's own convolution of `x` would have."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | None:
     """How to convolve these, by counts alone so that the same shapes give the same bits; None for PyTorch's own way.
 
@@ -56,11 +61,10 @@ def chosen_plan(x: Tensor, weight: Tensor, stride: int) -> Plan | Unfolding | No
         return None
     if weight.dtype != torch.float32 or x.dtype not in (torch.float32, torch.bfloat16):
         return None
-    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if half and has_matrix_units():
+    dtype = _type_of_result(x)
+    if dtype != torch.float32 and has_matrix_units():
         return None
-    lower = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    half = half and lower == torch.bfloat16 and has_fast_vectors()
+    half = dtype == torch.bfloat16 and has_fast_vectors()
     (D, C, k, width), (B, _, H, W) = weight.shape, x.shape
     if k != width or k <= stride or H < k or W < k or B == 0:
         return None
@@ -90,4 +94,4 @@ def large_conv2d(
         y = y * scale
     if bias is not None:
         y = y + bias.view(-1, 1, 1)
-    return y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+    return y.to(_type_of_result(x))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .centering import less_means
-from .products import multiply, product
+from .products import product
 from .scratch import scratch
 
 # Kernels of fewer numbers are reordered in no time.
@@ -109,7 +109,8 @@ def forward(plan: Unfolding, x: Tensor, weight: Tensor, centered: Tensor | None,
     """`[B, D, H', W']`, channels last, by kernels each less its mean times `centered`; fills `kept`."""
     k, s, (height, width) = plan.kernel, plan.stride, plan.output(x)
     kept = scratch.take("rows", *kept_shape(plan, x, weight), dtype=plan.dtype) if kept is None else kept
-    rows, matrix = kept.split([_num_rows(plan, x), len(kept) - _num_rows(plan, x)])
+    count = _num_rows(plan, x)
+    rows, matrix = kept[:count], kept[count:]
     windows = x.permute(0, 2, 3, 1).unfold(1, k, s).unfold(2, k, s)  # [B, H', W', C, k, k]
     rows.view(len(x), height, width, k, k, -1).copy_(windows.permute(0, 1, 2, 4, 5, 3))
     if len(matrix):
@@ -132,7 +133,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by x and by weight, in channels last."""
     grad = grad.permute(0, 2, 3, 1).reshape(-1, len(weight)).to(plan.dtype)
-    rows, matrix = kept.split([len(grad), len(kept) - len(grad)])
+    rows, matrix = kept[: len(grad)], kept[len(grad) :]
     of_kernels, of_rows = (centered, None) if len(matrix) else (None, centered)  # what is to be centred
     dx = dweight = None
     if needs_w:
@@ -140,7 +141,7 @@ def backward(
         dweight = _center(product(grad.t(), rows).float(), of_kernels).view(D, k, k, C).permute(0, 3, 1, 2)
     if needs_x:
         drows = scratch.take("rows", *rows.shape, dtype=plan.dtype)
-        multiply(grad[None], (matrix if len(matrix) else _as_matrix(weight))[None], drows[None])
+        product(grad, matrix if len(matrix) else _as_matrix(weight), out=drows)
         dx = _fold(plan, _center(drows, of_rows), x)
     return dx, dweight
 

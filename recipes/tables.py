@@ -144,16 +144,16 @@ def paper(rows: Rows, columns: Sequence[str]) -> str:
         is_other = baseline is not None and row["name"] != "baseline"
         saved = f"{100 * (1 - float(row['seconds']) / baseline):.0f} %" if is_other else "-"
         cells = [row["name"].replace("_", " "), row["runs"], with_deviation(row, "test_top1", 100, 2, " %")]
-        if is_paired:
-            mean, low, high = (100 * float(row[key] or 0) for key in ("gain", "gain_low", "gain_high"))
-            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" if row["gain_low"] and is_other else "-")
+        if is_paired and is_other and row["gain_low"]:
+            mean, low, high = (100 * float(row[key]) for key in ("gain", "gain_low", "gain_high"))
+            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        elif is_paired:
+            cells.append("-")
         cells += [f"{float(row['seconds']):.0f} s", with_deviation(row, "seconds_to_best", 1, 0, " s"), saved]
-        if theirs:
-            other = theirs.get(row["name"])
-            best = ["-", "-"]
-            if other is not None:
-                best = [f"{100 * float(other['accuracy']):.2f} %", f"{other['epochs']} x {other['epoch_seconds']}"]
-            cells += best
+        if other := theirs.get(row["name"]):
+            cells += [f"{100 * float(other['accuracy']):.2f} %", f"{other['epochs']} x {other['epoch_seconds']}"]
+        elif theirs:
+            cells += ["-", "-"]
         body.append(cells)
     header = ["row", "seeds", "test top-1", *["over the baseline of the same seed (95 %)"] * is_paired]
     header += ["training", "to its best epoch", "less than the baseline to its best"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolutions import centered_conv2d, with_gradients
+from convolutions import centered_conv2d, inputs, with_gradients
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -33,9 +33,7 @@ FORMATS = [torch.channels_last, torch.contiguous_format]
 @example(sizes=(2, 3, 4), height=20, width=20, kernel=9, stride=2, layout=torch.channels_last, centered=1.0, seed=0)
 @example(sizes=(1, 1, 1), height=9, width=9, kernel=9, stride=2, layout=FORMATS[1], centered=None, seed=0)
 def test_exact(sizes, height, width, kernel, stride, layout, centered, seed):
-    (B, C, D), generator = sizes, torch.Generator().manual_seed(seed)
-    shapes = (B, C, max(height, kernel), max(width, kernel)), (D, C, kernel, kernel), (D,)
-    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    x, weight, bias = inputs(*sizes, max(height, kernel), max(width, kernel), kernel, seed)
     expected = with_gradients(centered_conv2d, x, weight, bias, stride=stride, centered=centered)
     sizes = with_gradients(functional.conv2d, x.abs(), weight.abs(), bias.abs(), stride=stride)  # before they cancel
     x, weight = (t.float().to(memory_format=layout) for t in (x, weight))
