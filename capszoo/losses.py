@@ -2,7 +2,8 @@
 
 Each is a function and a module. Scores are ``[B, J]``; a target is class indices ``[B]`` or weights of the classes
 ``[B, J]`` in [0, 1]: mixed labels, or 1 for each of the classes present (multi-hot). Shapes and dtypes are always
-checked, values where that waits for no GPU; there an index out of range is a device-side assertion, as in torch.
+checked, values where that waits for no GPU; there an index out of range is a device-side assertion, as in torch, or,
+where the margin loss is one kernel, a loss that is NaN.
 """
 
 import math
@@ -10,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from capszoo.kernels.class_scores import at_least_float32, margin_losses, present_classes
 
 __all__ = [
     "CrossEntropyLoss",
@@ -65,12 +68,11 @@ def margin_loss(
     _check_reduction(reduction)
     check_target(lengths, target)
     _check_weight(weight, lengths.shape[1])
-    lengths = _at_least_float32(lengths)
-    present = present_classes(target, lengths)
-    too_short = F.relu(m_plus - lengths).square()
-    too_long = F.relu(lengths - m_minus).square()
-    losses = (present * too_short + lambda_ * (1 - present) * too_long).sum(dim=1)
-    return _reduce(losses, reduction, _image_weights(present, weight))
+    losses = margin_losses(lengths, target, m_plus, m_minus, lambda_)
+    weights: Tensor | None = None
+    if weight is not None:
+        weights = _image_weights(present_classes(target, at_least_float32(lengths)), weight)
+    return _reduce(losses, reduction, weights)
 
 
 def spread_loss(
@@ -99,7 +101,7 @@ def spread_loss(
     _check_reduction(reduction)
     check_target(lengths, target)
     _check_weight(weight, lengths.shape[1])
-    lengths = _at_least_float32(lengths)
+    lengths = at_least_float32(lengths)
     present = present_classes(target, lengths)
     if target.dim() == 1:
         wanted = (lengths * present).sum(dim=1, keepdim=True)
@@ -138,7 +140,7 @@ def cross_entropy_loss(
     _check_reduction(reduction)
     check_target(logits, target)
     _check_weight(weight, logits.shape[1])
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     present = present_classes(target, logits)
     smooth = (1 - label_smoothing) * present + label_smoothing / logits.shape[1]
     losses = -(smooth * logits.log_softmax(dim=1)).sum(dim=1)
@@ -169,7 +171,7 @@ def reconstruction_loss(images: Tensor, target: Tensor, reduction: str = "mean")
         raise ValueError(
             f"images are {images.dtype}, target {target.dtype}: give floating pixels in [0, 1], such as images / 255"
         )
-    losses = (_at_least_float32(images) - target).square().flatten(1).sum(dim=1)
+    losses = (at_least_float32(images) - target).square().flatten(1).sum(dim=1)
     return _reduce(losses, reduction, None)
 
 
@@ -183,18 +185,6 @@ def default_reconstruction_weight(num_values: int) -> float:
         num_values: Values of an image, C * H * W.
     """
     return 0.0005 * min(1.0, 784 / num_values)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-
-
-def present_classes(target: Tensor, scores: Tensor) -> Tensor:
-    """Weights of the classes ``[B, J]``, in the type of the scores, of a target of either kind."""
-    if target.dim() == 2:
-        return target.to(scores.dtype)
-    # It has a rule for vmap, which `one_hot` lacks, and fails for indices out of range, where a comparison would not.
-    return torch.zeros_like(scores).scatter(1, target.long()[:, None], 1.0)
 
 
 def _image_weights(present: Tensor, weight: Tensor | None) -> Tensor | None:

@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import all_classes, per_class
+from .centering import triton_filters as filters
+from .class_scores import launchers as class_scores
 from .gaussian_routing.ops import launchers as mixtures
 from .inverted_attention.ops import launchers as inverted_attention
 from .ops import triton_routing as routing
@@ -30,6 +32,9 @@ from .ops import triton_squash as squash
 CLASSES = {"J": 10, "K": 8, "D": 16, "BLOCK_D": 16}
 OWN = {"T": 1152, "P": 1, "BLOCK_P": 1}
 SHARED = {"T": 32, "P": 36, "BLOCK_P": 4}
+
+# Arguments that are numbers and no sizes.
+NUMBERS = {"scale", "m_plus", "m_minus", "absent"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Launch:
     """Arguments that are 1, which Triton compiles into a kernel."""
     problem: str = ""
     """What it works on, where a kernel is compiled for several sizes of networks."""
+    aligned: tuple[str, ...] = ("B", "T")
+    """Sizes that are multiples of 16."""
 
     @property
     def function(self) -> triton.JITFunction:
@@ -64,7 +71,7 @@ class Launch:
 
     @property
     def flags(self) -> str:
-        names = ("UNIFORM", "EQUAL", "BACKWARD", "APPROXIMATE", "FIRST", "LAST")
+        names = ("UNIFORM", "EQUAL", "BACKWARD", "APPROXIMATE", "FIRST", "LAST", "INDICES")
         return " ".join(name for name in names if self.constants.get(name))
 
     @property
@@ -81,8 +88,8 @@ def rows_launches(kernel: Any, **constants) -> list[Launch]:
 
 
 def launches_on_rows() -> list[Launch]:
-    """All kernels that work on class capsules, or on vectors."""
-    adding = {"NUM_ADDED": routing.NUM_ADDED, "BLOCK_N": 4}
+    """All kernels that work on class capsules, on vectors, or on the filters of a convolution."""
+    adding, block = {"NUM_ADDED": routing.NUM_ADDED, "BLOCK_N": 4}, filters.TILE_SIZE
     return [
         *rows_launches(routing.finish_kernel, FIRST=False, LAST=False, **adding),
         *rows_launches(routing.begin_backward_kernel),
@@ -90,6 +97,10 @@ def launches_on_rows() -> list[Launch]:
         *rows_launches(routing.dbias_kernel, BLOCK_N=128),
         *rows_launches(squash.squash_kernel, BLOCK_N=64),
         *rows_launches(squash.squash_backward_kernel, BLOCK_N=64),
+        *rows_launches(class_scores.lengths_kernel, BLOCK_N=64),
+        *rows_launches(class_scores.lengths_backward_kernel, BLOCK_N=64),
+        *(rows_launches(class_scores.margin_kernel, BLOCK_J=16, INDICES=indices)[0] for indices in (True, False)),
+        Launch(filters.center_kernel, triton.Config({"BLOCK": block}, num_warps=8), {"BLOCK": block}, aligned=("N",)),
     ]
 
 
@@ -176,11 +187,12 @@ def compile_launch(launch: Launch, target: str, source_class: type = ASTSource) 
         if name in launch.constants or name in launch.ones:
             signature[name], values[(index,)] = "constexpr", launch.constants.get(name, 1)
         elif name.startswith("p_"):
-            signature[name] = "*" + (launch.dtype if name in ("p_x", "p_w") else "fp32")
+            dtype = "i64" if launch.constants.get("INDICES") and name == "p_target" else "fp32"
+            signature[name] = "*" + (launch.dtype if name in ("p_x", "p_w") else dtype)
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-            if name in ("B", "T"):
+            signature[name] = "fp32" if name in NUMBERS else "i32"
+            if name in launch.aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     config = launch.config
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
@@ -191,7 +203,8 @@ def compile_launch(launch: Launch, target: str, source_class: type = ASTSource) 
 
 @contextlib.contextmanager
 def nothing_launched(record: Callable[[tuple], None] = lambda tensors: None) -> Iterator[None]:
-    """Within this no routing kernel runs, so that launchers take tensors on the meta device.
+    """Within this no kernel of dynamic routing or of a training step around it runs, so that launchers take tensors on
+    the meta device.
 
     Args:
         record: Called instead of each launch, with the kernel's tensors.
@@ -202,7 +215,7 @@ def nothing_launched(record: Callable[[tuple], None] = lambda tensors: None) -> 
             return lambda *args, **kwargs: record(tuple(arg for arg in args if isinstance(arg, torch.Tensor)))
 
     with contextlib.ExitStack() as stack:
-        for module in (routing, all_classes, per_class):
+        for module in (routing, all_classes, per_class, squash, class_scores, filters):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, name, Recorded()))
             if hasattr(module, "launcher"):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 # Why Triton's kernels could not be imported, if so.
@@ -62,6 +62,30 @@ def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
     if problem:
         _warn(problem)
     return problem is None
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether Triton takes this tensor on a GPU in a plain call, where several PyTorch operators are fused into one."""
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cuda or is_looked_at(x):
+        return False
+    return runs_triton(x.device, torch.promote_types(x.dtype, torch.float32))
+
+
+def is_looked_at(*tensors: Tensor) -> bool:
+    """Whether something else than a plain call computes with these."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or has_tangent(*tensors)
+    )
+
+
+def is_plain_pass(grad: Tensor) -> bool:
+    """Whether a backward pass computes one gradient, and none of higher order."""
+    is_batched = "Batched" in str(torch._C._dispatch_keys(grad))  # by `is_grads_batched`
+    return not torch.is_grad_enabled() and not is_batched
 
 
 def has_tangent(*tensors: Tensor) -> bool:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import fourier_conv, unfolded_conv
-from .centering import is_looked_at, is_plain_pass, less_means
+from .centering import less_means
+from .dispatch import is_looked_at, is_plain_pass
 from .fourier_plan import Plan, best_plan, cheapest
 from .processor import has_fast_vectors, has_matrix_units
 from .scratch import Loan

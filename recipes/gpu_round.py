@@ -292,7 +292,8 @@ def side_by_side(round: Round, has_mnist: bool) -> None:
             for worker in filter(lambda worker: worker.stopped, workers):
                 worker.pause(False)
         if tests.code is not None and memcheck is None and round.on_gpu and shutil.which("compute-sanitizer"):
-            which = ["tests/kernels/test_routings_cuda.py", "-k", "not step and not graph and not sizes3 and not case2"]
+            which = [f"tests/kernels/test_{name}_cuda.py" for name in ("routings", "fused")]
+            which += ["-k", "not step and not graph and not sizes3 and not case2"]
             memcheck = round.launch(
                 "memcheck", "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", 1,
                 sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *which,
@@ -328,14 +329,7 @@ def one_by_one(round: Round, has_mnist: bool) -> None:
     bench = ["-m", "capszoo.recipes.benchmark", "--device", round.device, "--rounds", rounds]
     tables = {
         "benchmark-main": [
-            "--models",
-            *models,
-            "--subjects",
-            "routing",
-            "training",
-            "inference",
-            "--batch-sizes",
-            *sizes,
+            *("--models", *models, "--subjects", "routing", "training", "inference", "--batch-sizes", *sizes)
         ],
         "benchmark-families": ["--models", *families, "--subjects", "training", "--batch-sizes", sizes[-1]],
         "benchmark-layers": ["--models", models[0], "--subjects", "layer", "epoch", "--batch-sizes", sizes[-1]],

@@ -1,23 +1,28 @@
 """What the Triton kernels take, counted without a GPU.
 
-    python recipes/kernels.py                             # recipes/results/kernels-sm_90.csv and kernels-launches.csv
+    python recipes/kernels.py                             # the three tables of recipes/results
     python recipes/kernels.py --target sm_80 --output runs/kernels
 
-The first table has a row for each kernel, pass, precision and tile, at the sizes of the standard network, and for
+kernels-sm_90.csv has a row for each kernel, pass, precision and tile, at the sizes of the standard network, and for
 inverted attention, EM and variational Bayes at those of their networks (self-attention launches the kernels of dynamic
-routing): registers, bytes spilled, shared memory, and the instructions of a warp in its longest loop. The second has
-the launches of a forward and a backward pass of dynamic routing, and the bytes of the tensors that they read or write.
-Both belong into a commit that changes a kernel: the difference shows what the change does. Times are the benchmark's,
+routing): registers, bytes spilled, shared memory, and the instructions of a warp in its longest loop.
+kernels-launches.csv has the launches of a forward and a backward pass of dynamic routing, and the bytes of the tensors
+that they read or write; step-launches.csv those of the forward and backward pass of a training step of `capsnet` with
+its decoder in float32, and of parts of it, beside those of PyTorch's operators in place of what is fused.
+They belong into a commit that changes a kernel: the difference shows what the change does. Times are the benchmark's,
 on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from capszoo.command_line import OptionParser, run
 from capszoo.files import write_csv
@@ -113,6 +118,91 @@ def _summed(launched: list[int]) -> dict[str, int]:
     return {"launches": len(launched), "megabytes": round(sum(launched) / 1e6, 1)}
 
 
+class Launches(TorchDispatchMode):
+    """Notes the bytes of the tensors of each operator that computes; that is one launch on a GPU, near enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        given, made = tree_leaves((args, kwargs)), tree_leaves(result)
+        storages = {t.untyped_storage()._cdata for t in given if isinstance(t, Tensor)}
+        is_view = not operator._schema.is_mutable and all(
+            t.untyped_storage()._cdata in storages for t in made if isinstance(t, Tensor)
+        )
+        # Routing's launches are noted where it launches them.
+        if not is_view and "empty" not in operator.name() and "dynamic_routing" not in operator.name():
+            self.note(tuple(t for t in (*given, *made) if isinstance(t, Tensor)))
+        return result
+
+    def note(self, tensors: tuple[Tensor, ...]) -> None:
+        self.found.append(sum(t.numel() * t.element_size() for t in tensors))
+
+
+def parts_of_a_step(batch_size: int) -> dict[str, Callable[[], object]]:
+    """Forward and backward pass of a step of `capsnet`, and of parts of it, on the meta device."""
+    import capszoo
+    from capszoo.engine.task import CapsuleTask
+    from capszoo.kernels import centering, class_scores
+    from capszoo.kernels.dispatch import triton_routing as routing
+
+    with torch.device("meta"):
+        model = capszoo.create_model("capsnet", decoder=True).to(memory_format=torch.channels_last)
+        images = torch.empty(batch_size, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+        labels = torch.empty(batch_size, dtype=torch.long)
+    features = model.forward_features(images).detach().requires_grad_()
+    capsules, lengths = (t.detach().requires_grad_() for t in model.forward_capsules(images))
+    poses, (conv, classes) = model.to_capsules(features).detach(), (model.primary_caps.conv, model.class_caps)
+
+    def passes(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+        grad = torch.empty_like(function(x))
+        return lambda: torch.autograd.grad(function(x), x, grad)
+
+    def route() -> None:
+        _, sums = routing.dynamic_routing(poses, classes.weight, classes.bias, 3, False)
+        routing.dynamic_routing_backward(torch.empty_like(capsules), poses, classes.weight, sums, False)
+
+    def step() -> None:
+        route()
+        CapsuleTask(model, verbose=False)(images, labels)["loss"].backward()
+        model.zero_grad()
+
+    return {
+        "step": step,
+        "filters of the primary capsules": passes(
+            lambda weight: centering.scaled_kernels(weight, conv.centered, conv.scale), conv.weight
+        ),
+        "order of the primary capsules": passes(model.to_capsules, features),
+        "routing": route,
+        "lengths": passes(class_scores.capsule_lengths, capsules),
+        "margin loss": passes(lambda x: class_scores.margin_losses(x, labels, 0.9, 0.1, 0.5).mean(), lengths),
+    }
+
+
+def step_rows() -> Iterator[dict]:
+    from capszoo.kernels import centering, counts, dispatch
+
+    for batch_size in (1, 16, 128):
+        counted: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
+        for is_fused, row in counted.items():
+            with (
+                mock.patch.object(dispatch, "fuses", lambda x, is_fused=is_fused: is_fused),
+                # Of those that look on, one is the mode that counts.
+                mock.patch.object(centering, "is_looked_at", lambda *tensors: False),
+                Launches() as launches,
+                counts.nothing_launched(launches.note),
+            ):
+                for part, function in parts_of_a_step(batch_size).items():
+                    launches.found.clear()
+                    function()
+                    row[part] = _summed(launches.found)
+        for part in counted[True]:
+            unfused = {f"{name}_unfused": number for name, number in counted[False][part].items()}
+            yield {"part": part, "batch_size": batch_size, **counted[True][part], **unfused}
+
+
 def build_parser() -> OptionParser:
     parser = OptionParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="sm_90", help="compute capability of an NVIDIA GPU, such as sm_80")
@@ -127,8 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = list(pool.map(partial(compiled_row, args.target), list(tasks())))
     table = args.output / f"kernels-{args.target}.csv"
     write_csv(table, list(rows[0]), rows)
-    launches = list(launch_rows())
-    write_csv(args.output / "kernels-launches.csv", list(launches[0]), launches)
+    for name, found in (("kernels-launches", list(launch_rows())), ("step-launches", list(step_rows()))):
+        write_csv(args.output / f"{name}.csv", list(found[0]), found)
     print(f"{len(rows)} compilations: {table}")
     return 0
 

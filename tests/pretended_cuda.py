@@ -181,12 +181,16 @@ def operators():
 
 def launchers():
     """Modules of Triton kernels, the names of their launchers, and the PyTorch operators that take their places."""
-    from capszoo.kernels import dispatch, ops
+    from capszoo.kernels import centering, class_scores, dispatch, ops
     from capszoo.kernels.gaussian_routing import ops as gaussian_routing
     from capszoo.kernels.inverted_attention import ops as inverted_attention
     from capszoo.kernels.self_attention import ops as self_attention
 
     return [
+        (centering.triton_filters, "centered", centered),
+        (class_scores.launchers, "lengths", lambda x: torch.linalg.vector_norm(x, dim=-1)),
+        (class_scores.launchers, "lengths_backward", lengths_backward),
+        (class_scores.launchers, "margin_losses", margin_losses),
         (dispatch.triton_squash, "squash_forward", ops._squash),
         (dispatch.triton_squash, "squash_backward", ops._squash_backward),
         (dispatch.triton_routing, "dynamic_routing", ops._routing),
@@ -254,6 +258,28 @@ def routing_backward(grad, x, weight, sums, approximate, tf32):
 
     bias = sums.new_zeros(sums.shape[2:])  # gives its gradient the type
     return ops._routing_backward(grad, x, weight, bias, sums, approximate, tf32)
+
+
+def centered(filters, centered, scale, dtype):
+    from capszoo.kernels.centering import less_means
+
+    return less_means(filters, centered) * scale  # in no other type: there is no autocast to convert images
+
+
+def lengths_backward(grad, x):
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return grad[..., None] * torch.where(lengths == 0, 0.0, x / lengths).to(x.dtype)
+
+
+def margin_losses(lengths, target, m_plus, m_minus, lambda_):
+    if target.ndim == 1:  # an index out of range leaves a row of NaN
+        table = torch.eye(lengths.shape[1] + 1)[:, :-1]
+        table[-1] = torch.nan
+        target = table[torch.where((target < 0) | (target >= lengths.shape[1]), lengths.shape[1], target.long())]
+    present, lengths = target.float(), lengths.float()
+    short, long = (m_plus - lengths).relu(), lambda_ * (lengths - m_minus).relu()
+    losses = (present * short.square() + (1 - present) * long * (lengths - m_minus)).sum(1)
+    return losses, 2 * ((1 - present) * long - present * short)
 
 
 def smaller_inputs(make_inputs):

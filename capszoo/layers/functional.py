@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from capszoo import kernels
+from capszoo.kernels.class_scores import capsule_lengths
 from capszoo.kernels.derivatives import no_autocast
 from capszoo.kernels.gaussian_routing import by_moments
 from capszoo.kernels.gaussian_routing import reference as gaussian_reference
@@ -151,10 +152,3 @@ def vb_routing(
         return kernels.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
     with no_autocast(poses):
         return gaussian_reference.vb_routing(poses, activations, weight, beta_u, beta_a, offset, stride, num_iters)
-
-
-def capsule_lengths(x: Tensor) -> Tensor:
-    """Euclidean lengths of capsules ``[..., D]``, shape ``[...]``; all derivatives at a zero capsule count as zero."""
-    zero = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) == 0
-    lengths = torch.linalg.vector_norm(torch.where(zero, 1.0, x), dim=-1)
-    return torch.where(zero.squeeze(-1), 0.0, lengths)

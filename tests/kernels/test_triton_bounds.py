@@ -168,6 +168,31 @@ def test_squash(watch, shape, dtype):
     assert watch.touched == {"squash_kernel": (count, count), "squash_backward_kernel": (2 * count, count)}
 
 
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 1), (300, 5), (2, 1030)])
+def test_class_scores(watch, shape):
+    from capszoo.kernels.class_scores import launchers
+
+    x, (rows, width) = torch.ones(shape), shape
+    launchers.lengths_backward(launchers.lengths(x), x)
+    launchers.margin_losses(x, torch.zeros(rows, dtype=torch.long), 0.9, 0.1, 0.5)
+    assert watch.touched == {
+        "lengths_kernel": (rows * width, rows),
+        "lengths_backward_kernel": (rows * width + rows, rows * width),
+        "margin_kernel": (rows * width + rows, rows * width + rows),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 5000)])
+def test_centred_filters(watch, shape):
+    from capszoo.kernels.centering import triton_filters
+
+    x, one = torch.ones(shape), torch.ones(())
+    triton_filters.centered(x, one, torch.ones(()), torch.bfloat16)
+    assert watch.touched == {"center_kernel": (x.numel() + 2 * len(x), x.numel())}
+
+
 @triton.jit
 def store_beyond(p_x, N, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -14,7 +14,8 @@ from capszoo.recipes import kernels
 
 RESULTS = Path(kernels.__file__).parent / "results"
 MODULES = (
-    *("all_classes", "dynamic_routing", "per_class", "squash", "inverted_attention.triton"),
+    *("all_classes", "centered_filters", "class_scores.triton", "dynamic_routing", "per_class", "squash"),
+    "inverted_attention.triton",
     *("gaussian_routing.triton", "gaussian_routing.triton_backward"),
 )
 
@@ -65,3 +66,17 @@ def test_a_row(table):
     assert [row[name] for name in names] == [like[name] for name in names] and list(row) == list(like)
     # Another Triton counts otherwise, but not by much.
     assert row["instructions"] == pytest.approx(int(like["instructions"]), rel=0.5) and 16 <= row["registers"] <= 255
+
+
+def test_the_table_of_a_step():
+    """Our own launches are as committed; those of PyTorch's operators are for each torch to choose."""
+    with open(RESULTS / "step-launches.csv", newline="") as file:
+        committed = {(row["part"], int(row["batch_size"])): row for row in csv.DictReader(file)}
+    rows = {(row["part"], row["batch_size"]): row for row in kernels.step_rows()}
+    assert rows.keys() == committed.keys()
+    for key, row in rows.items():
+        if key[0] in ("filters of the primary capsules", "lengths", "routing"):
+            assert [str(row[name]) for name in ("launches", "megabytes")] == list(committed[key].values())[2:4]
+        if key[0] not in ("routing", "order of the primary capsules"):
+            assert row["launches"] < 0.7 * row["launches_unfused"] and row["megabytes"] <= row["megabytes_unfused"]
+    assert rows["step", 1]["launches"] == rows["step", 128]["launches"] < 90
