@@ -49,9 +49,9 @@ Tiling = tuple[list[tuple[slice, slice, slice]], list[Tensor]]
 # Samples in a tile: enough to make the matrix products wide, few enough that a tile holds several capsules.
 TILE_SAMPLES = 256
 
-# Up to here votes are faster. At one sample and T = I on one core they took 0.9 + 3 ms and the products 5.6 + 22 ms,
-# at four samples 3.3 + 14 and 8 + 20, at eight 6.4 + 32 and 8 + 20; at one sample and 36 positions, half as long again.
-FEW_SAMPLES = 4
+# Up to here votes are faster. At one sample and T = I on one core of Zen 5 they took 1.1 + 2.0 ms and the products
+# 5.5 + 14 ms, at four samples 2.3 + 6.2 and 8.1 + 20, at six 4.1 + 15 and 10 + 24, at eight 5.3 + 20 and 8.9 + 19.
+FEW_SAMPLES = 6
 FEW_POSITIONS = 16
 
 
@@ -99,11 +99,12 @@ def dynamic_routing(
         sums = bias.repeat(num_iters, num_samples, 1, 1)
         return squash(sums[-1], approximate), sums
     sums = x.new_empty(num_iters, num_samples, num_classes, width)
+    if _few(x, weight):
+        return _forward_by_votes(x, weight, bias, sums, approximate), sums
     out = x.new_empty(num_samples, num_classes, width)
     for start in range(0, num_samples, TILE_SAMPLES):
         batch = slice(start, start + TILE_SAMPLES)
-        forward = _forward_by_votes if _few(x[batch], weight) else _forward
-        out[batch] = forward(x[batch], weight, bias, sums[:, batch], approximate)
+        out[batch] = _forward(x[batch], weight, bias, sums[:, batch], approximate)
     return out, sums
 
 
@@ -112,14 +113,17 @@ def dynamic_routing_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias, from `grad` `[B, J, D]` and what `dynamic_routing` took and returned."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_zeros(weight.shape[2:])
+    if _few(x, weight) and has_votes(x, weight):
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        _backward_by_votes(grad, x, weight, sums, approximate, dx, dweight, dbias)
+        return dx, dweight, dbias
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     if not has_votes(x, weight):
         return dx.zero_(), dweight, squash_backward(grad, sums[-1], approximate).sum(0)
     for start in range(0, x.shape[0], TILE_SAMPLES):
         batch = slice(start, start + TILE_SAMPLES)
-        backward = _backward_by_votes if _few(x[batch], weight) else _backward
-        backward(grad[batch], x[batch], weight, sums[:, batch], approximate, dx[batch], dweight, dbias)
+        _backward(grad[batch], x[batch], weight, sums[:, batch], approximate, dx[batch], dweight, dbias)
     return dx, dweight, dbias
 
 
@@ -266,15 +270,19 @@ def _forward_by_votes(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, app
     poses, matrices = types_first(x, weight.shape[0]), weight.flatten(2)
     tiles = tiles_of_votes(poses, matrices)
     kept = votes_of(poses, weight, x) if len(tiles) == 1 else None
-    total = sums.new_zeros(sums.shape[1:])  # V^r
-    for iteration in range(len(sums)):
-        sums[iteration] = bias
+    v = total = sums.new_zeros(sums.shape[1:])  # V^r
+    for iteration, s in enumerate(sums):
+        s.zero_()
         for types in tiles:
             votes = votes_of(poses[types], weight[types], x) if kept is None else kept
-            couplings = (votes * total).sum(3, keepdim=True).softmax(2)
-            sums[iteration] += (couplings * votes).sum(0)
-        v = squash(sums[iteration], approximate)
-        total += v
+            if iteration > 0:
+                votes = (votes * total).sum(3, keepdim=True).softmax(2) * votes
+            s += votes.sum(0)
+        if iteration == 0:
+            s /= len(bias)
+        s += bias
+        v = squash(s, approximate)
+        total = total + v
     return v
 
 
@@ -288,38 +296,57 @@ def _backward_by_votes(
     dweight: Tensor,
     dbias: Tensor,
 ) -> None:
-    """As `_backward`, for few samples."""
+    """As `_backward`, for few samples. Writes dweight."""
     poses, matrices, dmatrices = types_first(x, weight.shape[0]), weight.flatten(2), dweight.flatten(2)
-    dposes = torch.zeros_like(poses)
+    dposes = torch.empty_like(poses)
     tiles = tiles_of_votes(poses, matrices)
-    kept = votes_of(poses, weight, x) if len(tiles) == 1 else None
-    dkept = None if kept is None else torch.zeros_like(kept)
-
-    def add_products(types: slice, dvotes: Tensor) -> None:
-        dvotes = dvotes.view(len(poses[types]), poses.shape[1], -1)
-        dposes[types].baddbmm_(dvotes, matrices[types].transpose(1, 2))
-        dmatrices[types].baddbmm_(poses[types].transpose(1, 2), dvotes)
-
     v = squash(sums, approximate)
     totals = v.cumsum(0) - v  # V^0..V^(R-1)
+    # Votes of one tile are kept from iteration to iteration. Else the tiles are gone through again in each.
+    kept = votes_of(poses, weight, x) if len(tiles) == 1 and len(sums) > 1 else None
+    dvotes, is_first = None, True
     dtotal = torch.zeros_like(v[0])
     for iteration in range(len(sums) - 1, -1, -1):
         total = totals[iteration]
         ds = squash_backward(grad if iteration == len(sums) - 1 else dtotal, sums[iteration], approximate)
         dbias += ds.sum(0)
         for types in tiles:
-            votes = votes_of(poses[types], weight[types], x) if kept is None else kept
-            couplings = (votes * total).sum(3, keepdim=True).softmax(2)
-            dcouplings = (votes * ds).sum(3, keepdim=True)
-            dlogits = couplings * (dcouplings - (couplings * dcouplings).sum(2, keepdim=True))
-            dtotal += (dlogits * votes).sum(0)
-            if dkept is None:
-                add_products(types, (couplings * ds).addcmul_(dlogits, total))
+            if iteration == 0:  # all couplings are the same
+                added = (ds / len(ds[0])).expand(len(poses[types]) * poses.shape[1] // len(x), *ds.shape)
             else:
-                dkept.addcmul_(couplings, ds).addcmul_(dlogits, total)
-    if dkept is not None:
-        add_products(tiles[0], dkept)
+                votes = votes_of(poses[types], weight[types], x) if kept is None else kept
+                couplings = (votes * total).sum(3, keepdim=True).softmax(2)
+                dcouplings = (votes * ds).sum(3, keepdim=True)
+                dlogits = couplings * (dcouplings - (couplings * dcouplings).sum(2, keepdim=True))
+                dtotal += (dlogits * votes).sum(0)
+                added = (couplings * ds).addcmul_(dlogits, total)
+            if len(tiles) == 1:
+                dvotes = added if dvotes is None else dvotes.add_(added)
+            else:
+                _add_products(types, added, poses, matrices, dposes, dmatrices, is_first)
+        is_first = False
+    if dvotes is not None:
+        _add_products(tiles[0], dvotes, poses, matrices, dposes, dmatrices, True)
     dx.copy_(dposes.view(-1, len(x), x.shape[2]).transpose(0, 1))
+
+
+def _add_products(
+    types: slice,
+    dvotes: Tensor,
+    poses: Tensor,
+    matrices: Tensor,
+    dposes: Tensor,
+    dmatrices: Tensor,
+    is_first: bool,
+) -> None:
+    """Add to dx and dW what is due to gradients of the votes of some types; write it if it is the first."""
+    dvotes, columns = dvotes.reshape(len(poses[types]), poses.shape[1], -1), poses[types].transpose(1, 2)
+    beta = 0 if is_first else 1  # with 0 what was there is not read
+    dposes[types].baddbmm_(dvotes, matrices[types].transpose(1, 2), beta=beta)
+    if is_first and columns.shape[2] == 1:  # several times as fast as BLAS
+        torch.mul(columns, dvotes, out=dmatrices[types])
+    else:
+        dmatrices[types].baddbmm_(columns, dvotes, beta=beta)
 
 
 def votes_of(poses: Tensor, weight: Tensor, x: Tensor) -> Tensor:
