@@ -167,9 +167,9 @@ class TrainingStep:
         """Add a part's numbers up, on the device: a step never waits for them."""
         images = min(count, len(labels))
         loss = result["loss"].detach()
-        self.loss += loss * (images / max(count, 1))
+        self.loss.add_(loss, alpha=images / max(count, 1))
         right = right_answers(result["output"], labels.argmax(dim=1) if self.mixed_labels else labels).sum()
-        means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]]).double()
-        self.sums[:3] += means * images
-        self.sums[3] += right * min(images, 1)
-        self.sums[4] += images
+        means = torch.stack([loss, result["margin_loss"], result["reconstruction_loss"]])
+        self.sums[:3].add_(means, alpha=images)
+        self.sums[3].add_(right, alpha=min(images, 1))
+        self.sums[4].add_(images)
