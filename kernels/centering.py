@@ -51,11 +51,11 @@ def less_means(weight: Tensor, centered: Tensor | None) -> Tensor:
 def scaled_kernels(weight: Tensor, centered: Tensor | None, scale: Tensor) -> Tensor:
     """Kernels `[D, C, k, k]`, each less its mean times `centered`, times `scale`. Those two have no gradients.
 
-    On a GPU under autocast they have its type, to which it would cast them next.
+    Fused on a GPU under autocast they have its type, to which it would cast them next.
     """
     if centered is None or is_looked_at(weight):
         return less_means(weight, centered) * scale
-    if dispatch.fuses(weight):
+    if dispatch.fuses(weight, centered, scale):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
         return _FusedCenteredKernels.apply(weight, centered, scale, dtype)
     return _CenteredKernels.apply(weight, centered, scale)

@@ -71,7 +71,7 @@ class Launch:
 
     @property
     def flags(self) -> str:
-        names = ("UNIFORM", "EQUAL", "BACKWARD", "APPROXIMATE", "FIRST", "LAST", "INDICES")
+        names = ("UNIFORM", "EQUAL", "BACKWARD", "APPROXIMATE", "FIRST", "LAST", "INDICES", "UNITS")
         return " ".join(name for name in names if self.constants.get(name))
 
     @property
@@ -97,8 +97,7 @@ def launches_on_rows() -> list[Launch]:
         *rows_launches(routing.dbias_kernel, BLOCK_N=128),
         *rows_launches(squash.squash_kernel, BLOCK_N=64),
         *rows_launches(squash.squash_backward_kernel, BLOCK_N=64),
-        *rows_launches(class_scores.lengths_kernel, BLOCK_N=64),
-        *rows_launches(class_scores.lengths_backward_kernel, BLOCK_N=64),
+        *(rows_launches(class_scores.lengths_kernel, BLOCK_N=64, UNITS=units)[0] for units in (True, False)),
         *(rows_launches(class_scores.margin_kernel, BLOCK_J=16, INDICES=indices)[0] for indices in (True, False)),
         Launch(filters.center_kernel, triton.Config({"BLOCK": block}, num_warps=8), {"BLOCK": block}, aligned=("N",)),
     ]

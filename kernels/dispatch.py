@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .switches import set_fused_routing
+
 # Why Triton's kernels could not be imported, if so.
 TRITON_PROBLEM: str | None = None
 
@@ -28,6 +30,9 @@ def triton_module(name: str) -> ModuleType | None:
 # of the same names must come after it.
 triton_routing = triton_module(".dynamic_routing")
 triton_squash = triton_module(".squash")
+
+# Types of what is fused into one launch.
+_FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton has no code for GPUs before it.
 LEAST_CAPABILITY = (7, 0)
@@ -64,11 +69,17 @@ def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return problem is None
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether Triton takes this tensor on a GPU in a plain call, where several PyTorch operators are fused into one."""
-    if type(x) not in (Tensor, nn.Parameter) or not x.is_cuda or is_looked_at(x):
+def fuses(x: Tensor, *others: Tensor) -> bool:
+    """Whether Triton takes these on a GPU in a plain call, where several of PyTorch's operators are fused into one."""
+    if not _is_on_gpu(x) or x.dtype not in _FUSED_TYPES or not set_fused_routing.enabled or is_looked_at(x, *others):
         return False
-    return runs_triton(x.device, torch.promote_types(x.dtype, torch.float32))
+    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device != x.device for tensor in (x, *others)):
+        return False
+    return runs_triton(x.device, torch.float32)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def is_looked_at(*tensors: Tensor) -> bool:
@@ -83,9 +94,10 @@ def is_looked_at(*tensors: Tensor) -> bool:
 
 
 def is_plain_pass(grad: Tensor) -> bool:
-    """Whether a backward pass computes one gradient, and none of higher order."""
-    is_batched = "Batched" in str(torch._C._dispatch_keys(grad))  # by `is_grads_batched`
-    return not torch.is_grad_enabled() and not is_batched
+    """Whether a backward pass computes one gradient, and none of higher order or of forward mode."""
+    if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None or has_tangent(grad):
+        return False
+    return "Batched" not in str(torch._C._dispatch_keys(grad))  # by `is_grads_batched`
 
 
 def has_tangent(*tensors: Tensor) -> bool:

@@ -188,7 +188,7 @@ def step_rows() -> Iterator[dict]:
         counted: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
         for is_fused, row in counted.items():
             with (
-                mock.patch.object(dispatch, "fuses", lambda x, is_fused=is_fused: is_fused),
+                mock.patch.object(dispatch, "fuses", lambda *tensors, is_fused=is_fused: is_fused),
                 # Of those that look on, one is the mode that counts.
                 mock.patch.object(centering, "is_looked_at", lambda *tensors: False),
                 Launches() as launches,

@@ -188,8 +188,7 @@ def launchers():
 
     return [
         (centering.triton_filters, "centered", centered),
-        (class_scores.launchers, "lengths", lambda x: torch.linalg.vector_norm(x, dim=-1)),
-        (class_scores.launchers, "lengths_backward", lengths_backward),
+        (class_scores.launchers, "lengths", lengths_and_units),
         (class_scores.launchers, "margin_losses", margin_losses),
         (dispatch.triton_squash, "squash_forward", ops._squash),
         (dispatch.triton_squash, "squash_backward", ops._squash_backward),
@@ -266,9 +265,9 @@ def centered(filters, centered, scale, dtype):
     return less_means(filters, centered) * scale  # in no other type: there is no autocast to convert images
 
 
-def lengths_backward(grad, x):
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return grad[..., None] * torch.where(lengths == 0, 0.0, x / lengths).to(x.dtype)
+def lengths_and_units(x, dtype, with_units=True):
+    lengths = torch.linalg.vector_norm(x.float(), dim=-1)
+    return lengths.to(dtype), torch.nn.functional.normalize(x.float(), dim=-1)
 
 
 def margin_losses(lengths, target, m_plus, m_minus, lambda_):
@@ -277,9 +276,11 @@ def margin_losses(lengths, target, m_plus, m_minus, lambda_):
         table[-1] = torch.nan
         target = table[torch.where((target < 0) | (target >= lengths.shape[1]), lengths.shape[1], target.long())]
     present, lengths = target.float(), lengths.float()
-    short, long = (m_plus - lengths).relu(), lambda_ * (lengths - m_minus).relu()
-    losses = (present * short.square() + (1 - present) * long * (lengths - m_minus)).sum(1)
-    return losses, 2 * ((1 - present) * long - present * short)
+    absent = lambda_ * (1 - present)
+    short, long = (m_plus - lengths).relu(), (lengths - m_minus).relu()
+    losses = (present * short.square() + absent * long.square()).sum(1)
+    curvatures = 2 * (present * (short > 0) + absent * (long > 0))
+    return losses, 2 * (absent * long - present * short), curvatures
 
 
 def smaller_inputs(make_inputs):

@@ -15,50 +15,72 @@ __all__ = ["at_least_float32", "capsule_lengths", "margin_losses", "present_clas
 
 launchers = triton_module(".class_scores.triton")
 
+# Types of targets that Triton reads everywhere.
+_TARGETS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.bfloat16, torch.float16)
+
 
 class _Lengths(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return launchers.lengths(x)
+    """Lengths, and the capsules over their lengths, which are their derivatives."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        if is_plain_pass(grad):
-            return launchers.lengths_backward(grad, x)
-        zero = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) == 0
-        other = torch.where(zero, 1.0, x)
-        return grad[..., None] * torch.where(zero, 0.0, other / torch.linalg.vector_norm(other, dim=-1, keepdim=True))
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = x.dtype
+        lengths, units = launchers.lengths(x, dtype)
+        ctx.save_for_backward(lengths, units)
+        return lengths, units
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, grad_units: Tensor | None) -> tuple[Tensor | None, None]:
+        lengths, units = ctx.saved_tensors
+        dx = None if grad is None else _scaled(units, grad[..., None], ctx.dtype)
+        if grad_units is not None:  # a derivative of higher order
+            across = grad_units - units * (units * grad_units).sum(-1, keepdim=True)
+            inverse = torch.where(lengths == 0, 0.0, 1 / torch.where(lengths == 0, 1.0, lengths))
+            change = across * inverse[..., None]
+            dx = change if dx is None else dx + change
+        return dx, None
 
 
 class _MarginLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, lengths: Tensor, target: Tensor, m_plus: float, m_minus: float, lambda_: float) -> Tensor:
-        losses, slopes = launchers.margin_losses(lengths, target, m_plus, m_minus, lambda_)
-        ctx.save_for_backward(lengths, target, slopes)
-        ctx.settings = m_plus, m_minus, lambda_
-        return losses
+    """Losses, and their derivatives by the lengths. Those of third order are zero."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lengths, target, slopes = ctx.saved_tensors
-        m_plus, m_minus, lambda_ = ctx.settings
-        if is_plain_pass(grad):
-            dlengths = torch.mul(slopes, grad[:, None], out=torch.empty_like(slopes, dtype=lengths.dtype))
-        else:
-            scores = at_least_float32(lengths)
-            present = present_classes(target, scores)
-            slopes = 2 * (lambda_ * (1 - present) * F.relu(scores - m_minus) - present * F.relu(m_plus - scores))
-            dlengths = (slopes * grad[:, None]).to(lengths.dtype)
+    def forward(
+        ctx, lengths: Tensor, target: Tensor, m_plus: float, m_minus: float, lambda_: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = lengths.dtype
+        losses, slopes, curvatures = launchers.margin_losses(lengths, target, m_plus, m_minus, lambda_)
+        ctx.save_for_backward(slopes, curvatures)
+        return losses, slopes
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, grad_slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+        slopes, curvatures = ctx.saved_tensors
+        dlengths = None if grad is None else _scaled(slopes, grad[:, None], ctx.dtype)
+        if grad_slopes is not None:
+            change = grad_slopes * curvatures
+            dlengths = change if dlengths is None else dlengths + change
         return dlengths, None, None, None, None
+
+
+def _scaled(derivatives: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their product, in one launch in the type that autograd would cast it to."""
+    if is_plain_pass(grad):
+        return torch.mul(derivatives, grad, out=torch.empty_like(derivatives, dtype=dtype))
+    return derivatives * grad
 
 
 def capsule_lengths(x: Tensor) -> Tensor:
     """Euclidean lengths of capsules ``[..., D]``, shape ``[...]``; all derivatives at a zero capsule count as zero."""
     if not torch.jit.is_scripting():
-        if dispatch.fuses(x):
-            return _Lengths.apply(x)
+        if dispatch.fuses(x) and 0 < x.dim() and x.shape[-1] <= launchers.MAX_WIDTH:
+            # Autocast takes a norm in float32.
+            dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _Lengths.apply(x, dtype)[0]
+            return launchers.lengths(x, dtype, with_units=False)[0]
     zero = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) == 0
     lengths = torch.linalg.vector_norm(torch.where(zero, 1.0, x), dim=-1)
     return torch.where(zero.squeeze(-1), 0.0, lengths)
@@ -76,7 +98,7 @@ def margin_losses(lengths: Tensor, target: Tensor, m_plus: float, m_minus: float
     """
     if not torch.jit.is_scripting():
         if _fuses_margins(lengths, target):
-            return _MarginLosses.apply(lengths, target, m_plus, m_minus, lambda_)
+            return _MarginLosses.apply(lengths, target, m_plus, m_minus, lambda_)[0]
     lengths = at_least_float32(lengths)
     present = present_classes(target, lengths)
     too_short = F.relu(m_plus - lengths).square()
@@ -85,9 +107,9 @@ def margin_losses(lengths: Tensor, target: Tensor, m_plus: float, m_minus: float
 
 
 def _fuses_margins(lengths: Tensor, target: Tensor) -> bool:
-    if not dispatch.fuses(lengths) or type(target) is not Tensor or target.dtype == torch.float64:
+    if not dispatch.fuses(lengths, target) or target.requires_grad or target.dtype not in _TARGETS:
         return False
-    return lengths.shape[1] <= launchers.MAX_CLASSES and not target.requires_grad and not dispatch.has_tangent(target)
+    return lengths.shape[1] <= launchers.MAX_WIDTH
 
 
 def present_classes(target: Tensor, scores: Tensor) -> Tensor:

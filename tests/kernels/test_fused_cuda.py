@@ -41,6 +41,7 @@ def test_numbers(what, dtype):
         result = function(values)
         results.append((result.detach(), *torch.autograd.grad(result.square().sum(), values)))
         assert (result.grad_fn.name() in FUSED) == (values.dtype != torch.float64)
+        assert result.dtype in (torch.float32, values.dtype)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     for actual, expected in zip(*results, strict=True):
         assert (actual.double() - expected).norm() <= bound * expected.norm()
@@ -51,13 +52,21 @@ def test_an_index_out_of_range_gives_nan_and_leaves_the_device_alive():
     assert losses.isnan().tolist() == [False, True, True]
 
 
+def test_bool_targets_and_autocast():
+    lengths = draw(7, 10).sigmoid()
+    target = lengths > 0.5
+    torch.testing.assert_close(margins(target)(lengths), margins(target.float())(lengths))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert class_scores.capsule_lengths(draw(3, 10, 16, dtype=torch.bfloat16)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_a_training_step_takes_them_and_its_gradients_are_those_without(amp, monkeypatch):
     torch.manual_seed(0)
     model = capszoo.create_model("capsnet_tiny", decoder=True).to("cuda", memory_format=torch.channels_last)
     task, images = CapsuleTask(model, verbose=False), torch.rand(5, 1, 28, 28, device="cuda")
     labels, gradients = torch.arange(5, device="cuda"), []
-    for fuses in (dispatch.fuses, lambda x: False):
+    for fuses in (dispatch.fuses, lambda *tensors: False):
         monkeypatch.setattr(dispatch, "fuses", fuses)
         model.zero_grad()
         with torch.autocast("cuda", amp, enabled=amp is not None):
