@@ -112,13 +112,11 @@ def dynamic_routing_backward(
     grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, approximate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias, from `grad` `[B, J, D]` and what `dynamic_routing` took and returned."""
+    if has_votes(x, weight) and _few(x, weight):
+        return _backward_by_votes(grad, x, weight, sums, approximate)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dbias = weight.new_zeros(weight.shape[2:])
-    if _few(x, weight) and has_votes(x, weight):
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        _backward_by_votes(grad, x, weight, sums, approximate, dx, dweight, dbias)
-        return dx, dweight, dbias
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_zeros(weight.shape[2:])
     if not has_votes(x, weight):
         return dx.zero_(), dweight, squash_backward(grad, sums[-1], approximate).sum(0)
     for start in range(0, x.shape[0], TILE_SAMPLES):
@@ -287,16 +285,11 @@ def _forward_by_votes(x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, app
 
 
 def _backward_by_votes(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    approximate: bool,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-) -> None:
-    """As `_backward`, for few samples. Writes dweight."""
+    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, approximate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_backward`, for few samples; returns the gradients."""
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_zeros(weight.shape[2:])
     poses, matrices, dmatrices = types_first(x, weight.shape[0]), weight.flatten(2), dweight.flatten(2)
     dposes = torch.empty_like(poses)
     tiles = tiles_of_votes(poses, matrices)
@@ -327,7 +320,7 @@ def _backward_by_votes(
         is_first = False
     if dvotes is not None:
         _add_products(tiles[0], dvotes, poses, matrices, dposes, dmatrices, True)
-    dx.copy_(dposes.view(-1, len(x), x.shape[2]).transpose(0, 1))
+    return dposes.view(-1, len(x), x.shape[2]).transpose(0, 1).contiguous(), dweight, dbias
 
 
 def _add_products(
