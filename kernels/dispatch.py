@@ -71,9 +71,11 @@ def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
 
 def fuses(x: Tensor, *others: Tensor) -> bool:
     """Whether Triton takes these on a GPU in a plain call, where several of PyTorch's operators are fused into one."""
-    if not _is_on_gpu(x) or x.dtype not in _FUSED_TYPES or not set_fused_routing.enabled or is_looked_at(x, *others):
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *others)):  # such as a proxy of torch.fx
         return False
-    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device != x.device for tensor in (x, *others)):
+    if not _is_on_gpu(x) or x.dtype not in _FUSED_TYPES or not set_fused_routing.enabled:
+        return False
+    if any(tensor.device != x.device for tensor in others) or is_looked_at(x, *others):
         return False
     return runs_triton(x.device, torch.float32)
 

@@ -281,6 +281,8 @@ def test_what_is_fused(monkeypatch):
     torch.func.grad(look)(x)
     torch.jit.trace(look, x, check_trace=False)
     assert seen == [False, False, False]
+    graph = torch.fx.symbolic_trace(capszoo.layers.ScaledConv2d(5, 7, 3, centered=True)).graph
+    assert {node.target for node in graph.nodes} >= {torch.conv2d, "mean"}
     monkeypatch.setattr(dispatch, "_is_on_gpu", lambda x: False)
     assert not dispatch.fuses(x)
 
