@@ -181,6 +181,12 @@ def ship(weights_dir, recipe, make_run, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def same_numbers():
+    """A test draws the same numbers whatever its worker ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def untuned_kernels(request, monkeypatch):
     """GPU tests take the first tile sizes: tuning takes long, and tests side by side would measure each other."""
     from capszoo.kernels import dispatch
