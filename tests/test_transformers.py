@@ -140,6 +140,7 @@ def test_code_of_the_page(modelling, export, tmp_path, monkeypatch):
     export.main(["hub", "capsnet_tiny.mnist", "--output", "FOLDER"])
     pictures()[0].save("cat.png")
     page = (Path(__file__).parents[1] / "docs/timm.md").read_text()
+    page = page.partition("\n## transformers\n")[2].partition("\n## ")[0]
     first, second = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     space = {"image": Image.open("cat.png"), "capszoo": capszoo}
     exec(first, space)
