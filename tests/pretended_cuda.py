@@ -267,7 +267,8 @@ def centered(filters, centered, scale, dtype):
 
 def lengths_and_units(x, dtype, with_units=True):
     lengths = torch.linalg.vector_norm(x.float(), dim=-1)
-    return lengths.to(dtype), torch.nn.functional.normalize(x.float(), dim=-1)
+    inverses = torch.where(lengths == 0, 0.0, 1 / lengths)
+    return lengths.to(dtype), x.float() * inverses[..., None], inverses
 
 
 def margin_losses(lengths, target, m_plus, m_minus, lambda_):

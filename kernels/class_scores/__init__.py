@@ -20,25 +20,31 @@ _TARGETS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, to
 
 
 class _Lengths(torch.autograd.Function):
-    """Lengths, and the capsules over their lengths, which are their derivatives."""
+    """Lengths n; and what their derivatives are made of, which the caller does not see: units x / n, and 1 / n."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.dtype = x.dtype
-        lengths, units = launchers.lengths(x, dtype)
-        ctx.save_for_backward(lengths, units)
-        return lengths, units
+        lengths, units, inverses = launchers.lengths(x, dtype)
+        ctx.save_for_backward(units, inverses)
+        return lengths, units, inverses
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, grad_units: Tensor | None) -> tuple[Tensor | None, None]:
-        lengths, units = ctx.saved_tensors
-        dx = None if grad is None else _scaled(units, grad[..., None], ctx.dtype)
-        if grad_units is not None:  # a derivative of higher order
+    def backward(
+        ctx, grad: Tensor | None, grad_units: Tensor | None, grad_inverses: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        units, inverses = ctx.saved_tensors
+        if grad_units is None and grad_inverses is None:
+            return None if grad is None else _scaled(units, grad[..., None], ctx.dtype), None
+        # Of higher order: d(x / n) = (dx - u (u . dx)) / n, and d(1 / n) = -(u . dx) / n^2.
+        along = torch.zeros_like(inverses) if grad is None else grad
+        if grad_inverses is not None:
+            along = along - grad_inverses * inverses.square()
+        dx = units * along[..., None]
+        if grad_units is not None:
             across = grad_units - units * (units * grad_units).sum(-1, keepdim=True)
-            inverse = torch.where(lengths == 0, 0.0, 1 / torch.where(lengths == 0, 1.0, lengths))
-            change = across * inverse[..., None]
-            dx = change if dx is None else dx + change
+            dx = dx + across * inverses[..., None]
         return dx, None
 
 

@@ -18,9 +18,10 @@ MAX_WIDTH = 4096
 
 @triton.jit
 def lengths_kernel(
-    p_x, p_lengths, p_units, N, D: tl.constexpr, UNITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """|x| of the rows of `[N, D]`; if UNITS also x / |x|, and 0 where that is not defined."""
+    p_x, p_lengths, p_units, p_inverses, N, D: tl.constexpr,
+    UNITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """|x| of the rows of `[N, D]`; if UNITS also x / |x| and 1 / |x|, and 0 where these are not defined."""
     i_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)[None, :]
     m_x = (i_n < N)[:, None] & (o_d < D)
@@ -32,8 +33,9 @@ def lengths_kernel(
     b_root = tl.sqrt(tl.sum(b_x * b_x, axis=1))
     tl.store(p_lengths + i_n, (b_max * b_root).to(p_lengths.dtype.element_ty), mask=i_n < N)
     if UNITS:
-        b_units = b_x / tl.where(b_root == 0.0, 1.0, b_root)[:, None]
-        tl.store(p_units + i_n[:, None] * D + o_d, b_units, mask=m_x)
+        b_inverses = tl.where(b_root == 0.0, 0.0, 1.0 / tl.where(b_root == 0.0, 1.0, b_root))
+        tl.store(p_units + i_n[:, None] * D + o_d, b_x * b_inverses[:, None], mask=m_x)
+        tl.store(p_inverses + i_n, b_inverses / b_max, mask=i_n < N)
 
 
 @triton.jit
@@ -69,26 +71,27 @@ def margin_kernel(
     tl.store(p_curvatures + o_all, 2.0 * b_curvatures, mask=m_all)
 
 
-def lengths(x: Tensor, dtype: torch.dtype, with_units: bool = True) -> tuple[Tensor, Tensor]:
-    """Lengths `[...]` of the vectors of `[..., D]`, and if asked for the vectors over them, float32.
+def lengths(x: Tensor, dtype: torch.dtype, with_units: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths `[...]` of the vectors of `[..., D]`; if asked for, the vectors over them and 1 over them, float32.
 
     Args:
         x: Vectors, float32 or half.
         dtype: Type of the lengths.
-        with_units: Whether the second result has its numbers.
+        with_units: Whether the other results have their numbers.
     """
     x, D = x.contiguous(), x.shape[-1]
     found, units = x.new_empty(x.shape[:-1], dtype=dtype), torch.empty_like(x, dtype=torch.float32)
+    inverses = torch.empty_like(found, dtype=torch.float32)
     if x.numel() > 0:
         BLOCK_D, N = triton.next_power_of_2(D), found.numel()
         BLOCK_N = max(1, TILE_SIZE // BLOCK_D)
         with torch.cuda.device_of(x):
             lengths_kernel[(triton.cdiv(N, BLOCK_N),)](
-                x, found, units, N=N, D=D, UNITS=with_units, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D
+                x, found, units, inverses, N=N, D=D, UNITS=with_units, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D
             )
     else:
-        found.zero_()
-    return found, units
+        found.zero_(), inverses.zero_()
+    return found, units, inverses
 
 
 def margin_losses(

@@ -184,7 +184,8 @@ def test_targets_and_lengths_are_the_callers_to_change():
     margins(labels)(lengths).sum().backward()
     target, scores = labels.clone(), lengths.detach().clone().requires_grad_() * 1
     capsules = draw(2, 4, 5, 3).float().requires_grad_() * 1
-    losses, norms = margins(target)(scores).sum(), class_scores.capsule_lengths(capsules).sum()
+    losses, norms = margins(target)(scores).sum(), class_scores.capsule_lengths(capsules)
+    norms = norms.mul_(3).sum()
     with torch.no_grad():
         target.zero_(), scores.zero_(), capsules.zero_()
     assert torch.equal(torch.autograd.grad(losses, scores)[0], lengths.grad)
