@@ -45,6 +45,14 @@ def through_the_interpreter(request, interpreted_files):
         pytest.skip(result.stdout.strip().splitlines()[-2])
 
 
+@pytest.fixture(scope="module")
+def unwritten_memory_is_nan():
+    """For files that compare numbers: a place that nothing was written to is seen."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def interpreted_loops():
     """Skip where the interpreter cannot run a loop of a kernel."""

@@ -14,11 +14,7 @@ from capszoo.kernels import cpu, reference
 BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 
 
 def error(actual, expected):

@@ -24,11 +24,7 @@ def interpreted(test):
     return pytest.mark.skipif(not INTERPRETING, reason="run by test_through_the_interpreter")(asked)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 
 
 def error(actual, expected):
