@@ -6,6 +6,7 @@
     python recipes/explore.py --grid paper --model capsnet_tiny --dataset mnist --seeds 3 --epochs 6
     python recipes/explore.py --dataset mnist --trials 100 --storage postgresql+psycopg://me@host/db   # on each machine
     python recipes/explore.py --resume runs/NAME --budget 10m                # go on where a search ended or was killed
+    python recipes/explore.py --resume runs/NAME --seeds 5                   # more seeds of each row, or of the front
 
 Trials are compared on a validation split of the training images. The folder gets args.yaml, study.db (unless --storage
 names another place), a run folder per trial in trials/, trials.csv, front.csv, report.html, front.png, tradeoff.png,
@@ -17,7 +18,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ from capszoo.explore.grid import check_rows, plan_grid
 from capszoo.explore.results import write_comparison, write_reports
 from capszoo.explore.space import plan_space
 from capszoo.explore.timing import retime_at_rest
+from capszoo.files import read_yaml
 from capszoo.precision import choose_device
 
 # What may change when a search goes on.
 MAY_CHANGE_ON_RESUME = {
     "resume", "budget", "data_dir", "device", "quiet", "results", "retime", "choose", "max_drop", "within",
-    "test", "storage",
+    "test", "storage", "seeds", "grid",
 }  # fmt: skip
 NOT_SAVED = {"config", "resume", "output", "results", "retime", "budget"}
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -96,14 +98,15 @@ def build_parser() -> OptionParser:
         "--grid",
         nargs="+",
         metavar="NAME",
-        help="train fixed rows instead: paper (the paper's eight), YAML files of train.py, or folders of them",
+        help="train fixed rows instead: paper (the paper's eight), YAML files of train.py, or folders of them; "
+        "--resume takes more",
     )
     group(
         "--seeds",
         type=int,
         default=1,
         help="runs of each row of a grid, with seeds from --seed on; of a search, runs of each solution on its front "
-        "after it, of which the means are compared",
+        "after it, of which the means are compared; --resume takes more",
     )
     group("--seed", type=int, default=0, help="seed of the search, and of each trial")
     group("--storage", help="URL of a database that workers share, such as postgresql+psycopg://user@host/name")
@@ -192,12 +195,12 @@ def claim_folder(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[
         raise
 
 
-def save_args(args: argparse.Namespace, folder: Path) -> None:
+def save_args(values: Mapping[str, Any], folder: Path) -> None:
     """Write the options from which --resume goes on."""
     import yaml
 
-    values = {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
-    values["set"] = dict(args.set)
+    values = {key: value for key, value in values.items() if key not in NOT_SAVED}
+    values["set"] = dict(values["set"])
     text = f"# python recipes/explore.py --resume {folder}\n" + yaml.safe_dump(values, sort_keys=False)
     start_folder(folder, text)  # the study may be in it by now
 
@@ -217,6 +220,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.budget is None and args.trials is None and not args.grid:
         args.budget = duration("30m")
 
+    saved = read_yaml(Path(args.resume) / "args.yaml") if args.resume else {}
+    if saved and args.grid:
+        if not saved.get("grid"):
+            raise UsageError(
+                f"--resume {args.resume!r} is a search, and takes no --grid: leave it out, or start a new run with "
+                "--output"
+            )
+        args.grid = list(dict.fromkeys([*saved["grid"], *args.grid]))  # what is given comes on top
     options = common_options(args)
     rows: list[Row] = []
     if args.grid:
@@ -233,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     budget = None if args.resume else args.budget
     plan = rows or plan_space(options, dict(args.set), data, device, args.epochs, budget)
     names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in args.grid or [])]
+    if args.study is None:
+        of_names = names[: 2 + len(saved.get("grid") or args.grid or [])]
+        args.study = "-".join(of_names)
     report = Report(console, args.quiet, args.budget)
     with claim_folder(args, options) as folder:
         exploration = report.exploration = Exploration(
@@ -241,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
             data,
             folder,
             storage=args.storage,
-            name=args.study or "-".join(names),
+            name=args.study,
             objectives=args.objectives,
             trials=args.trials,
             seeds=args.seeds,
@@ -251,9 +265,12 @@ def main(argv: list[str] | None = None) -> int:
             grace=args.grace,
             on_change=report.change,
         )
+        grown = {name: getattr(args, name) for name in ("grid", "seeds", "study")}
         if not args.resume:
             args.epochs = args.epochs if rows else plan.epochs
-            save_args(args, folder)
+            save_args(vars(args), folder)
+        elif {**saved, **grown} != saved:
+            save_args({**saved, **grown}, folder)
     if not args.quiet:
         what = f"{len(rows)} rows, {args.seeds} seeds" if rows else f"up to {plan.epochs} epochs a trial"
         console.print(f"{names[0]} on {names[1]}, {what}, {device.type}, folder {folder}")

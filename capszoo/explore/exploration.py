@@ -17,7 +17,7 @@ from capszoo.errors import TrainingError, unknown_name
 from capszoo.precision import resolve_amp
 
 from .caution import RANDOM_TRIALS
-from .grid import Row
+from .grid import Row, check_grown, enqueue_rows
 from .reclaim import Reclaimer, enqueue_again, retry
 from .solution import OBJECTIVES, ExplorationError, Solution, most_repeated, over_seeds, pareto_front
 from .space import Space
@@ -110,6 +110,7 @@ class Exploration:
             "clock": clock,
             "grid": [row.name for row in plan] if is_grid else None,
             "options": _digest(self.options, {row.name: row.options for row in plan} if is_grid else plan.fixed),
+            "rows": {row.name: _digest(self.options, row.options) for row in plan} if is_grid else None,
             "seeds": seeds,
         }
         if storage is None:
@@ -174,16 +175,17 @@ class Exploration:
             queue = [(point, {}) for point in (known if trials is None else known[:trials])]
             if queue and queue[0][0].get("policy") == "fixed":
                 queue[0][1]["name"] = "baseline"
+            for point, attributes in queue:
+                self.study.enqueue_trial(point, user_attrs={**attributes, "queued": True})
+            self.study.set_user_attr("queue", None if trials is None else len(queue))
         else:
-            # By seed, so that a grid that is cut short still has whole repetitions.
-            queue = [({"row": row.name, "seed": first + n}, {}) for n in range(seeds) for row in self.plan]
-        for point, attributes in queue:
-            self.study.enqueue_trial(point, user_attrs={**attributes, "queued": True})
-        limited = trials is not None or not isinstance(self.plan, Space)
-        self.study.set_user_attr("queue", len(queue) if limited else None)
+            self.study.set_user_attr("queue", enqueue_rows(self.study, self.plan, range(first, first + seeds)))
 
     def _join(self, name: str, facts: dict[str, Any]) -> None:
-        """Wait for the worker that makes the study, and check that it is for the same thing."""
+        """Wait for the worker that makes the study, check that it is for the same thing, and enqueue what is new.
+
+        Seeds and the rows of a grid may become more.
+        """
         for _ in range(100):
             if "queue" in self.study.user_attrs:
                 break
@@ -193,8 +195,12 @@ class Exploration:
                 f"study {name!r} in {without_password(self.storage)} was never finished being set up: choose another "
                 "--study, or delete it"
             )
-        for key, value in self.study.user_attrs.get("facts", {}).items():
-            if facts.get(key) != value:
+        known = self.study.user_attrs.get("facts", {})
+        are_rows = bool(known.get("rows") and facts["rows"])
+        # Rows tell grid, options and model.
+        may_grow = {"seeds", "rows", "grid", "options", "model"} if are_rows else {"seeds"}
+        for key, value in known.items():
+            if facts.get(key) != value and key not in may_grow:
                 if key == "options":
                     raise ExplorationError(
                         f"study {name!r} was made with other options or rows: choose another --study or folder"
@@ -203,6 +209,19 @@ class Exploration:
                     f"study {name!r} was made for {key} {value!r}, not {facts.get(key)!r}: choose another --study or "
                     "folder"
                 )
+        if are_rows:
+            check_grown(name, known["rows"], facts["rows"])
+        if facts["seeds"] < known.get("seeds", 1):
+            raise ExplorationError(
+                f"study {name!r} was made for {known['seeds']} seeds, not {facts['seeds']}: give that many or more"
+            )
+        grown = {**known, **{key: facts[key] for key in may_grow}}
+        if grown != known:
+            self.study.set_user_attr("facts", grown)
+            if not isinstance(self.plan, Space):
+                first = int(self.options.get("seed", 0))
+                added = enqueue_rows(self.study, self.plan, range(first, first + facts["seeds"]))
+                self.study.set_user_attr("queue", self.study.user_attrs["queue"] + added)
 
     @property
     def limited(self) -> bool:

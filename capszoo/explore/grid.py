@@ -2,10 +2,10 @@
 
 import re
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capszoo.data import DataSplits
 from capszoo.engine.options import check_ranges, options_from
@@ -15,7 +15,10 @@ from capszoo.files import read_yaml
 from capszoo.policies import list_policies, policy_options
 from capszoo.registry import create_model
 
-from .solution import Solution, paired_difference
+from .solution import ExplorationError, Solution, paired_difference
+
+if TYPE_CHECKING:
+    import optuna
 
 _GRIDS = Path(__file__).resolve().parents[1] / "recipes" / "configs"
 _ALL_POLICY_OPTIONS = {name for policy in list_policies() for name in policy_options(policy)}
@@ -101,6 +104,36 @@ def check_rows(rows: Sequence[Row], options: Mapping[str, Any], data: DataSplits
         check_ranges(args)
         make_policy(args, len(data.train))
         create_model(args.model, device="meta", **model_arguments(args, data))
+
+
+def enqueue_rows(study: "optuna.Study", rows: Sequence[Row], seeds: Iterable[int]) -> int:
+    """Enqueue every row with every seed that the study does not have yet; return how many were new."""
+    planned = set()
+    for trial in study.get_trials(deepcopy=False):
+        # Studies made before rows could be added kept them as parameters.
+        point = {**trial.system_attrs.get("fixed_params", {}), **trial.user_attrs}
+        planned.add((point.get("name", point.get("row")), point.get("seed")))
+    # By seed, so that a grid that is cut short still has whole repetitions.
+    new = [(row.name, seed) for seed in seeds for row in rows if (row.name, seed) not in planned]
+    for name, seed in new:
+        study.enqueue_trial({}, user_attrs={"name": name, "seed": seed, "queued": True})
+    return len(new)
+
+
+def check_grown(study: str, known: Mapping[str, str], rows: Mapping[str, str]) -> None:
+    """Refuse rows, by name and digest, that lack one of a study or have it otherwise.
+
+    Raises:
+        ExplorationError: If they do.
+    """
+    for name, digest in known.items():
+        if name not in rows:
+            raise ExplorationError(f"study {study!r} has a row {name!r}: name its file in --grid, too")
+        if rows[name] != digest:
+            raise ExplorationError(
+                f"study {study!r} was made with other options of row {name!r}: choose another --study or folder, or "
+                "rename the row"
+            )
 
 
 def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[dict[str, Any]]:

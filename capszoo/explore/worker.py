@@ -120,10 +120,17 @@ class Worker:
             name, options = self.plan.suggest(trial)
         else:
             rows = {row.name: row.options for row in self.plan}
-            name = trial.suggest_categorical("row", list(rows))
-            options = {**rows[name], "seed": trial.suggest_int("seed", 0, 2**31)}
+            if "seed" in trial.user_attrs:
+                name = trial.user_attrs["name"]
+            else:  # of a study made before rows could be added
+                name = trial.suggest_categorical("row", list(rows))
+                trial.set_user_attr("seed", trial.suggest_int("seed", 0, 2**31))
+            if name not in rows:
+                self._hand_back(trial)
+                raise _WorkerFault(f"row {name!r} was added by another worker: give this one the same --grid")
+            options = rows[name]
         options = {**self.options, **options}
-        if "seed" in trial.user_attrs:  # of a repetition
+        if "seed" in trial.user_attrs:  # of a repetition, or a row
             options["seed"] = trial.user_attrs["seed"]
         options["model_kwargs"] = {**self.options.get("model_kwargs", {}), **options.get("model_kwargs", {})}
         trial.set_user_attr("name", trial.user_attrs.get("name", name))

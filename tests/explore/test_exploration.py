@@ -15,7 +15,7 @@ from capszoo.engine.run import make_model
 from capszoo.explore import OBJECTIVES, Exploration, ExplorationError, Row, Space, write_solutions
 from capszoo.explore.stopping import why_stop
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 SMALL = {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}
 ROW = {"policy": "fixed", "epochs": 1, "batch_size": 64}
@@ -193,10 +193,61 @@ def test_only_hopeless_trials_are_stopped(searched, solution):
 
 def test_a_study_of_other_rows_or_options_is_refused(digits, tmp_path, explore):
     explore([Row("a", ROW)], digits, tmp_path / "study")
-    with pytest.raises(ExplorationError, match="was made with other options or rows"):
+    with pytest.raises(ExplorationError, match="other options of row 'a': choose another"):
         explore([Row("a", {**ROW, "epochs": 2})], digits, tmp_path / "study")
-    with pytest.raises(ExplorationError, match="was made for seeds 1, not 4"):
-        explore([Row("a", ROW)], digits, tmp_path / "study", seeds=4)
+    with pytest.raises(ExplorationError, match="has a row 'a': name its file in --grid, too"):
+        explore([Row("b", ROW)], digits, tmp_path / "study")
+    with pytest.raises(ExplorationError, match="was made for 1 seeds, not 0: give that many or more"):
+        explore([Row("a", ROW)], digits, tmp_path / "study", seeds=0)
+    with pytest.raises(ExplorationError, match="was made for clock 'wall', not 'cpu'"):
+        explore([Row("a", ROW)], digits, tmp_path / "study", clock="cpu")
+    with pytest.raises(ExplorationError, match="was made for grid"):
+        explore(Space("capsnet_tiny", digits, 1), digits, tmp_path / "study")
+
+
+def test_a_grid_takes_more_seeds_and_rows(digits, tmp_path, explore):
+    a, b = Row("a", {**ROW, "epochs": 1}), Row("b", {**ROW, "epochs": 1, "batch_size": 256})
+    assert explore([a], digits, tmp_path).run()
+    more = explore([b, a], digits, tmp_path, seeds=2)
+    assert more.run()
+    done = {(s.name, s.options["seed"], s.options["batch_size"], s.state) for s in more.solutions()}
+    assert done == {(name, seed, size, "complete") for name, size in (("a", 64), ("b", 256)) for seed in (0, 1)}
+    assert len(more.solutions()) == 4, "nothing is trained twice"
+    again = explore([a, b], digits, tmp_path, seeds=2)
+    assert again.run() and len(again.solutions()) == 4
+    with pytest.raises(ExplorationError, match="2 seeds, not 1"):
+        explore([a, b], digits, tmp_path)
+
+
+def test_a_worker_without_a_row_leaves_its_trial_to_others(digits, tmp_path, explore):
+    rows = [Row(name, {**ROW, "epochs": 1}) for name in "ab"]
+    first = explore(rows[:1], digits, tmp_path)
+    second = explore(rows, digits, tmp_path)
+    with pytest.raises(ExplorationError, match="row 'b' was added by another worker: give this one the same --grid"):
+        first.run()
+    assert second.run()
+    assert [(s.name, s.state) for s in second.solutions()] == [
+        ("a", "complete"),
+        ("b", "interrupted"),
+        ("b", "complete"),
+    ]
+
+
+def test_a_study_that_kept_its_rows_as_parameters_goes_on(digits, tmp_path, explore):
+    rows = [Row(name, {**ROW, "epochs": 1}) for name in "ab"]
+    new = explore(rows, digits, tmp_path / "new", seeds=2).study
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(storage=url, study_name="study", directions=new.directions)
+    study.set_user_attr("facts", {key: value for key, value in new.user_attrs["facts"].items() if key != "rows"})
+    for seed in range(2):
+        for row in rows:
+            study.enqueue_trial({"row": row.name, "seed": seed}, user_attrs={"queued": True})
+    study.set_user_attr("queue", 4)
+    more = explore(rows, digits, tmp_path, seeds=3)
+    assert more.run()
+    assert [(s.name, s.options["seed"], s.state) for s in more.solutions()] == [
+        (name, seed, "complete") for seed in range(3) for name in "ab"
+    ]
 
 
 def test_a_short_budget_stops_nothing_that_a_long_one_began(digits, tmp_path, explore, small_space):

@@ -111,12 +111,26 @@ def test_it_goes_on_by_the_command_that_began_it(searched, recipe):
     for words, expected in (
         (["--trials", "13"], "--trials 13 cannot change when a run is resumed: the run has --trials 12;"),
         (["--model", "capsnet"], "the run has --model capsnet_tiny;"),
-        (["--grid", "paper"], "the run has no --grid;"),
         (["--objectives", "accuracy"], "the run has --objectives accuracy seconds parameters;"),
         (["--set", "amp=none"], "the run has --set model_kwargs={"),
     ):
         with pytest.raises(ValueError, match=re.escape(expected)):
             parse(*words)
+
+
+def test_a_grid_that_is_resumed_takes_more_seeds_and_rows(searched, recipe, tmp_path):
+    explore, folder = recipe("explore"), tmp_path / "grid"
+    rows, other = grid(tmp_path / "rows", 1, epochs=1), grid(tmp_path / "other", 2, epochs=1)
+    run("--grid", rows, *SMALL, "dataset=digits", "--output", folder)
+    results = tmp_path / "table.csv"
+    run("--resume", folder, "--grid", other / "1-row1.yaml", "--seeds", 2, "--results", results)
+    assert [(row["name"], row["runs"]) for row in table(results)] == [("row0", "2"), ("row1", "2")]
+    assert not explore.main(["--resume", str(folder)]), "it says by itself what it grew to"
+    assert len(table(folder / "trials.csv")) == 4
+    with pytest.raises(ValueError, match="2 seeds, not 1: give that many or more"):
+        explore.main(["--resume", str(folder), "--seeds", "1"])
+    with pytest.raises(ValueError, match="is a search, and takes no --grid: leave it out"):
+        explore.main(["--resume", str(searched[0]), "--grid", str(rows)])
 
 
 def test_a_search_of_before_goes_on_with_the_loss_that_it_allowed(searched, recipe, tmp_path):
