@@ -123,7 +123,7 @@ def build_parser() -> OptionParser:
         default="fastest",
         choices=["fastest", "accurate", "smallest"],
         help="what to take of the front: the fastest or the smallest that loses at most --max-drop of the baseline's "
-        "accuracy, or the most accurate --within a training time",
+        "accuracy, or the most accurate",
     )
     group(
         "--max-drop",
@@ -133,7 +133,7 @@ def build_parser() -> OptionParser:
         default=0.0,
         help="accuracy that may be lost, such as 0.1%%",
     )
-    group("--within", type=duration, help="most training time, such as 10m")
+    group("--within", type=duration, help="most training time of what is chosen, such as 10m")
     group("--test", action="store_true", help="also measure each finished trial on the test set; never used to choose")
     group = parser.add_argument_group("computing and reporting").add_argument
     group("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -157,7 +157,11 @@ def build_parser() -> OptionParser:
 
 def common_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of train.py that all trials have."""
-    fixed = dict(args.set)
+    fixed = args.set
+    for name in ("model", "dataset", "epochs"):
+        given = getattr(args, name)
+        if not args.resume and given is not None and fixed.get(name, given) != given:
+            raise UsageError(f"--{name} {given} and --set {name}={fixed[name]} contradict each other: give one of them")
     kwargs = fixed.get("model_kwargs", {})
     if not isinstance(kwargs, dict):
         raise UsageError(f"--set model_kwargs={kwargs!r} is no mapping: write model_kwargs='{{name: value}}'")
@@ -214,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     piped = not sys.stdout.isatty()
     console = make_console(width=180 if piped else None)
     console.soft_wrap = piped  # a live table is cut to the terminal
+    args.set = {name: value for name, value in dict(args.set).items() if value is not None}
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True
     check_ranges(args)
@@ -228,10 +233,16 @@ def main(argv: list[str] | None = None) -> int:
                 "--output"
             )
         args.grid = list(dict.fromkeys([*saved["grid"], *args.grid]))  # what is given comes on top
+    for name, value in (("trials", args.trials), ("results", args.results), ("retime", args.retime)):
+        if value and bool(args.grid) == (name == "trials") and not args.resume:
+            raise UsageError(
+                f"--{name} is of no use {'to' if args.grid else 'without'} a --grid: leave it out"
+                + (", the trials are its rows times --seeds" if args.grid else "")
+            )
     options = common_options(args)
     rows: list[Row] = []
     if args.grid:
-        rows, options = plan_grid(args.grid, options, {"model", "dataset", *dict(args.set)}, args.epochs)
+        rows, options = plan_grid(args.grid, options, {"model", "dataset", *args.set}, args.epochs)
     else:
         args.model = options.setdefault("model", "capsnet_tiny")
         args.dataset = options.setdefault("dataset", "digits")
@@ -242,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     data = load_splits(of_all)
     check_rows(rows, options, data)
     budget = None if args.resume else args.budget
-    plan = rows or plan_space(options, dict(args.set), data, device, args.epochs, budget)
+    plan = rows or plan_space(options, args.set, data, device, args.epochs, budget)
     names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in args.grid or [])]
     if args.study is None:
         of_names = names[: 2 + len(saved.get("grid") or args.grid or [])]

@@ -61,6 +61,10 @@ def cautions(solutions: Sequence[Solution], num_val: int, searched: bool, seeds:
         )
     if searched and seeds > 1 and all(solution.repeat_of is None for solution in complete):
         lines.append("no repetition with another seed is complete; give a larger budget, or more of it with --resume")
+    failed = [s for s in solutions if s.state == "failed" and s.repeat_of is not None]
+    if failed:
+        runs = _listed([f"trial {s.repeat_of} with seed {s.seed}" for s in failed])
+        lines.append(f"{runs} failed ({failed[-1].reason}): what fails with a seed is not chosen")
     alike = _alike(complete, num_val, seeds)
     if alike:
         lines.append(alike)

@@ -57,7 +57,7 @@ class Report:
 
 def solutions_table(solutions: list[Solution], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    repeated = any(solution.runs > 1 for solution in solutions)
+    repeated = any(solution.gain is not None or solution.runs > 1 for solution in solutions)
     columns = ["trial", "name", "accuracy", *(["runs", "above baseline"] if repeated else []), "time", "parameters"]
     for column in columns:
         table.add_column(column, justify="left" if column == "name" else "right", no_wrap=True)

@@ -19,7 +19,7 @@ from capszoo.precision import resolve_amp
 from .caution import RANDOM_TRIALS
 from .grid import Row, check_grown, enqueue_rows
 from .reclaim import Reclaimer, enqueue_again, retry
-from .solution import OBJECTIVES, ExplorationError, Solution, most_repeated, over_seeds, pareto_front
+from .solution import OBJECTIVES, ExplorationError, Solution, over_seeds, pareto_front
 from .space import Space
 from .storage import open_storage, storage_errors, without_password
 from .timing import CLOCKS
@@ -233,18 +233,16 @@ class Exploration:
         return [solution_of(trial, len(self.data.train)) for trial in trials_seen(self.study)]
 
     def candidates(self) -> list[Solution]:
-        """What a solution is chosen from: all trials, of a search those with the most runs, and their means."""
-        solutions = self.solutions()
-        return most_repeated(over_seeds(solutions)) if isinstance(self.plan, Space) else solutions
+        """What a solution is chosen from: complete trials, or where seeds were repeated, their means."""
+        return over_seeds(self.solutions(), of_rows=not isinstance(self.plan, Space))
 
     def front(self) -> list[Solution]:
         """The Pareto-optimal solutions so far."""
         return pareto_front(self.candidates(), self.objectives)
 
     def baseline(self) -> Solution | None:
-        """The trial named 'baseline', if it is complete; of several, as a grid has by seed, the first."""
-        found = (s for s in self.candidates() if s.name == "baseline" and s.state == "complete")
-        return next(found, None)
+        """The solution named 'baseline', if it is complete."""
+        return next((solution for solution in self.candidates() if solution.name == "baseline"), None)
 
     def _enqueue_again(self, solution: Solution, **changes: Any) -> None:
         """Enqueue a trial of this study once more, with other parameters or another seed."""
@@ -290,8 +288,9 @@ class Exploration:
         trials = trials_seen(self.study)
         known = {(trial.user_attrs.get("repeat_of"), trial.user_attrs.get("seed")) for trial in trials}
         own = [solution for solution in self.solutions() if solution.repeat_of is None]
-        wanted = pareto_front(own, self.objectives)
-        wanted += [s for s in own if s.name == "baseline" and s.state == "complete" and s not in wanted]
+        # The baseline first: a round that is cut short compares nothing without it.
+        baseline = [solution for solution in own if solution.name == "baseline" and solution.state == "complete"][:1]
+        wanted = baseline + [s for s in pareto_front(own, self.objectives) if s not in baseline]
         self.study.set_user_attr("repeating", True)
         added = False
         # By seed, so that what is cut short still has whole repetitions.
@@ -321,7 +320,8 @@ class Exploration:
         self._end_of_search = None
         if budget is not None and isinstance(self.plan, Space) and self.seeds > 1:
             self._end_of_search = time.monotonic() + _SHARE_OF_THE_SEARCH * budget
-            if all(trial.state.name != "WAITING" for trial in trials_seen(self.study)):
+        with storage_errors(self.storage):
+            if self._repeating() and all(trial.state.name != "WAITING" for trial in trials_seen(self.study)):
                 self._search_on()
         if budget is not None and isinstance(self.plan, Space) and "most_seconds" not in self.study.user_attrs:
             # Of the first budget, else a short --resume would stop what a long one began.
@@ -331,31 +331,40 @@ class Exploration:
         while not should_stop() and not self._out_of_time():
             with storage_errors(self.storage):
                 self._reclaimer.reclaim()
+                if not self._has_work():
+                    break
+                repeated = self._worker.run_trial()
+                seen = trials_seen(self.study)
+                failed = [t for t in seen if t.state.name == "FAIL" and not t.user_attrs.get("interrupted")]
+                reasons = [trial.user_attrs["reason"] for trial in failed if "reason" in trial.user_attrs]
+                if len(reasons) >= _MOST_FAILURES and not any(trial.state.name == "COMPLETE" for trial in seen):
+                    raise ExplorationError(f"the first {len(reasons)} trials failed, the last one since {reasons[-1]}")
+                self._promote()
+                repetitions = repetitions + 1 if repeated else 0
+                if repetitions >= _MOST_REPETITIONS and not self._repeating() and not self._repeat():
+                    break
+            self.on_change(None)
+        return not should_stop()
+
+    def _has_work(self) -> bool:
+        """Whether there is a trial to run; enqueues repetitions when it is time for them, and waits for workers."""
+        while not self._out_of_time():
             if self._end_of_search is not None and time.monotonic() >= self._end_of_search and not self._repeating():
                 if any(solution.state == "complete" for solution in self.solutions()):
                     self._repeat()
-            if self.limited or self._repeating():
-                states = [trial.state.name for trial in trials_seen(self.study)]
-                if "WAITING" not in states:
-                    if "RUNNING" in states:
-                        time.sleep(1)  # another worker has the last ones, and may yet die
-                    elif not self._repeat():
-                        break
-                    continue
-            with storage_errors(self.storage):
-                repeated = self._worker.run_trial()
-            seen = trials_seen(self.study)
-            failed = [t for t in seen if t.state.name == "FAIL" and not t.user_attrs.get("interrupted")]
-            reasons = [trial.user_attrs["reason"] for trial in failed if "reason" in trial.user_attrs]
-            if len(reasons) >= _MOST_FAILURES and not any(trial.state.name == "COMPLETE" for trial in seen):
-                raise ExplorationError(f"the first {len(reasons)} trials failed, the last one since {reasons[-1]}")
-            with storage_errors(self.storage):
-                self._promote()
-            repetitions = repetitions + 1 if repeated else 0
-            if repetitions == _MOST_REPETITIONS:
-                break
-            self.on_change(None)
-        return not should_stop()
+            if not self.limited and not self._repeating():
+                return True
+            states = [trial.state.name for trial in trials_seen(self.study)]
+            if "WAITING" in states:
+                return True
+            if "RUNNING" in states:
+                time.sleep(1)  # another worker has the last ones, and may yet die
+                self._reclaimer.reclaim()
+                if self._asked_to_stop():
+                    return False
+            elif not self._repeat():
+                return False
+        return False
 
     def _out_of_time(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline

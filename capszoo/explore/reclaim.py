@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 # What a trial that is enqueued again keeps of the one before.
-_KEPT = ("name", "repeat_of", "seed", "promoted_from", "retry_of", "folder_before")
+_KEPT = ("name", "repeat_of", "seed", "promoted_from", "retry_of", "folder_before", "deaths", "epochs_at_death")
+# Workers that a trial may take with it, one after another in the same epoch, before it is left alone.
+MOST_DEATHS = 4
 
 
 class Reclaimer:
@@ -56,10 +58,25 @@ def enqueue_again(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", **at
 
 
 def retry(study: "optuna.Study", trial: "optuna.trial.FrozenTrial") -> None:
-    """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint."""
+    """Enqueue a trial again whose worker died or was interrupted; it goes on from its checkpoint.
+
+    Not one that never gets through an epoch: out of memory, it would end each worker that takes it.
+    """
     known = trial.user_attrs
-    folder = {"folder_before": known["folder"]} if "folder" in known else {}
-    enqueue_again(study, trial, retry_of=known.get("retry_of", trial.number), **folder)
+    attributes = {"folder_before": known["folder"]} if "folder" in known else {}
+    if not known.get("interrupted"):
+        deaths = deaths_of(trial)
+        if deaths >= MOST_DEATHS:
+            return
+        attributes |= {"deaths": deaths, "epochs_at_death": len(known.get("history", []))}
+    enqueue_again(study, trial, retry_of=known.get("retry_of", trial.number), **attributes)
+
+
+def deaths_of(trial: "optuna.trial.FrozenTrial") -> int:
+    """How many workers died at a trial whose worker died, in the epoch at which it is, one after another."""
+    known = trial.user_attrs
+    went_on = len(known.get("history", [])) > known.get("epochs_at_death", 0)
+    return 1 if went_on else known.get("deaths", 0) + 1
 
 
 def process_identity(process: int | None = None) -> list[str]:

@@ -66,6 +66,8 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
     }
     title = f"{facts['model']} on {facts['dataset']}"
     doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None, seeds=exploration.seeds)
+    if facts["grid"] is None and front and exploration.baseline() is None:
+        doubts.append("no baseline is complete: a loss of accuracy is one against the most accurate trial")
     missing = []
     try:
         write_report(

@@ -39,7 +39,7 @@ class Solution:
         repeat_of: Number of the trial that this one repeats with another seed; None for a trial of its own.
         runs: How many runs the figures are means of, see :func:`capszoo.explore.solution.over_seeds`.
         accuracy_std: Standard deviation of their accuracies; None of a single run.
-        gain: How much more accurate than the baseline it is, over pairs of equal seeds; None of a single run.
+        gain: How much more accurate than the baseline it is, over pairs of equal seeds; None without means.
     """
 
     number: int
@@ -118,55 +118,67 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     return Difference(mean, mean - half, mean + half, pairs)
 
 
-def over_seeds(solutions: Sequence[Solution]) -> list[Solution]:
-    """Trials with the means over their repetitions, which are left out themselves.
+@dataclass(eq=False)
+class _Group:
+    """A trial that stands for its runs, and the complete ones among these by seed."""
+
+    first: Solution
+    runs: dict[int, Solution] = field(default_factory=dict)
+    repeated: bool = False
+    failed: bool = False
+
+    def add(self, run: Solution) -> None:
+        """Count one more run."""
+        self.repeated = True
+        self.failed |= run.state == "failed"
+        if run.state == "complete":
+            self.runs.setdefault(run.seed, run)
+
+
+def over_seeds(solutions: Sequence[Solution], of_rows: bool = False) -> list[Solution]:
+    """What a solution is chosen from: complete trials, or their means over the seeds that all of them have.
+
+    The means of a search are those of the repetitions alone. The run by which a trial was found does not count: of many
+    single runs the best ones were also the luckiest. Until every trial that is to be repeated has been, once, the
+    single runs are compared. Left out are trials of which a run failed, and those that were found later and have no
+    repetition yet where others have several. The baseline stays in any case.
 
     Args:
         solutions: Trials, repetitions among them.
+        of_rows: Whether they are the runs of a grid's rows, which all count.
     """
-    repetitions: dict[int, list[Solution]] = {}
+    groups: dict[Any, _Group] = {}
     for solution in solutions:
-        if solution.repeat_of is not None and solution.state == "complete":
-            repetitions.setdefault(solution.repeat_of, []).append(solution)
-    runs_of = {
-        solution.number: [solution, *repetitions.get(solution.number, ())]
-        for solution in solutions
-        if solution.repeat_of is None
-    }
-    accuracies = {
-        number: {run.seed: run.accuracy for run in runs if run.state == "complete"} for number, runs in runs_of.items()
-    }
-    baseline = next((s.number for s in solutions if s.name == "baseline" and s.number in accuracies), None)
-    return [_mean_of(runs, accuracies[number], accuracies.get(baseline, {})) for number, runs in runs_of.items()]
+        if solution.repeat_of is None and solution.state == "complete":
+            groups.setdefault(solution.name if of_rows else solution.number, _Group(solution))
+    for solution in solutions:
+        key = solution.name if of_rows else solution.repeat_of
+        if key in groups:
+            groups[key].add(solution)
+    baseline = next((group for group in groups.values() if group.first.name == "baseline"), None)
+    compared = [group for group in groups.values() if group.runs and (group is baseline or not group.failed)]
+    late = [group for group in groups.values() if group.repeated and not group.runs and not group.failed]
+    seeds = set.intersection(*(set(group.runs) for group in compared)) if compared else set()
+    if not seeds or (late and max(len(group.runs) for group in compared) < 2):
+        return [group.first for group in groups.values()]
+    reference = {seed: baseline.runs[seed].accuracy for seed in seeds} if baseline in compared else {}
+    means = [_mean_of(group.first, [group.runs[seed] for seed in sorted(seeds)], reference) for group in compared]
+    return means if baseline is None or baseline in compared else [baseline.first, *means]
 
 
-def _mean_of(runs: list[Solution], accuracies: dict[int, Any], baseline: dict[int, Any]) -> Solution:
-    first = runs[0]
-    if first.state != "complete":
-        return first
-
+def _mean_of(first: Solution, runs: list[Solution], baseline: Mapping[int, Any]) -> Solution:
     def mean(name: str) -> Any:
         values = [value for run in runs if (value := getattr(run, name)) is not None]
-        return statistics.fmean(values) if len(values) > 1 else getattr(first, name)
+        return statistics.fmean(values) if values else None
 
+    accuracies: dict[int, Any] = {run.seed: run.accuracy for run in runs}
     return replace(
         first,
         **{name: mean(name) for name in ("accuracy", "seconds", "seconds_to_best", "test_top1")},
         runs=len(runs),
         accuracy_std=statistics.stdev(accuracies.values()) if len(runs) > 1 else None,
-        gain=paired_difference(accuracies, baseline) if len(runs) > 1 else None,
+        gain=paired_difference(accuracies, baseline),
     )
-
-
-def most_repeated(solutions: Sequence[Solution]) -> list[Solution]:
-    """Of trials with means over seeds, the complete ones with the most runs.
-
-    Where some trials were repeated, a search takes its front from these alone: of many single runs the best ones were
-    also the luckiest.
-    """
-    complete = [solution for solution in solutions if solution.state == "complete"]
-    most = max((solution.runs for solution in complete), default=1)
-    return [solution for solution in complete if solution.runs == most]
 
 
 def pareto_front(solutions: Sequence[Solution], objectives: Sequence[str] = tuple(OBJECTIVES)) -> list[Solution]:
@@ -197,9 +209,9 @@ def choose(
     Args:
         solutions: Those to choose from.
         mode: 'fastest' and 'smallest' take the least training time or the fewest parameters at an accuracy not more
-            than `max_drop` below the baseline's; 'accurate' takes the best accuracy at a training time of `within`.
+            than `max_drop` below the baseline's; 'accurate' takes the best accuracy.
         max_drop: Accuracy that may be lost, a fraction.
-        within: Most training seconds; None for any.
+        within: Most training seconds of a solution; None for any.
         baseline: What `max_drop` is measured against; the best accuracy of all if None.
         loss: The earlier name of `max_drop`; it takes its place where it is given.
 
@@ -216,9 +228,9 @@ def choose(
     }
     if mode not in keys:
         raise ExplorationError(unknown_name("choice", mode, list(keys), f"choose from {', '.join(keys)}"))
-    complete = [solution for solution in solutions if solution.state == "complete"]
+    complete = [s for s in solutions if s.state == "complete" and (within is None or s.seconds <= within)]
     if mode == "accurate":
-        fitting = [s for s in complete if within is None or s.seconds <= within]
+        fitting = complete
     else:
         has_baseline = baseline is not None and baseline.accuracy is not None
         reference = baseline.accuracy if has_baseline else max((s.accuracy for s in complete), default=0.0)

@@ -10,7 +10,7 @@ from capszoo.data import DataSplits
 from capszoo.engine.options import MODEL_OPTIONS, options_from
 from capszoo.engine.run import make_policy, model_arguments
 from capszoo.errors import UsageError
-from capszoo.policies import list_policies
+from capszoo.policies import list_policies, policy_options
 from capszoo.precision import resolve_amp
 from capszoo.registry import create_model, model_keywords
 
@@ -56,6 +56,7 @@ class Space:
         self.fixed = dict(fixed or {})
         self.fixed_kwargs = dict(self.fixed.pop("model_kwargs", {}))
         self.fixed = {**{key: v for key, v in self.fixed_kwargs.items() if key in MODEL_OPTIONS}, **self.fixed}
+        self._least: dict[str, int] = {}
         num_images = self.num_images = len(data.train)
         self.batch_sizes = [size for size in (16, 32, 64, 128, 256) if size <= num_images // 4] or [1]
         self.base_batch_size = 128 if num_images >= 10_000 else self.batch_sizes[0]
@@ -98,15 +99,23 @@ class Space:
             return values[name]
 
         policy = vary(options, "policy", lambda: trial.suggest_categorical("policy", POLICIES))
+        is_free = "epochs" not in options
         epochs = vary(options, "epochs", lambda: trial.suggest_int("epochs", 1, self.epochs, log=True))
+        if is_free:
+            epochs = options["epochs"] = max(epochs, self._least_epochs(policy))
         if policy in ("ada_batch", "warm_ada_batch"):
             vary(options, "lr", lambda: _short(trial.suggest_float("lr_small_batch", 1e-4, 3e-3, log=True)))
             share = trial.suggest_float("warm_share", 0.02, 0.4)
             warm = vary(options, "warm_epochs", lambda: min(max(1, round(share * epochs)), epochs - 1))
             vary(options, "warm_batch", lambda: trial.suggest_categorical("warm_batch", [1, 2, 4, 8]))
             vary(options, "first_batch", lambda: trial.suggest_categorical("first_batch", [16, 32, 64]))
-            growths = vary(options, "max_growths", lambda: trial.suggest_int("growths", 0, 2))
-            vary(options, "grow_every", lambda: -(-(epochs - warm) // (growths + 1)) if growths else 0)
+            # As many as there are epochs for, each followed by one at least.
+            most = max(0, epochs - warm - 1)
+            growths = vary(options, "max_growths", lambda: min(trial.suggest_int("growths", 0, 2), most))
+            vary(options, "grow_every", lambda: (epochs - warm) // (growths + 1) if growths else 0)
+            if "warmup_steps" not in options:  # its default would take most of a short run
+                first_steps = -(-self.num_images // options["warm_batch" if warm else "first_batch"])
+                options["warmup_steps"] = min(1000, first_steps // 4)
         else:
             vary(options, "lr", lambda: _short(trial.suggest_float("lr", 1e-4, 3e-3, log=True)))
             vary(options, "batch_size", lambda: trial.suggest_categorical("batch_size", self.batch_sizes))
@@ -115,7 +124,14 @@ class Space:
         if policy == "one_cycle":
             vary(options, "rise", lambda: _short(trial.suggest_float("rise", 0.05, 0.6)))
         if policy == "warm_restarts":
-            vary(options, "cycle_epochs", lambda: max(1, epochs // trial.suggest_int("cycles", 1, 4)))
+            if "cycle_epochs" not in options:
+                # The run ends with a cycle: one cut short would end at a high rate.
+                cycles = min(trial.suggest_int("cycles", 1, 4), epochs)
+                if is_free:
+                    epochs = options["epochs"] = epochs - epochs % cycles
+                else:
+                    cycles = next(number for number in range(cycles, 0, -1) if epochs % number == 0)
+                options["cycle_epochs"] = epochs // cycles
         if policy == "exp_decay":
             # Drawn as what is left of the learning rate at the end, which means the same for any number of steps.
             vary(options, "decay_rate", lambda: _short(trial.suggest_float("decay", 0.01, 0.9, log=True)))
@@ -132,6 +148,28 @@ class Space:
         vary(options, "amp", lambda: trial.suggest_categorical("amp", self.amps))
         options["model_kwargs"] = kwargs
         return policy, options
+
+    def _least_epochs(self, policy: str) -> int:
+        """The fewest epochs that a policy can have with what is fixed; all, if none of them will do."""
+        if policy not in self._least:
+            self._least[policy] = next((n for n in range(1, self.epochs) if self._fits(policy, n)), self.epochs)
+        return self._least[policy]
+
+    def _fits(self, policy: str, epochs: int) -> bool:
+        known = policy_options(policy)
+        taken = {name: value for name, value in self.fixed.items() if name in known or name in ("lr", "batch_size")}
+        try:
+            _check_policy(policy, epochs, taken, self.num_images, "--set")
+        except ValueError:
+            return False
+        # Both phases, if it has two.
+        return epochs > 1 or policy not in ("ada_batch", "warm_ada_batch")
+
+
+def _check_policy(policy: str, epochs: int, options: Mapping[str, Any], num_images: int, source: str) -> None:
+    """Raise ValueError if a policy cannot have so many epochs; one of two phases has an epoch for each."""
+    phases = {"warm_epochs": min(1, epochs - 1)} if policy in ("ada_batch", "warm_ada_batch") else {}
+    make_policy(options_from({**phases, **options, "policy": policy, "epochs": epochs}, source), num_images)
 
 
 def plan_space(
@@ -156,10 +194,15 @@ def plan_space(
         UsageError: If the budget is too short for such trials.
         ValueError: If an option of all trials is wrong.
     """
-    base = options_from({"policy": "fixed", "epochs": 1, **options}, "--set")
-    make_policy(base, len(data.train))  # what is wrong with --set is found here, and not in each trial
+    base = options_from({"policy": "fixed", **options}, "--set")
+    if base.policy == "lr_finder":
+        raise UsageError("--set policy=lr_finder compares no trainings: leave it out, or give it to recipes/train.py")
+    if fixed.get("epochs") is not None:
+        epochs = base.epochs
     if budget is not None:
-        seconds = seconds_of_an_epoch(base, data, device)
+        of_policies = {name for policy in list_policies() for name in policy_options(policy)}
+        plain = {name: value for name, value in options.items() if name not in of_policies}
+        seconds = seconds_of_an_epoch(options_from({**plain, "policy": "fixed", "epochs": 1}), data, device)
         if seconds > budget:
             raise UsageError(
                 f"--budget {budget:g}s is too short for one trial: an epoch of {base.model} on {base.dataset} "
@@ -172,9 +215,12 @@ def plan_space(
             )
         if epochs is None:
             epochs = max(1, min(30, int(budget * _SHARE_OF_A_TRIAL / seconds)))
+    epochs = epochs or 10
+    # What is wrong with --set is found here, and not in each trial.
+    _check_policy(base.policy, epochs, options, len(data.train), "--set")
     best = resolve_amp("auto", device)
     amps = ["none"] if best is None else [{torch.bfloat16: "bf16", torch.float16: "fp16"}[best], "none"]
-    return Space(base.model, data, epochs or 10, amps, fixed)
+    return Space(base.model, data, epochs, amps, fixed)
 
 
 def _suggest_argument(trial: "optuna.Trial", argument: SearchedArgument) -> Any:

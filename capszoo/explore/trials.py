@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .reclaim import MOST_DEATHS, deaths_of
 from .solution import Solution
 
 if TYPE_CHECKING:
@@ -25,8 +26,15 @@ def solution_of(trial: "optuna.trial.FrozenTrial", images: int) -> Solution:
     best = max(history, key=lambda point: (point[2], -point[0])) if history else None
     states = {"COMPLETE": "complete", "PRUNED": "stopped", "FAIL": "failed", "RUNNING": "running"}
     state = states.get(trial.state.name, "waiting")
+    reason = attributes.get("reason", "")
     if state == "failed" and attributes.get("interrupted"):
         state = "interrupted"  # goes on in another trial
+    elif state == "failed" and not reason:
+        deaths = deaths_of(trial)
+        if deaths < MOST_DEATHS:
+            state, reason = "interrupted", "worker died"
+        else:
+            reason = f"its worker died {deaths} times in one epoch: memory may be too small"
     return Solution(
         number=trial.number,
         name=attributes.get("name", ""),
@@ -39,7 +47,7 @@ def solution_of(trial: "optuna.trial.FrozenTrial", images: int) -> Solution:
         best_epoch=int(best[0]) if best else None,
         history=history,
         folder=attributes.get("folder", ""),
-        reason=attributes.get("reason", "worker died" if trial.state.name == "FAIL" else ""),
+        reason=reason,
         test_top1=attributes.get("test_top1"),
         machine=attributes.get("machine", ""),
         images=images,

@@ -1,6 +1,7 @@
 """A worker: runs trials of a study in this process, one at a time, each from its checkpoint where it has one."""
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -108,8 +109,7 @@ class Worker:
             # Another worker took the last one between our look at the queue and our turn.
             trial.set_user_attr("surplus", True)
             raise optuna.TrialPruned
-        repeating = self.study.user_attrs.get("repeating") and not is_limited(self.study)
-        if repeating and "repeat_of" not in trial.user_attrs:
+        if self.study.user_attrs.get("repeating") and "repeat_of" not in trial.user_attrs:
             # The rest of the budget is for repetitions; what began before them is handed back, and goes on later.
             trial.set_user_attr("surplus", True)
             trial.set_user_attr("waits_for_seeds", True)
@@ -168,12 +168,15 @@ class Worker:
         import optuna
 
         peers = self._peers()
+        # Read here: after an epoch, the storage may be out of reach for a while.
+        most_seconds = self.study.user_attrs.get("most_seconds")
         stopped = {"why": ""}
 
         def on_epoch(trainer: Trainer, row: dict[str, Any]) -> None:
             self._record(trial, trainer)
-            stopped["why"] = "" if trainer.finished else self._why_stop(trial, trainer, peers)
-            self.on_change(trainer)
+            stopped["why"] = "" if trainer.finished else self._why_stop(trial, trainer, peers, most_seconds)
+            with contextlib.suppress(optuna.exceptions.StorageInternalError):  # _record has told of it
+                self.on_change(trainer)
 
         def should_stop() -> bool:
             return bool(stopped["why"]) or self.should_stop()
@@ -216,12 +219,14 @@ class Worker:
         solutions = (solution_of(trial, len(self.data.train)) for trial in trials_seen(self.study))
         return [solution for solution in solutions if solution.state == "complete"]
 
-    def _why_stop(self, trial: "optuna.Trial", trainer: Trainer, peers: list[Solution]) -> str:
+    def _why_stop(
+        self, trial: "optuna.Trial", trainer: Trainer, peers: list[Solution], most_seconds: float | None
+    ) -> str:
         """Why a trial is not worth more time; empty if it is, as the baseline, rows of a grid and repetitions are."""
         known = trial.user_attrs
         if not isinstance(self.plan, Space) or known.get("name") == "baseline" or "repeat_of" in known:
             return ""
-        return why_stop(trial, trainer, peers, self.objectives, self.study.user_attrs.get("most_seconds"))
+        return why_stop(trial, trainer, peers, self.objectives, most_seconds)
 
     def _record(self, trial: "optuna.Trial", trainer: Trainer) -> None:
         import optuna

@@ -122,3 +122,6 @@ def test_repetitions_that_did_not_fit(run):
     assert lines == ["no repetition with another seed is complete; give a larger budget, or more of it with --resume"]
     again = replace(trials[-1], number=99, repeat_of=trials[-1].number, options={**trials[-1].options, "seed": 1})
     assert cautions([*trials, again], 10_000, searched=True, seeds=3) == []
+    failed = replace(again, number=100, state="failed", reason="the loss is nan", options={"seed": 2})
+    (line,) = cautions([*trials, again, failed], 10_000, searched=True, seeds=3)
+    assert line == "trial 9 with seed 2 failed (the loss is nan): what fails with a seed is not chosen"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capszoo.explore import OBJECTIVES, ExplorationError, choose, compare, pareto_front, retime
-from capszoo.explore.solution import most_repeated, over_seeds, paired_difference
+from capszoo.explore.solution import over_seeds, paired_difference
 
 values = st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5))
 
@@ -47,6 +47,7 @@ def test_the_three_ways_to_choose(solution):
     assert choose(all_of_them, "accurate") == best
     assert choose(all_of_them, "accurate", within=100) == fast
     assert choose(all_of_them, "smallest", baseline=baseline).parameters == 8000
+    assert choose(all_of_them, "smallest", max_drop=0.001, within=100, baseline=baseline) == fast
     assert choose(all_of_them, "smallest", max_drop=0.001, baseline=baseline) == small
     assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small, "as it was called before"
     assert choose(all_of_them, "fastest") == best, "without a baseline nothing may be lost of the best"
@@ -94,23 +95,64 @@ def test_times_measured_at_rest_replace_those_of_the_trials(solution):
     assert (timed.seconds, timed.seconds_to_best, timed.accuracy) == (14.0, 12.0, 0.9)
 
 
+def run_of(solution, number, accuracy, seed, repeat_of=None, **kwargs):
+    return solution(number, accuracy, 10.0 + seed, options={"seed": seed}, repeat_of=repeat_of, **kwargs)
+
+
 def test_means_over_seeds_and_their_difference_from_the_baseline(solution):
-    def run(number, accuracy, seed, repeat_of=None, **kwargs):
-        return solution(number, accuracy, 10.0 + seed, options={"seed": seed}, repeat_of=repeat_of, **kwargs)
+    def run(*args, **kwargs):
+        return run_of(solution, *args, **kwargs)
 
     trials = [
-        run(0, 0.90, 0, name="baseline"), run(1, 0.93, 0), run(2, 0.99, 0), run(3, None, 0, state="failed"),
-        run(4, 0.80, 1, 0), run(5, 0.85, 1, 1), run(6, 0.82, 2, 0), run(7, 0.81, 2, 1),
-        run(8, 0.1, 2, 1, state="stopped"),
+        run(0, None, 0, name="baseline", state="interrupted"), run(1, 0.90, 0, name="baseline"), run(2, 0.93, 0),
+        run(3, 0.99, 0), run(4, None, 0, state="failed"),
+        run(5, 0.80, 1, 1), run(6, 0.85, 1, 2), run(7, 0.82, 2, 1), run(8, 0.81, 2, 2), run(9, 0.90, 3, 1),
+        run(10, 0.87, 3, 2), run(11, 0.99, 4, 1), run(12, 0.1, 4, 2, state="stopped"),
     ]  # fmt: skip
-    baseline, better, once, failed = over_seeds(trials)
-    assert (baseline.runs, better.runs, once.runs, failed) == (3, 3, 1, trials[3])
-    assert baseline.accuracy == pytest.approx(0.84) and baseline.seconds == 11 and once.gain is None
-    assert better.accuracy_std == pytest.approx(statistics.stdev([0.93, 0.85, 0.81]))
+    baseline, better = over_seeds(trials)
+    assert (baseline.number, baseline.runs, better.number, better.runs) == (1, 3, 2, 3), "seeds that both have"
+    assert baseline.accuracy == pytest.approx(0.84) and baseline.seconds == 12, "not the run it was chosen by"
+    assert better.accuracy_std == pytest.approx(statistics.stdev([0.85, 0.81, 0.87]))
     gain = better.gain
-    # The differences are 0.03, 0.05 and -0.01; Student's t of two degrees of freedom is 4.303.
-    half = 4.3027 * statistics.stdev([0.03, 0.05, -0.01]) / 3**0.5
-    assert gain.mean == pytest.approx(0.07 / 3) and gain.pairs == 3
+    # The differences are 0.05, -0.01 and -0.03; Student's t of two degrees of freedom is 4.303.
+    half = 4.3027 * statistics.stdev([0.05, -0.01, -0.03]) / 3**0.5
+    assert gain.mean == pytest.approx(0.01 / 3) and gain.pairs == 3 and baseline.gain.mean == 0
     assert (gain.low, gain.high) == pytest.approx((gain.mean - half, gain.mean + half), abs=1e-5)
-    assert most_repeated([baseline, better, once, failed]) == [baseline, better]
     assert paired_difference({0: 1.0}, {1: 0.5}) is None and paired_difference({0: 1.0}, {0: 0.5}).high is None
+
+
+def test_repetitions_that_are_not_done_drop_no_solution(solution):
+    def run(*args, **kwargs):
+        return run_of(solution, *args, **kwargs)
+
+    own = [run(0, 0.90, 0, name="baseline"), run(1, 0.93, 0), run(2, 0.92, 0), run(3, 0.5, 0)]
+    assert over_seeds(own) == own, "without repetitions, all are compared"
+    first = [run(4, 0.80, 1, 0), run(5, 0.85, 1, 1), run(6, None, 0, 2, state="waiting")]
+    assert over_seeds(own + first) == own, "the first round is not complete"
+    first[-1] = run(6, 0.84, 1, 2)
+    second = [run(7, 0.70, 2, 0), run(8, None, 2, 1, state="interrupted"), run(9, None, 0, 2, state="waiting")]
+    means = over_seeds(own + first + second)
+    assert [(s.number, s.accuracy, s.runs) for s in means] == [(0, 0.80, 1), (1, 0.85, 1), (2, 0.84, 1)]
+    second[1:] = [run(8, 0.60, 2, 1), run(9, 0.80, 2, 2)]
+    late = [run(10, 0.99, 0), run(11, None, 0, 10, state="waiting")]
+    assert [s.number for s in over_seeds(own + first + second + late)] == [0, 1, 2], "found later, not repeated yet"
+    failed = [run(7, None, 2, 0, state="failed"), run(8, None, 2, 1, state="failed"), second[2]]
+    means = over_seeds(own + first + failed)
+    assert [(s.number, s.runs) for s in means] == [(0, 1), (2, 1)], "the baseline stays, what failed does not"
+    none = [run(4, None, 1, 0, state="failed"), *first[1:]]
+    assert [(s.number, s.accuracy, s.gain) for s in over_seeds(own + none)] == [
+        (0, 0.90, None), (1, 0.85, None), (2, 0.84, None)
+    ]  # fmt: skip
+
+
+def test_of_a_grid_the_means_of_rows_are_compared(solution):
+    def run(number, name, accuracy, seed, **kwargs):
+        return run_of(solution, number, accuracy, seed, name=name, **kwargs)
+
+    trials = [run(0, "baseline", 0.90, 0), run(1, "fast", 0.92, 0), run(2, "new", None, 0, state="waiting")]
+    assert [(s.name, s.accuracy) for s in over_seeds(trials, of_rows=True)] == [("baseline", 0.90), ("fast", 0.92)]
+    trials += [run(3, "baseline", 0.98, 1), run(4, "fast", 0.90, 1), run(5, "baseline", 0.99, 2)]
+    baseline, fast = over_seeds(trials, of_rows=True)
+    assert (baseline.accuracy, fast.accuracy, fast.runs) == (pytest.approx(0.94), pytest.approx(0.91), 2)
+    assert fast.gain.mean == pytest.approx(-0.03)
+    assert choose([baseline, fast], "fastest", baseline=baseline) == baseline, "the lucky seed is not chosen"

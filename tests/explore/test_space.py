@@ -15,6 +15,7 @@ from capszoo.engine.options import options_from
 from capszoo.engine.run import make_model, make_policy, model_arguments
 from capszoo.errors import UsageError
 from capszoo.explore import Exploration, ExplorationError, Space, seconds_of_an_epoch
+from capszoo.explore.space import plan_space
 
 optuna = pytest.importorskip("optuna")
 
@@ -46,6 +47,58 @@ def test_all_that_the_space_draws_can_be_trained(digits, name):
             assert (model.decoder is not None) == options["decoder"]
             assert len(model.keep_types) in (0, options["model_kwargs"].get("keep_types", 0))
     assert policies == {"fixed", "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch"}
+
+
+def test_schedules_are_what_was_drawn(digits):
+    space = Space("capsnet_tiny", digits, epochs=12)
+    seen = set()
+    for policy, options in draw(space, 200):
+        made = make_policy(options_from({"dataset": "digits", **options}), len(digits.train))
+        if policy == "warm_restarts":
+            assert made.epochs % options["cycle_epochs"] == 0, "the last cycle is whole"
+            seen.add(made.epochs // options["cycle_epochs"])
+        elif "batch" in policy:
+            assert made.warm_epochs >= 1 and len(made.phases()) == 2 + options["max_growths"]
+            assert made.warmup_steps <= made.steps(0) / 4
+            seen.add((made.warm_epochs, options["max_growths"]))
+    assert {1, 2, 3, 4, (1, 0), (1, 1), (1, 2)} <= seen
+    fixed = Space("capsnet_tiny", digits, epochs=10, fixed={"policy": "warm_restarts", "epochs": 10})
+    assert {10 / options["cycle_epochs"] for _, options in draw(fixed, 30)} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "least"),
+    [
+        ({"policy": "ada_batch"}, 2),
+        ({"policy": "warm_ada_batch", "warm_epochs": 3}, 4),
+        ({"policy": "warm_restarts", "cycle_epochs": 5}, 5),
+        ({"policy": "one_cycle", "batch_size": 1024}, 2),
+    ],
+)
+def test_what_is_fixed_bounds_the_epochs(digits, fixed, least):
+    options = {**OPTIONS, **fixed}
+    space = plan_space(options, fixed, digits, torch.device("cpu"), epochs=6)
+    assert space.epochs == 6
+    drawn = [options["epochs"] for _, options in draw(space, 30)]
+    assert min(drawn) == least and max(drawn) == 6
+    for _, values in draw(space, 10):
+        make_policy(options_from({**OPTIONS, **values}), len(digits.train))
+    if least > 2:
+        with pytest.raises(ValueError, match="epochs"):
+            plan_space(options, fixed, digits, torch.device("cpu"), epochs=2)
+
+
+def test_what_cannot_be_searched_is_refused_before_it_begins(digits, monkeypatch):
+    monkeypatch.setattr("capszoo.explore.space.seconds_of_an_epoch", lambda *args: 5.0)
+
+    def plan(**fixed):
+        return plan_space({**OPTIONS, **fixed}, fixed, digits, torch.device("cpu"), budget=300)
+
+    assert plan(policy="ada_batch", warm_epochs=3).epochs == 5 and plan(epochs=9).epochs == 9
+    with pytest.raises(UsageError, match="--epochs 30 take about 150 s here, more than a quarter of --budget"):
+        plan(epochs=30)
+    with pytest.raises(UsageError, match="policy=lr_finder compares no trainings: leave it out"):
+        plan(policy="lr_finder")
 
 
 def test_first_trial_is_the_unreduced_network_at_one_rate(digits):

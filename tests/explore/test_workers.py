@@ -95,7 +95,22 @@ def test_a_worker_that_died_before_it_could_say_who_it_is(digits, tmp_path, expl
     exploration = explore(rows, digits, tmp_path / "study", grace=1)
     exploration.study.ask()  # taken, and nothing more
     assert exploration.run(budget=300)
-    assert [s.state for s in exploration.solutions()] == ["failed", "complete"]
+    assert [s.state for s in exploration.solutions()] == ["interrupted", "complete"]
+
+
+def test_a_trial_that_ends_its_workers_is_left_alone(digits, tmp_path, explore):
+    from capszoo.explore.reclaim import retry
+
+    exploration = explore([Row("a", ROW)], digits, tmp_path / "study")
+    study = exploration.study
+    for epochs in (0, 0, 0, 1, 1, 1, 1):  # once it got through an epoch
+        trial = study.ask()
+        trial.set_user_attr("history", [[1, 1.0, 0.5]] * epochs)
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        retry(study, study.trials[trial.number])
+    *died, last = exploration.solutions()
+    assert {(s.state, s.reason) for s in died} == {("interrupted", "worker died")} and len(died) == 6
+    assert last.state == "failed" and "died 4 times in one epoch: memory may be too small" in last.reason
 
 
 def test_processes_are_told_apart():
