@@ -19,7 +19,7 @@ from capszoo.precision import resolve_amp
 from .caution import RANDOM_TRIALS
 from .grid import Row, check_grown, enqueue_rows
 from .reclaim import Reclaimer, enqueue_again, retry
-from .solution import OBJECTIVES, ExplorationError, Solution, over_seeds, pareto_front
+from .solution import OBJECTIVES, ExplorationError, Solution, is_behind, over_seeds, pareto_front
 from .space import Space
 from .storage import open_storage, storage_errors, without_password
 from .timing import CLOCKS
@@ -255,6 +255,7 @@ class Exploration:
 
         So the search compares short schedules with short ones, each trained to its end, and spends long ones on what
         was good when it was short: successive halving (Jamieson and Talwalkar 2016) whose rungs are whole schedules.
+        What a longer one was better than, after as much time, is not good.
         """
         if not isinstance(self.plan, Space) or "epochs" in self.plan.fixed or self._repeating():
             return
@@ -266,7 +267,9 @@ class Exploration:
         most = self.study.user_attrs.get("most_seconds", math.inf)
         for solution in pareto_front(complete, self.objectives):
             epochs = _GROWTH * len(solution.history)
-            if epochs <= self.plan.epochs and solution.number not in promoted and _GROWTH * solution.seconds < most:
+            if epochs > self.plan.epochs or solution.number in promoted or _GROWTH * solution.seconds >= most:
+                continue
+            if not is_behind(solution, complete):
                 self._enqueue_again(solution, params={"epochs": epochs}, promoted_from=solution.number)
 
     def _search_on(self) -> None:

@@ -195,6 +195,23 @@ def pareto_front(solutions: Sequence[Solution], objectives: Sequence[str] = tupl
     return [solution for _, solution in front]
 
 
+def is_behind(solution: Solution, others: Sequence[Solution]) -> bool:
+    """Whether another one, as small, had been as accurate after no more training time, halfway through its own.
+
+    Whatever is fast is Pareto-optimal among whole schedules, how bad it may be: this tells those apart that a longer
+    schedule beats before its end.
+    """
+    return any(
+        other.number != solution.number
+        and other.parameters <= solution.parameters
+        and any(
+            accuracy >= solution.accuracy and seconds <= solution.seconds
+            for _, seconds, accuracy in other.history[: len(other.history) - 1]
+        )
+        for other in others
+    )
+
+
 def choose(
     solutions: Sequence[Solution],
     mode: str = "fastest",

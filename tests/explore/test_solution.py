@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capszoo.explore import OBJECTIVES, ExplorationError, choose, compare, pareto_front, retime
-from capszoo.explore.solution import over_seeds, paired_difference
+from capszoo.explore.solution import is_behind, over_seeds, paired_difference
 
 values = st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5))
 
@@ -93,6 +93,20 @@ def test_times_measured_at_rest_replace_those_of_the_trials(solution):
     timed, same = retime([trial, waiting], lambda solution, batch_size: {1: 10.0, 16: 2.0}[batch_size])
     assert timed.history == [[1, 10.0, 0.5], [2, 12.0, 0.9], [3, 14.0, 0.8]] and same == waiting
     assert (timed.seconds, timed.seconds_to_best, timed.accuracy) == (14.0, 12.0, 0.9)
+
+
+def test_what_a_longer_run_had_reached_before_is_behind(solution):
+    long = solution(0, 0.9, 40.0, 1000, history=[[1, 10.0, 0.7], [2, 20.0, 0.8], [3, 30.0, 0.75], [4, 40.0, 0.9]])
+
+    def short(accuracy, seconds, parameters=1000):
+        return solution(1, accuracy, seconds, parameters, history=[[1, seconds, accuracy]])
+
+    for trial, behind in (
+        (short(0.8, 20.0), True), (short(0.81, 20.0), False), (short(0.8, 19.0), False), (short(0.69, 11.0), True),
+        (short(0.69, 11.0, 999), False), (short(0.85, 41.0), False),
+    ):  # fmt: skip
+        assert is_behind(trial, [long, trial]) == behind, trial
+    assert not is_behind(long, [long])
 
 
 def run_of(solution, number, accuracy, seed, repeat_of=None, **kwargs):
