@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from . import _moved
@@ -25,6 +26,10 @@ from .files import write_atomically
 from .layers import unfold_scales
 
 _logger = logging.getLogger(__name__)
+
+# Keywords of models that say how they compute: weights have the same shapes with any values of them.
+COMPUTING = ("num_routing", "num_passes", "concurrent", "routing", "couplings", "squash", "form", "head", "head_kwargs",
+             "keep_capsules")  # fmt: skip
 
 # Others cannot be copied into a model's weights, or lose most of their values there.
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -321,6 +326,15 @@ def compare_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> Misfit:
     )
 
 
+def computing_arguments(model_args: Mapping[str, Any], img_size: Any) -> dict[str, Any]:
+    """Of a file's keywords of its model those that say how it computes, for images of a size.
+
+    Weights of any values of them have the same shapes, and are of no use with others than they were trained with.
+    """
+    same = to_2tuple(model_args.get("img_size") or 28) == to_2tuple(img_size or 28)
+    return {key: model_args[key] for key in COMPUTING if key in model_args and (same or key != "keep_capsules")}
+
+
 def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Collection[str]) -> dict[str, Tensor]:
     """Fit weights to a model of other classes, channels or image size; keep all that can be kept.
 
@@ -338,7 +352,9 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
     cfg = model.pretrained_cfg
     says = f"these weights do not fit {cfg['architecture']!r}"
     convs = [cfg["first_conv"]] if isinstance(cfg["first_conv"], str) else cfg["first_conv"]
-    left_to_timm = (*(f"{conv}.weight" for conv in convs), f"{cfg['classifier']}.bias")
+    of_convs = [f"{conv}.weight" for conv in convs]
+    # timm drops the bias of other classes; one with a row for each capsule differs with the image size, too.
+    left_to_timm = [*of_convs, *([] if model.num_classes == cfg["num_classes"] else [f"{cfg['classifier']}.bias"])]
     own, misfit = model.state_dict(), compare_weights(state_dict, model)
     for key in misfit.unknown:
         if model.num_classes or not key.startswith(f"{cfg['classifier']}."):
@@ -354,7 +370,7 @@ def fit_weights(state_dict: dict[str, Tensor], model: nn.Module, may_differ: Col
     fresh = [key for key in misfit.reshaped if key not in left_to_timm] + misfit.missing
     if fresh:
         # Those of a classifier that timm makes anew, too.
-        named = [*(key for key in misfit.reshaped if key not in left_to_timm[:-1]), *misfit.missing]
+        named = [*(key for key in misfit.reshaped if key not in of_convs), *misfit.missing]
         _logger.warning(
             f"The weights are of other classes, images or parts than the model, and have nothing for "
             f"{', '.join(named)}: initialised anew."

@@ -56,6 +56,14 @@ def _routed_capsules(model: Any, features: Tensor) -> tuple[Tensor, Tensor | Non
     return capsules, capsules.flatten(2).norm(dim=2)
 
 
+def _of_capsules(model: Any, values: Tensor, dim: int) -> Tensor:
+    """Leave out the capsules of zeros that stand for pruned ones where types share matrices."""
+    index = getattr(model, "capsule_index", None)
+    if index is None or bool((index < model.num_primary).all()):
+        return values
+    return values.index_select(dim, (index < model.num_primary).nonzero().flatten())
+
+
 def _places(model: Any, grid: tuple[int, int], count: int) -> tuple[list[tuple[int, int]], Tensor]:
     """Sizes of the maps of the capsules that are routed, and the place of each, see `HasRoutedCapsules`.
 
@@ -139,7 +147,7 @@ def coupling_entropy(model: nn.Module, x: Tensor) -> Tensor:
         InspectionError: If the model has no couplings.
     """
     with evaluating(model):
-        shares = _couplings(model, x).clamp(min=0)
+        shares = _of_capsules(model, _couplings(model, x), 2).clamp(min=0)
         shares = shares / shares.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
         entropy = -torch.special.xlogy(shares, shares).sum(dim=-1)
         return entropy.mean(dim=(1, 2)) / max(math.log(shares.shape[-1]), torch.finfo(shares.dtype).tiny)
@@ -161,7 +169,7 @@ def agreement(model: nn.Module, x: Tensor) -> Tensor:
         InspectionError: If the model has no couplings.
     """
     with evaluating(model):
-        found = _couplings(model, x)
+        found = _of_capsules(model, _couplings(model, x), 2)
         first = found[0] if len(found) > 1 else torch.full_like(found[-1], 1 / found.shape[-1])
         return found[-1] / first.clamp(min=torch.finfo(found.dtype).tiny)
 
@@ -319,7 +327,7 @@ def dead_capsules(model: Any, batches: Iterable[Any], threshold: float = 0.05) -
                 raise InspectionError(
                     f"capsules of {type(model).__name__} have neither lengths nor activations: none of them can be dead"
                 )
-            lengths = lengths.amax(dim=0)
+            lengths = _of_capsules(model, lengths.amax(dim=0), 0)
             longest = lengths if longest is None else torch.maximum(longest, lengths)
     if longest is None:
         raise InspectionError("there are no images to look for dead capsules with: give batches of them")

@@ -121,6 +121,12 @@ class CapsuleModule(LightningModule):
         scores: Tensor = self.model(images)
         return scores
 
+    def on_train_epoch_start(self) -> None:
+        """Tell the loss how far the run is: some have a margin that grows."""
+        criterion: Any = self.task.criterion
+        if hasattr(criterion, "set_progress"):
+            criterion.set_progress(min(1.0, self.global_step / self.trainer.estimated_stepping_batches))
+
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log it."""
         return self._measure("train", batch)

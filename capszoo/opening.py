@@ -1,5 +1,7 @@
 """Open a model with its weights, from the name of shipped weights or from a file, and data for it."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,14 @@ from torch import nn
 
 from .checkpoint import read_metadata
 from .data import DataSplits, load_data
+from .data.sources import check_data_dir
 from .errors import UsageError
 from .pretrained import read_table, weights_path
 from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
 
-__all__ = ["OpenedModel", "load_data_for", "open_model"]
+__all__ = ["OpenedModel", "load_data_for", "open_model", "warn_of_split"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ def _with_decoder(decoder: bool | None, kwargs: dict[str, Any]) -> dict[str, Any
 def load_data_for(model: nn.Module, dataset: str, data_dir: str | Path, **kwargs: Any) -> DataSplits:
     """Load a data set with images of a model's size.
 
+    Classes of other names than the weights have are told in the log.
+
     Args:
         model: The model.
         dataset: Name or folder of the data set.
@@ -111,13 +118,55 @@ def load_data_for(model: nn.Module, dataset: str, data_dir: str | Path, **kwargs
         **kwargs: More for :func:`capszoo.data.load_data`.
 
     Raises:
-        UsageError: If it has another number of classes than the model.
+        UsageError: If it has another number of classes than the model, the weights' in another order, or does not use
+            a folder that is given.
         DataError: If it cannot be loaded.
     """
+    check_data_dir(dataset, data_dir)
     size: dict[str, Any] = {"img_size": model.img_size, "in_chans": model.in_chans}
     data = load_data(dataset, str(data_dir), **size, **kwargs)
     if data.num_classes != model.num_classes:
         raise UsageError(
             f"{dataset!r} has {data.num_classes} classes, the model has {model.num_classes}: check --dataset"
         )
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    _compare_classes(dataset, data.class_names, list(cfg.get("label_names") or []))
     return data
+
+
+def _compare_classes(dataset: str, names: list[str], of_weights: list[str]) -> None:
+    if of_weights == names or len(of_weights) != len(names):
+        return
+    # '0 - zero' is another way to write '0'.
+    pairs = [(a, b) for a, b in zip(names, of_weights, strict=True) if not (a.startswith(b) or b.startswith(a))]
+    if not pairs:
+        return
+    ours, theirs = pairs[0]
+    if sorted(of_weights) == sorted(names):
+        raise UsageError(
+            f"{dataset!r} has its classes in another order than the weights, {ours!r} where they have {theirs!r}: "
+            "name its classes so that they sort as theirs"
+        )
+    _logger.warning(
+        f"{dataset!r} has classes of other names than the weights, such as {ours!r} where they have {theirs!r}: "
+        "answers are compared by their order"
+    )
+
+
+def warn_of_split(header: Mapping[str, str], dataset: str, val_fraction: float) -> None:
+    """Say in the log if a validation split has images that weights were trained on.
+
+    Args:
+        header: The header of the weights.
+        dataset: The data set that the split is of.
+        val_fraction: Its part of the training images.
+    """
+    try:
+        trained = float(header.get("val_fraction", "inf"))
+    except ValueError:
+        return
+    if header.get("dataset") == dataset and trained < val_fraction:
+        _logger.warning(
+            f"the weights were trained with --val-fraction {trained:g}: of the validation split of {val_fraction} they "
+            f"know images; give --val-fraction {trained:g}"
+        )

@@ -16,7 +16,7 @@ _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn 'auto' or a device's name into a device that is there.
+    """Turn 'auto' or a device's name into a device that is there; one of several GPUs becomes the current one.
 
     Raises:
         UsageError: If it is not.
@@ -26,6 +26,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         float(torch.zeros((), device=device))  # there is something to compute with
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # graphs are captured, and random numbers drawn, on the current one
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} cannot be used ({first_line(error)}): use --device auto or cpu") from None
     return device

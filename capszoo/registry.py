@@ -19,7 +19,7 @@ from torch import nn
 from . import _moved, models  # noqa: F401  (registers the models)
 from ._version import __version__
 from .arguments import check_value
-from .checkpoint import WeightsFile, check_weights, load_weights, read_file, save_weights
+from .checkpoint import WeightsFile, check_weights, computing_arguments, load_weights, read_file, save_weights
 from .contract import keeps_contract
 from .errors import CheckpointError, UsageError, WriteError, first_line
 
@@ -117,8 +117,9 @@ def list_pretrained(filter: str | list[str] = "", exclude_filters: str | list[st
 
 
 def is_model(name: str) -> bool:
-    """Whether `name`, with or without a tag, is a model of this zoo."""
-    return name.split(".")[0] in list_models()
+    """Whether `name`, with or without a tag, is a model of this zoo, and no file that happens to be named like one."""
+    arch, dot, _ = name.partition(".")
+    return arch in list_models() and (not dot or name in list_pretrained() or not Path(name).exists())
 
 
 def create_model(
@@ -158,6 +159,9 @@ def create_model(
         if checkpoint_path is not None:
             # Without memory for the weights first: `kwargs` may come from the file, and ask for more than it holds.
             checkpoint_path = read_file(checkpoint_path)
+            if checkpoint_path.metadata.get("model") == name.partition(".")[0]:
+                of_file = header_arguments(checkpoint_path.path, name, checkpoint_path.metadata)
+                kwargs = {**computing_arguments(of_file, kwargs.get("img_size")), **kwargs}
             check_weights(timm.create_model(name, **{**kwargs, "device": "meta"}), checkpoint_path)
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except ValueError:

@@ -22,7 +22,7 @@ import torch
 import capszoo
 from capszoo import inspect
 from capszoo.checkpoint import load_weights
-from capszoo.command_line import OptionParser, StopSignal, key_value, make_console, results_folder, run
+from capszoo.command_line import ExtendAction, OptionParser, StopSignal, key_value, make_console, results_folder, run
 from capszoo.contract import has_couplings
 from capszoo.data import DataSplits, Loader
 from capszoo.engine import Trainer, evaluate
@@ -73,6 +73,7 @@ def build_parser() -> OptionParser:
     add(
         "--set",
         nargs="*",
+        action=ExtendAction,
         type=key_value,
         default=[],
         metavar="NAME=VALUE",

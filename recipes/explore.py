@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from capszoo.command_line import OptionParser, StopSignal, key_value, make_console, parse_resumable, run
+from capszoo.command_line import ExtendAction, OptionParser, StopSignal, key_value, make_console, parse_resumable, run
 from capszoo.engine.options import check_ranges, options_from
 from capszoo.engine.run import load_splits
 from capszoo.engine.run_folder import check_folder, default_folder, make_default_folder, start_folder
@@ -89,6 +89,7 @@ def build_parser() -> OptionParser:
     group(
         "--set",
         nargs="*",
+        action=ExtendAction,
         type=key_value,
         default=[],
         metavar="NAME=VALUE",

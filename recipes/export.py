@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import capszoo
 from capszoo import pretrained
-from capszoo.checkpoint import load_tensors, read_metadata, save_tensors
+from capszoo.checkpoint import COMPUTING, load_tensors, read_metadata, save_tensors
 from capszoo.command_line import OptionParser, run
 from capszoo.errors import UsageError, first_line
 from capszoo.export import compile_package, model_card, write_kernel
@@ -38,8 +38,6 @@ from capszoo.opening import open_model, weights_in
 from capszoo.precision import choose_device
 from capszoo.registry import model_header
 
-# Arguments that change what a network computes, and the shapes of its weights not always.
-COMPUTING = "num_routing num_passes concurrent routing couplings squash form head head_kwargs keep_capsules".split()
 # Options that say where and how fast a run is computed, and not what comes out.
 NOT_IN_RECIPE = set("data_dir device download workers quiet tensorboard save_every cuda_graphs report".split())
 # Recipes that train, and leave an args.yaml.

@@ -31,13 +31,13 @@ from capszoo.command_line import (
     parse_resumable,
     run,
 )
-from capszoo.data import DataSplits
+from capszoo.data import DataSplits, Loader
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.options import check_ranges, fill_in
 from capszoo.engine.run import create_optimizer, make_policy
 from capszoo.engine.run_folder import default_folder, hold_folder
 from capszoo.errors import UsageError
-from capszoo.opening import OpenedModel, load_data_for, open_model
+from capszoo.opening import OpenedModel, load_data_for, open_model, warn_of_split
 from capszoo.precision import choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
 from capszoo.prune.options import PRUNE_OPTIONS, PruneOptions, flat_prune_values, prune_options_text
@@ -70,18 +70,19 @@ def open_weights(options: PruneOptions) -> OpenedModel:
     return open_model(options.weights, decoder=training.decoder)
 
 
-def open_data(options: PruneOptions, model: torch.nn.Module) -> DataSplits:
+def open_data(options: PruneOptions, opened: OpenedModel) -> DataSplits:
     """Load the data set, normalised as the model takes it."""
     training = options.training
     data = load_data_for(
-        model,
+        opened.model,
         training.dataset,
         training.data_dir,
         val_fraction=training.val_fraction,
         download=training.download,
         follow_links=training.follow_links,
     )
-    data.normalize(*image_statistics(model))
+    warn_of_split(opened.header, training.dataset, training.val_fraction)
+    data.normalize(*image_statistics(opened.model))
     if data.val is None:
         raise UsageError("rounds are compared on the validation split: give --val-fraction above 0")
     return data
@@ -90,7 +91,8 @@ def open_data(options: PruneOptions, model: torch.nn.Module) -> DataSplits:
 def hold_run_folder(options: PruneOptions) -> AbstractContextManager[Path]:
     """Make the run folder; the last thing before work starts, so that no error leaves one behind."""
     training = options.training
-    weights = Path(options.weights).parent.name if Path(options.weights).is_file() else options.weights
+    file = Path(options.weights)
+    weights = file.parent.name or file.stem if file.is_file() else options.weights
     folder = Path(training.output or default_folder("prune", weights, Path(training.dataset).name))
     text = None if training.resume else lambda folder: prune_options_text(options, folder)
     return hold_folder(folder, text, is_default=not training.output)
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"{options.weights!r} does not say what data set it was trained on: give --dataset")
     options = replace(options, training=replace(options.training, dataset=dataset))
     plan = schedule(options, opened.model)
-    data = open_data(options, opened.model)
+    data = open_data(options, opened)
     if options.training.policy == "lr_finder":
         raise UsageError("--policy lr_finder trains nothing: use it in recipes/train.py")
     policy = make_policy(options.training, len(data.train))  # says what is impossible before there is a folder
@@ -123,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         train.image_shape, train.multi_label, train.images is None, train.parts is not None
     )
     options.training.augmentation.check_batches(policy.batch_size(epoch) for epoch in range(policy.epochs))
+    Loader(train, 1, device, translate=options.training.translate or 0)  # refuses what is too far for the images
     training = fill_in(options.training, len(data.train), math.prod(train.image_shape))
     options = replace(options, training=training)
     create_optimizer(training, opened.model)

@@ -158,11 +158,14 @@ class Report:
             self.writer.close()
 
 
-def search_lr(trainer: Trainer, folder: Path, console: Console) -> int:
+def search_lr(trainer: Trainer, folder: Path, console: Console, stop: StopSignal) -> int:
     """Run the learning-rate finder and write what it saw."""
     rates, losses = find_lr(trainer)
     rows = [{"step": i, "lr": lr, "loss": loss} for i, (lr, loss) in enumerate(zip(rates, losses, strict=True))]
     write_csv(folder / "lr_finder.csv", ("step", "lr", "loss"), rows)
+    if stop():
+        console.print(f"stopped before its last rate: no suggestion ({folder / 'lr_finder.csv'})")
+        return stop.exit_code
     console.print(f"suggested learning rate {suggest_lr(rates, losses):.2e} ({folder / 'lr_finder.csv'})")
     return 0
 
@@ -199,6 +202,9 @@ def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, devi
     trainer = make_trainer(options, data, device, ranks=ranks)
     if ranks.count > 1 and options.policy == "lr_finder":
         raise UsageError("--policy lr_finder runs in one process: start it without torchrun")
+    if options.policy == "lr_finder" and (options.results or options.tensorboard):
+        name = "--results" if options.results else "--tensorboard"
+        raise UsageError(f"{name} has no effect with --policy lr_finder, which writes lr_finder.csv: leave it out")
     options = trainer.options
     with hold_run_folder(options) if ranks.is_first else nullcontext(Path()) as folder:
         if ranks.is_first:
@@ -234,7 +240,7 @@ def train(
             if data.multi_label:
                 console.print("images show several classes: exact is the part of them with all classes right, as top1")
         if options.policy == "lr_finder":
-            return search_lr(trainer, folder, console)
+            return search_lr(trainer, folder, console, stop)
         # Of ranks that were started again, only those that see the run folder know that there is something to resume.
         if ranks.any(bool(options.resume), device) and trainer.resume() and not options.quiet:
             console.print(f"resumed at epoch {trainer.position.epoch + 1}, step {trainer.position.step}")

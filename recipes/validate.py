@@ -37,7 +37,7 @@ from capszoo.engine.criteria import read_criterion
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.errors import UsageError
 from capszoo.files import write_csv, write_json
-from capszoo.opening import OpenedModel, load_data_for, open_model
+from capszoo.opening import OpenedModel, load_data_for, open_model, warn_of_split
 from capszoo.precision import autocast, choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
 
@@ -206,6 +206,8 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
     data, split = open_data(model, dataset, args)
+    if args.split == "val":
+        warn_of_split(opened.header, dataset, args.val_fraction)
     result, row = measure(opened, name, split, args, device, bool(args.robustness))
     reconstruction = result.reconstruction_error
     accuracy = f"top1 {result.top1:.4f}"

@@ -615,6 +615,40 @@ def test_a_run_goes_on_with_the_fused_steps_of_its_own_device(few, tmp_path):
         assert again.optimizer.state_dict()["state"][0]["momentum_buffer"].any() and again.fit()
 
 
+def test_a_run_goes_on_where_steps_are_computed_otherwise(few, tmp_path, monkeypatch):
+    def nadam(parameters, lr, fused):
+        return torch.optim.NAdam(parameters, lr=lr)
+
+    assert make_trainer(few, tmp_path, 1, optimizer=nadam).fit()
+    again = make_trainer(few, tmp_path, 2, optimizer=nadam)
+    again.step.cuda_graphs = True  # as on a GPU: the optimizer's counts must move to it as they are loaded
+    again.step.scaler = torch.amp.GradScaler("cpu", enabled=True)  # as where there is float16 alone
+    seen = []
+    load = again.optimizer.load_state_dict
+    monkeypatch.setattr(
+        again.optimizer, "load_state_dict", lambda state: (seen.append(state["param_groups"]), load(state))
+    )
+    assert again.resume()
+    assert [group["capturable"] for group in seen[0]] == [True]
+    assert again.step.scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_a_run_without_its_state_is_not_trained_again(few, tmp_path):
+    assert make_trainer(few, tmp_path, 2).fit()
+    before = (tmp_path / "best.safetensors").read_bytes()
+    for name in ("resume.safetensors", "resume-previous.safetensors"):
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(checkpoint.CheckpointError, match=r"has results but no resume.safetensors, .*start a new run"):
+        make_trainer(few, tmp_path, 2).resume()
+    assert (tmp_path / "best.safetensors").read_bytes() == before
+    # One epoch may have been written when a run was killed before its first checkpoint.
+    (tmp_path / "summary.csv").write_text("".join((tmp_path / "summary.csv").open().readlines()[:2]))
+    assert not make_trainer(few, tmp_path, 2).resume()
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match="has results but no"):
+        make_trainer(few, tmp_path, 2).resume()
+
+
 def test_saturation_is_said_once_with_the_remedy_and_changes_nothing(few, caplog):
     trainer = make_trainer(few)
     with torch.no_grad():

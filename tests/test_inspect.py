@@ -202,6 +202,15 @@ def test_dead_capsules():
         inspect.dead_capsules(model, [])
 
 
+def test_capsules_of_zeros_that_stand_for_pruned_ones_do_not_count():
+    model, x = make(share_weights=True, num_types=2, keep_capsules=[0, 1, 2, 5]), images()
+    assert len(model.capsule_index) > 4, "types have equally many, for their shared matrix"
+    assert inspect.dead_capsules(model, [x]).shape == (4,) and inspect.agreement(model, x).shape == (3, 4, 10)
+    live = model.couplings(x, iteration=None)[:, :, model.capsule_index < model.num_primary]
+    entropy = -torch.special.xlogy(live, live).sum(dim=-1).mean(dim=(1, 2)) / math.log(10)
+    torch.testing.assert_close(inspect.coupling_entropy(model, x), entropy)
+
+
 def test_the_model_is_left_as_it_was():
     model = make().train()
     model.decoder.eval()

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import capszoo
 from capszoo.engine import CapsuleTask
 from capszoo.errors import TrainingError, UsageError
+from capszoo.losses import SpreadLoss
 from capszoo.policies import create_policy, list_policies
 
 
@@ -122,6 +123,23 @@ def test_accumulated_batches_are_one_step(make, trainer):
     assert run.global_step == 6
     last = create_policy("one_cycle", lr=1e-3, batch_size=1, epochs=3, num_images=2)
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(last.lr(last.progress(2, 1)))
+
+
+def test_the_loss_is_told_how_far_the_run_is(lightning, make, trainer):
+    margins = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, run, module, batch, batch_idx):
+            margins.append(module.task.criterion.current_margin)
+
+    module = make()
+    module.task.criterion = criterion = SpreadLoss(first_margin=0.2)
+    trainer(max_epochs=4, callbacks=[Watch()]).fit(module, loader(4))
+    expected = []
+    for epoch in range(4):
+        criterion.set_progress(epoch / 4)
+        expected.append(criterion.current_margin)
+    assert margins == expected == sorted(set(expected))
 
 
 def test_logged_values_are_those_of_the_task(make, trainer):

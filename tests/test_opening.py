@@ -5,7 +5,7 @@ import torch
 
 import capszoo
 from capszoo.errors import UsageError
-from capszoo.opening import load_data_for, open_model
+from capszoo.opening import load_data_for, open_model, warn_of_split
 
 
 def test_shipped_weights():
@@ -54,3 +54,37 @@ def test_run_folders(make_run):
     file = make_run("capsnet_tiny", "digits", conv_dim=8)
     opened = open_model(file.parent)
     assert opened.file == file and opened.dataset == "digits"
+
+
+def test_files_that_are_named_like_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = capszoo.create_model("capsnet_tiny", conv_dim=8)
+    capszoo.save_model("capsnet_tiny.safetensors", model)
+    assert open_model("capsnet_tiny.safetensors").model.conv1.out_channels == 8
+    (tmp_path / "capsnet_tiny.mnist").mkdir()
+    (tmp_path / "capsnet_tiny").mkdir()
+    assert open_model("capsnet_tiny.mnist").name == open_model("capsnet_tiny").name == "capsnet_tiny.mnist"
+
+
+def test_classes_of_other_names_or_order(caplog):
+    model = capszoo.create_model("capsnet_tiny")
+    names = load_data_for(model, "digits", "data").class_names
+    assert not caplog.records
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": (*names[:9], "ten")}
+    load_data_for(model, "digits", "data")
+    assert "'digits' has classes of other names than the weights, such as '9' where they have 'ten'" in caplog.text
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": (names[1], names[0], *names[2:])}
+    with pytest.raises(UsageError, match="classes in another order than the weights, '0' where they have '1'"):
+        load_data_for(model, "digits", "data")
+    with pytest.raises(UsageError, match="--data-dir 'elsewhere' is not used by the data set 'digits'"):
+        load_data_for(model, "digits", "elsewhere")
+
+
+def test_a_split_that_has_images_of_the_training(caplog):
+    header = {"dataset": "digits", "val_fraction": "0.05"}
+    for dataset, fraction in (("mnist", 0.1), ("digits", 0.05), ("digits", 0.02)):
+        warn_of_split(header, dataset, fraction)
+    warn_of_split({"dataset": "digits"}, "digits", 0.1)
+    assert not caplog.records
+    warn_of_split(header, "digits", 0.1)
+    assert "trained with --val-fraction 0.05: of the validation split of 0.1 they know images" in caplog.text

@@ -7,11 +7,12 @@ from capszoo.files import check_kinds, read_json, read_rows, read_yaml
 from capszoo.precision import choose_device, device_name
 
 from .console import add_result, check_results, make_console, results_folder, run
-from .parser import OptionParser, SizeAction, add_options, key_value
+from .parser import ExtendAction, OptionParser, SizeAction, add_options, key_value
 from .resume import changed_options, parse_resumable
 from .signals import StopSignal
 
 __all__ = [
+    "ExtendAction",
     "OptionParser",
     "SizeAction",
     "StopSignal",

@@ -146,6 +146,18 @@ class SizeAction(argparse.Action):
             raise argparse.ArgumentError(self, str(error)) from None
 
 
+class ExtendAction(argparse.Action):
+    """Values of an option that may be given several times: each adds to those before, and the first replaces defaults.
+
+    argparse's own `extend` adds to the defaults.
+    """
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        again = before is not None and before is not self.default
+        setattr(namespace, self.dest, [*(before or []), *(values or [])] if again else values)
+
+
 def key_value(text: str) -> tuple[str, Any]:
     """Read `name=value` for argparse, see :func:`capszoo.fields.read_pair`."""
     try:
@@ -175,6 +187,8 @@ def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option], 
         else:
             kind["type"] = key_value if option.read is read_pair else None if option.read is str else option.read
             kind.update(choices=list(option.choices) or None, nargs=option.many or None, metavar=option.metavar)
+            if option.read is read_pair:
+                kind["action"] = ExtendAction
         if option.positional:
             groups[option.group].add_argument(name, **{**kind, "nargs": "?"})
         else:

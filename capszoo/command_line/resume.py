@@ -30,6 +30,8 @@ def parse_resumable(
     """
     parser = build_parser()
     args, given = parser.parse(argv)
+    if args.resume == "":
+        raise UsageError("--resume is empty: give a run folder, or leave it out")
     if not args.resume:
         return args
     folder = Path(args.resume)

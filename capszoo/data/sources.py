@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 from torch import Tensor
 
-from capszoo.errors import DataError, one_line
+from capszoo.errors import DataError, UsageError, one_line
 
 from .binaries import open_binary_set
 from .composed import move_digits, pair_digits
@@ -61,6 +61,19 @@ def default_translate(name: str | os.PathLike) -> int:
     digits anywhere on the canvas. Other sets get none.
     """
     return _KNOWN[str(name)].translate if str(name) in _KNOWN else 0
+
+
+def check_data_dir(dataset: str | None, data_dir: str | os.PathLike) -> None:
+    """Refuse a folder that a data set does not use.
+
+    Raises:
+        UsageError: If one is given.
+    """
+    if str(data_dir) != "data" and dataset and not uses_data_dir(dataset):
+        raise UsageError(
+            f"--data-dir {str(data_dir)!r} is not used by the data set {dataset!r}: leave it out, or give "
+            f"--dataset {data_dir} for the images in it"
+        )
 
 
 def uses_data_dir(name: str | os.PathLike) -> bool:

@@ -84,7 +84,8 @@ def create_optimizer(options: TrainingOptions, model: torch.nn.Module) -> torch.
     try:
         optimizer = create_optimizer_v2(model, opt=options.opt, **values, **extra)
     except (ImportError, AssertionError, TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {options.opt!r} cannot be made: {error}") from None
+        hint = " (timm's sgd is Nesterov's): use --opt momentum" if "Nesterov" in str(error) else ""
+        raise UsageError(f"optimizer {options.opt!r} cannot be made: {error}{hint}") from None
     if getattr(optimizer, "is_second_order", False):
         # timm has one such, Adahessian, whose generator is not in its state_dict.
         raise UsageError(

@@ -324,7 +324,8 @@ def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> T
         changes["batch_size"] = 128 if num_images >= 10_000 else 16 if num_images >= 1000 else 8
     # The first steps of Adam at batch 1 follow single images, see warmup_steps in capszoo.policies.
     if options.policy in ("ada_batch", "warm_ada_batch"):
-        changes["policy_options"] = {"warmup_steps": 1000, **options.policy_options}
+        warmup = min(1000, _first_steps(options, num_images) // 2)
+        changes["policy_options"] = {"warmup_steps": warmup, **options.policy_options}
     if options.reconstruction_weight is None:
         # The paper's code halves the margin loss, and so its 0.0005 is twice that of ours.
         weight = default_reconstruction_weight(num_values)
@@ -332,6 +333,20 @@ def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> T
     return replace(options, **changes)
 
 
+def _first_steps(options: TrainingOptions, num_images: int) -> int:
+    """Steps of the first phase of a policy that has phases."""
+    known = policy_options(options.policy)
+    values = {name: options.policy_options.get(name, known[name][0]) for name in known}
+    first = ("warm_epochs", "warm_batch") if values["warm_epochs"] else ("epochs", "first_batch")
+    try:
+        epochs, batch_size = (int(values[name]) if name in values else options.epochs for name in first)
+    except (TypeError, ValueError):  # which the policy refuses
+        return 0
+    return epochs * -(-num_images // max(1, batch_size))
+
+
+# What only says how something else is done.
+_NEEDS = {"model_ema_decay": "model_ema", "model_ema_warmup": "model_ema"}
 # Of recipes/explore.py.
 _MORE_RANGES = {"grace": POSITIVE, "seeds": MILLION, "trials": MILLION}
 
@@ -351,6 +366,20 @@ def check_ranges(options: Any) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value} is out of range: give {within.text}")
     if isinstance(options, Augmentation):
         options.check()
+    if isinstance(options, TrainingOptions):
+        _check_together(options)
+
+
+def _check_together(options: TrainingOptions) -> None:
+    for name in ("checkpoint", "resume", "output"):
+        if getattr(options, name) == "":
+            raise UsageError(f"--{name} is empty: give a path, or leave it out")
+    for name, needed in _NEEDS.items():
+        if getattr(options, name) != getattr(DEFAULTS, name) and not getattr(options, needed):
+            given, other = (f"--{some.replace('_', '-')}" for some in (name, needed))
+            raise UsageError(f"{given} has no effect without {other}: give it, too, or leave {given} out")
+    if options.pretrained and options.checkpoint:
+        raise UsageError(f"--pretrained and --checkpoint {options.checkpoint} are two starts: give one of them")
 
 
 __getattr__ = _moved.getter(__name__)

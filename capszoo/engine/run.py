@@ -14,10 +14,10 @@ import torch
 from timm.layers import to_2tuple
 
 from capszoo._version import __version__
-from capszoo.checkpoint import load_weights, read_metadata
+from capszoo.checkpoint import computing_arguments, load_weights, read_metadata
 from capszoo.contract import HasCriterion
 from capszoo.data import DataSplits, Loader, default_translate, load_data
-from capszoo.data.sources import uses_data_dir
+from capszoo.data.sources import check_data_dir
 from capszoo.errors import UsageError
 from capszoo.fields import words
 from capszoo.files import write_json
@@ -53,11 +53,7 @@ def load_splits(options: TrainingOptions) -> DataSplits:
         DataError: If it cannot be loaded.
     """
     check_ranges(options)  # before what may take minutes
-    if options.data_dir != DEFAULTS.data_dir and options.dataset and not uses_data_dir(options.dataset):
-        raise UsageError(
-            f"--data-dir {options.data_dir!r} is not used by the data set {options.dataset!r}: leave it out, or give "
-            f"--dataset {options.data_dir} for the images in it"
-        )
+    check_data_dir(options.dataset, options.data_dir)
     return load_data(
         options.dataset,
         options.data_dir,
@@ -120,10 +116,18 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
     return model
 
 
+# What follows from the size of the images where it is not given.
+_OF_BACKBONES = ("backbone_level", "kernel_size", "primary_stride")
+
+
 def _with_weights(name: str, path: Path, kwargs: dict[str, Any]) -> torch.nn.Module:
     """Make a model with the weights of a file; where they are of other classes or images, with all that can be kept."""
     header = read_metadata(path)
     of_file = header_arguments(path, name, header) if header.get("model") == name else {}
+    # It computes as the weights were trained, unless told otherwise, and a backbone ends where theirs does.
+    kwargs = {**computing_arguments(of_file, kwargs["img_size"]), **kwargs}
+    if of_file.get("backbone") is not None and kwargs.get("backbone") == of_file["backbone"]:
+        kwargs = {**{key: of_file[key] for key in _OF_BACKBONES if key in of_file}, **kwargs}
     of_data = {key: kwargs[key] for key in ("num_classes", "in_chans", "img_size") if key in of_file}
     if all(to_2tuple(of_file[key]) == to_2tuple(value) for key, value in of_data.items()):
         model = create_model(name, **kwargs)
@@ -333,6 +337,7 @@ def header_of(
         "policy": options.policy,
         "epochs": options.epochs,
         "seed": options.seed,
+        "val_fraction": options.val_fraction,
     }
     return model_header(model, **{**facts, **criterion_header(criterion), **more})
 
@@ -357,7 +362,7 @@ def measure_test(trainer: Trainer, options: TrainingOptions, data: DataSplits) -
         "policy": options.policy,
         "parameters": sum(p.numel() for p in trainer.task.model.parameters()),
         "epochs": trainer.policy.epochs,
-        "batch_size": options.batch_size,
+        "batch_size": trainer.policy.batch_size(trainer.policy.epochs - 1),
         "lr": options.lr,
         "best_epoch": best["epoch"],
         "eval_top1": best["eval_top1"],

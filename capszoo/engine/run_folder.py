@@ -147,7 +147,17 @@ class RunFolder:
             return path, state
         if damage is not None:
             raise damage
+        if (self.path / "result.json").exists() or self._has_epochs():
+            raise CheckpointError(
+                f"run folder {str(self.path)!r} has results but no resume.safetensors, so that its training cannot go "
+                f"on: start a new run, such as with --config {self.path / 'args.yaml'} --output FOLDER"
+            )
         return None, None
+
+    def _has_epochs(self) -> bool:
+        """Whether more epochs were finished than one, after which a run may be killed before its first checkpoint."""
+        summary = self.path / "summary.csv"
+        return summary.exists() and len(summary.read_text().splitlines()) > 2
 
     def mend_best(self, position: Position, model: nn.Module) -> None:
         """Make `best.safetensors` and the state agree: a run can end between writing one and the other."""

@@ -363,11 +363,17 @@ class Trainer:
             if self.task.has_ema():
                 self.task.kept_model.load_state_dict(state["ema"])
             fused = [group.get("fused") for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Capturable optimizers keep their counts on the device: of this run's steps, not of those before.
+            groups = [
+                {**group, "capturable": self.step.cuda_graphs} if "capturable" in group else group
+                for group in state["optimizer"]["param_groups"]
+            ]
+            self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
             for group, value in zip(self.optimizer.param_groups, fused, strict=True):
                 if "fused" in group:  # that of this device, not of the one on which the run began
                     group["fused"] = value
-            self.step.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty of a run that needed none
+                self.step.scaler.load_state_dict(state["scaler"])
             set_random_state(state["random"])
             self.position = Position(**state["position"])
             if self.ranks.is_first:  # they are those of all ranks

@@ -113,9 +113,6 @@ class Space:
             most = max(0, epochs - warm - 1)
             growths = vary(options, "max_growths", lambda: min(trial.suggest_int("growths", 0, 2), most))
             vary(options, "grow_every", lambda: (epochs - warm) // (growths + 1) if growths else 0)
-            if "warmup_steps" not in options:  # its default would take most of a short run
-                first_steps = -(-self.num_images // options["warm_batch" if warm else "first_batch"])
-                options["warmup_steps"] = min(1000, first_steps // 4)
         else:
             vary(options, "lr", lambda: _short(trial.suggest_float("lr", 1e-4, 3e-3, log=True)))
             vary(options, "batch_size", lambda: trial.suggest_categorical("batch_size", self.batch_sizes))

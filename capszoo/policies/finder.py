@@ -18,7 +18,7 @@ class LRFinder(Policy):
 
     name = "lr_finder"
 
-    start_exponent: float = option(-6, "power of ten of the first learning rate")
+    start_exponent: float = option(-6.0, "power of ten of the first learning rate")
     steps_per_decade: int = option(100, "steps in which the learning rate grows tenfold")
 
     def __post_init__(self) -> None:

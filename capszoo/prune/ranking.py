@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capszoo.data import Loader
+from capszoo.engine.evaluate import check_statistics
 from capszoo.engine.task import Normalization, class_to_reconstruct, reconstruct_parts
 from capszoo.layers import ScaledConv2d, capsule_lengths, squash
 from capszoo.losses import default_reconstruction_weight, margin_loss, present_classes, reconstruction_loss
@@ -77,6 +79,8 @@ def scores(
         return _look_ahead(model, part).sqrt()
     if data is None:
         raise ValueError(f"score {score!r} needs data: pass batches of (images, labels), or use score='magnitude'")
+    if isinstance(data, Loader):
+        check_statistics(model, data.split)
     total, count = torch.zeros(()), 0
     with _fixed_statistics(model):
         for images, labels, *parts in data:

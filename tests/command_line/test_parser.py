@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capszoo.command_line import OptionParser, SizeAction, key_value, parse_resumable, run
+from capszoo.command_line import ExtendAction, OptionParser, SizeAction, key_value, parse_resumable, run
 from capszoo.engine.run_folder import hold_folder
 from capszoo.errors import UsageError
 from capszoo.files import read_yaml
@@ -17,7 +17,7 @@ def build_parser():
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--amp", choices=["none", "bf16"], default="none")
     parser.add_argument("--decoder", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--model-kwargs", nargs="*", type=key_value, default=[])
+    parser.add_argument("--model-kwargs", nargs="*", action=ExtendAction, type=key_value, default=[])
     parser.add_argument("--lr", type=float)
     return parser
 
@@ -267,3 +267,12 @@ def test_run_turns_our_errors_into_a_line_and_leaves_bugs_alone(capsys):
     with pytest.raises(SystemExit) as ended:
         run(lambda: 130)
     assert ended.value.code == 130
+
+
+def test_an_option_of_pairs_may_be_given_again(parser, tmp_path):
+    args, _ = parser.parse(["--model-kwargs", "a=1", "b=2", "--model-kwargs", "c=3"])
+    assert args.model_kwargs == [("a", 1), ("b", 2), ("c", 3)]
+    config = ["--config", yaml_file(tmp_path, "model_kwargs: {d: 4}\n")]
+    assert parser.parse(config)[0].model_kwargs == [("d", 4)]
+    assert parser.parse([*config, "--model-kwargs", "a=1"])[0].model_kwargs == [("a", 1)], "in place of the file's"
+    assert parser.parse([])[0].model_kwargs == []

@@ -7,6 +7,7 @@ from capszoo.command_line.training import build_parser
 from capszoo.engine.options import (
     DEFAULTS,
     TrainingOptions,
+    check_ranges,
     fill_in,
     flat_values,
     options_from,
@@ -45,7 +46,8 @@ def test_rate_and_batch_size_default_by_policy_and_data():
         ("fixed", 1000, (1e-3, 16, None)),
         ("fixed", 10_000, (1e-3, 128, None)),
         ("fixed", 999, (1e-3, 8, None)),
-        ("warm_ada_batch", 10, (1e-3, 8, 1000)),
+        ("warm_ada_batch", 10, (1e-3, 8, 15)),
+        ("ada_batch", 10_000, (1e-3, 128, 1000)),
     ):
         options = options_from({"policy": policy})
         filled = fill_in(options, num_images)
@@ -59,3 +61,33 @@ def test_written_options_are_read_back(tmp_path):
     args = options_from({**SMALL, "lr": 0.5, "policy": "one_cycle", "max_lr": "3x"})
     write_options(args, tmp_path)
     assert options_from(yaml.safe_load((tmp_path / "args.yaml").read_text())) == args
+
+
+def test_warm_up_is_no_longer_than_half_of_the_first_phase():
+    for values, expected in (
+        ({"warm_epochs": 1, "warm_batch": 4}, 12),
+        ({"warm_epochs": 0, "first_batch": 10, "epochs": 4}, 20),
+        ({"warmup_steps": 77}, 77),
+        ({"warm_epochs": 9, "warm_batch": 1, "epochs": 20}, 450),
+    ):
+        options = options_from({"policy": "ada_batch", "epochs": 10, **values})
+        assert fill_in(options, 100).policy_options["warmup_steps"] == expected, values
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model_ema_decay": 0.5}, "--model-ema-decay has no effect without --model-ema: give it, too, or leave"),
+        ({"model_ema_warmup": False}, "--model-ema-warmup has no effect without --model-ema"),
+        ({"pretrained": True, "checkpoint": "a.safetensors"}, "--pretrained and --checkpoint a.safetensors are two"),
+        ({"checkpoint": ""}, "--checkpoint is empty: give a path, or leave it out"),
+        ({"output": ""}, "--output is empty"),
+    ],
+)
+def test_options_that_have_no_effect_are_refused(values, expected):
+    with pytest.raises(UsageError, match=expected):
+        check_ranges(options_from(values))
+
+
+def test_powers_of_ten_need_not_be_whole():
+    assert options_from({"policy": "lr_finder", "start_exponent": -6.5}).policy_options == {"start_exponent": -6.5}

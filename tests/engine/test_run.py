@@ -42,13 +42,47 @@ def test_a_checkpoint_of_other_classes_and_images_gives_what_fits(digits, tmp_pa
         make_model(options_from({**options, "model_kwargs": {"conv_dim": 16}}), digits)
 
 
+def test_a_checkpoint_computes_as_it_was_trained_to(digits, tmp_path):
+    kwargs = {"conv_dim": 8, "num_types": 2, "share_weights": True}
+    own = {"num_routing": 1, "squash": "approx", "keep_capsules": [0, 5, 40]}
+    trained = capszoo.create_model("capsnet_tiny", **kwargs, **own, decoder=True).eval()
+    file = tmp_path / "trained.safetensors"
+    capszoo.save_model(file, trained)
+    options = {"model_kwargs": kwargs, "checkpoint": str(file)}
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(make_model(options_from(options), digits).eval()(x), trained(x))
+    assert torch.equal(capszoo.create_model("capsnet_tiny", checkpoint_path=file, **kwargs).eval()(x), trained(x))
+    given = make_model(options_from({**options, "num_routing": 3, "squash": "exact"}), digits).arguments()
+    assert (given["num_routing"], given["squash"], given["keep_capsules"]) == (3, "exact", [0, 5, 40])
+    larger = load_splits(options_from({"img_size": 36}))
+    found = make_model(options_from({**options, "img_size": 36}), larger).arguments()
+    assert found["num_routing"] == 1 and not found.get("keep_capsules")
+
+
+def test_a_checkpoint_of_a_backbone_goes_to_larger_images(digits, tmp_path):
+    trained = capszoo.create_model("capsnet_tiny", backbone="stem", img_size=64, num_types=2)
+    capszoo.save_model(tmp_path / "trained.safetensors", trained)
+    options = {
+        "model_kwargs": {"num_types": 2},
+        "backbone": "stem",
+        "checkpoint": str(tmp_path / "trained.safetensors"),
+    }
+    options |= {"img_size": 96, "decoder": False}
+    model = make_model(options_from(options), load_splits(options_from({"img_size": 96})))
+    assert model.img_size == (96, 96)
+    assert torch.equal(model.primary_caps.conv.weight, trained.primary_caps.conv.weight)
+
+
 def test_options_reach_what_they_name(digits):
     args = options_from({
         **SMALL, "policy": "warm_ada_batch", "epochs": 4, "warm_epochs": 1, "lr": 0.002, "opt": "sgd", "momentum": 0.5,
         "num_routing": 2, "translate": 1, "clip_grad": 3.0, "reconstruction_weight": 0.25, "m_plus": 0.8,
     })  # fmt: skip
     trainer = make_trainer(args, digits, torch.device("cpu"))
-    assert [phase.batch_size for phase in trainer.policy.phases()] == [1, 16] and trainer.policy.warmup_steps == 1000
+    assert [phase.batch_size for phase in trainer.policy.phases()] == [
+        1,
+        16,
+    ] and trainer.policy.warmup_steps == 1293 // 2
     assert trainer.optimizer.defaults["momentum"] == 0.5 and trainer.optimizer.defaults["lr"] == 0.002
     assert trainer.task.model.arguments()["num_routing"] == 2 and trainer.task.reconstruction_weight == 0.25
     assert (trainer.translate, trainer.step.clip_grad, trainer.task.criterion.m_plus) == (1, 3.0, 0.8)

@@ -59,7 +59,7 @@ def test_schedules_are_what_was_drawn(digits):
             seen.add(made.epochs // options["cycle_epochs"])
         elif "batch" in policy:
             assert made.warm_epochs >= 1 and len(made.phases()) == 2 + options["max_growths"]
-            assert made.warmup_steps <= made.steps(0) / 4
+            assert made.warmup_steps <= made.warm_epochs * made.steps(0) / 2
             seen.add((made.warm_epochs, options["max_growths"]))
     assert {1, 2, 3, 4, (1, 0), (1, 1), (1, 2)} <= seen
     fixed = Space("capsnet_tiny", digits, epochs=10, fixed={"policy": "warm_restarts", "epochs": 10})

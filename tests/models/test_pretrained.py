@@ -110,6 +110,18 @@ def test_other_size(source, file, caplog):
     assert any("class_caps.weight" in m for m in warnings_of(caplog))
 
 
+@pytest.mark.parametrize("classes", [10, 4])
+def test_a_bias_for_each_capsule_of_another_size(classes, tmp_path):
+    """Self-routing has one."""
+    kwargs = {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}, "pretrained": True}
+    source = timm.create_model("capsnet_resnet_sr")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    model = timm.create_model("capsnet_resnet_sr", img_size=36, num_classes=classes, **kwargs)
+    found = set(model.state_dict()) - equal_to(model, source)
+    assert "class_caps.bias" in found and {key.rpartition(".")[0] for key in found} <= {"class_caps"}
+    assert model.eval()(torch.rand(1, 3, 36, 36)).shape == (1, classes)
+
+
 def test_other_size_of_shared_weights(tmp_path, caplog):
     """One matrix per type fits any size."""
     source = make("capsnet_ws")

@@ -5,6 +5,8 @@ import torch
 from prune.networks import PER_TYPE, assert_same, batches, every_model, small
 
 import capszoo
+from capszoo.data import Loader, load_data
+from capszoo.errors import TrainingError
 from capszoo.layers import capsule_lengths, fold_scales
 from capszoo.losses import MarginLoss, margin_loss, reconstruction_loss
 from capszoo.prune import SCORES, prune, scores
@@ -224,3 +226,14 @@ def test_units_that_never_fire(name, data):
 
 def test_every_score_is_listed():
     assert set(SCORES) == {"magnitude", "taylor", "coupling", "look_ahead"}
+
+
+def test_images_normalised_otherwise_than_the_model_takes_them_are_refused():
+    model = capszoo.create_model("capsnet_tiny", conv_dim=8, num_types=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.13,), "std": (0.3,)}
+    data = load_data("digits")
+    images = Loader(data.val, 16, "cpu")
+    with pytest.raises(TrainingError, match=r"normalised by mean=.* the model takes those of mean=\(0.13,\)"):
+        scores(model, "types", "taylor", images)
+    data.normalize((0.13,), (0.3,))
+    assert scores(model, "types", "taylor", images).shape == (2,)

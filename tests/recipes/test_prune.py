@@ -318,6 +318,8 @@ BAD = {
     "unknown option": (["given.safetensors", *KEEP, "--round", "2"], "did you mean '--rounds'"),
     "unknown part": (["given.safetensors", "--keep", "type=2"], "did you mean 'types'"),
     "part twice": (["given.safetensors", "--keep", "types=2", "types=3"], "names a part twice"),
+    "part again": (["given.safetensors", "--keep", "types=2", "--keep", "types=3"], "names a part twice"),
+    "too far": (["given.safetensors", *KEEP, "--translate", "28"], "can shift a whole 28x28 image out of sight"),
     "no pair": (["given.safetensors", "--keep", "types"], "not of the form name=value"),
     "too many": (["given.safetensors", "--keep", "types=5"], "types=5 is not possible: there are 4"),
     "too many capsules": (["given.safetensors", "--keep", "types=2", "capsules=73"], "there are 72"),

@@ -376,6 +376,12 @@ BAD = {
     "unknown option": (["--modle", "x"], "did you mean '--model'"),
     "unknown model": (["--model", "capsnet_w"], "did you mean 'capsnet_ws'"),
     "unknown data set": (["--dataset", "mnits"], "did you mean 'mnist'"),
+    "finder with results": (
+        ["--policy", "lr_finder", "--results", "t.csv"],
+        "--results has no effect with --policy lr",
+    ),
+    "no momentum": (["--opt", "sgd", "--momentum", "0"], "(timm's sgd is Nesterov's): use --opt momentum"),
+    "empty resume": (["--resume", ""], "--resume is empty: give a run folder, or leave it out"),
     "unknown policy": (["--policy", "warm_adabatch"], "did you mean 'warm_ada_batch'"),
     "unknown optimizer": (["--opt", "adma"], "adma"),
     "optimizer of second order": (["--opt", "adahessian"], "draws random numbers that no checkpoint holds"),
