@@ -11,7 +11,6 @@ from torch import nn
 
 from .checkpoint import read_metadata
 from .data import DataSplits, load_data
-from .data.sources import check_data_dir
 from .errors import UsageError
 from .pretrained import read_table, weights_path
 from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
@@ -118,11 +117,9 @@ def load_data_for(model: nn.Module, dataset: str, data_dir: str | Path, **kwargs
         **kwargs: More for :func:`capszoo.data.load_data`.
 
     Raises:
-        UsageError: If it has another number of classes than the model, the weights' in another order, or does not use
-            a folder that is given.
+        UsageError: If it has another number of classes than the model, or the weights' in another order.
         DataError: If it cannot be loaded.
     """
-    check_data_dir(dataset, data_dir)
     size: dict[str, Any] = {"img_size": model.img_size, "in_chans": model.in_chans}
     data = load_data(dataset, str(data_dir), **size, **kwargs)
     if data.num_classes != model.num_classes:

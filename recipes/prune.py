@@ -32,6 +32,7 @@ from capszoo.command_line import (
     run,
 )
 from capszoo.data import DataSplits, Loader
+from capszoo.data.sources import check_data_dir
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.options import check_ranges, fill_in
 from capszoo.engine.run import create_optimizer, make_policy
@@ -73,6 +74,7 @@ def open_weights(options: PruneOptions) -> OpenedModel:
 def open_data(options: PruneOptions, opened: OpenedModel) -> DataSplits:
     """Load the data set, normalised as the model takes it."""
     training = options.training
+    check_data_dir(training.dataset, training.data_dir)
     data = load_data_for(
         opened.model,
         training.dataset,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from capszoo.command_line import OptionParser, make_console, run
+from capszoo.data.sources import check_data_dir
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import DataError, UsageError
@@ -77,6 +78,7 @@ def look_at_data(opened: OpenedModel, args: Any, device: torch.device) -> tuple[
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset, or images")
     model = opened.model
+    check_data_dir(dataset, args.data_dir)
     data = load_data_for(
         model,
         dataset,

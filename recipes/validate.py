@@ -32,6 +32,7 @@ import capszoo
 from capszoo.command_line import OptionParser, make_console, run
 from capszoo.contract import auxiliary_modules
 from capszoo.data import DataSplits, Loader, Split
+from capszoo.data.sources import check_data_dir
 from capszoo.engine import CapsuleTask, Evaluation, evaluate
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
@@ -205,6 +206,7 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     model, name, dataset = opened.model, opened.name, args.dataset or opened.dataset
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
+    check_data_dir(dataset, args.data_dir)
     data, split = open_data(model, dataset, args)
     if args.split == "val":
         warn_of_split(opened.header, dataset, args.val_fraction)

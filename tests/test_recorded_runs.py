@@ -28,8 +28,8 @@ OPTIONS = {
 }
 OF_POLICY = {
     "warm_restarts": {"cycle_epochs": 1},
-    "ada_batch": {"warm_epochs": 1, "warm_batch": 4},
-    "warm_ada_batch": {"warm_epochs": 1, "warm_batch": 4},
+    "ada_batch": {"warm_epochs": 1, "warm_batch": 4, "warmup_steps": 1000},
+    "warm_ada_batch": {"warm_epochs": 1, "warm_batch": 4, "warmup_steps": 1000},
 }
 
 

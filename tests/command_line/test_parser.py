@@ -270,9 +270,9 @@ def test_run_turns_our_errors_into_a_line_and_leaves_bugs_alone(capsys):
 
 
 def test_an_option_of_pairs_may_be_given_again(parser, tmp_path):
+    assert parser.parse([])[0].model_kwargs == []
     args, _ = parser.parse(["--model-kwargs", "a=1", "b=2", "--model-kwargs", "c=3"])
     assert args.model_kwargs == [("a", 1), ("b", 2), ("c", 3)]
     config = ["--config", yaml_file(tmp_path, "model_kwargs: {d: 4}\n")]
     assert parser.parse(config)[0].model_kwargs == [("d", 4)]
     assert parser.parse([*config, "--model-kwargs", "a=1"])[0].model_kwargs == [("a", 1)], "in place of the file's"
-    assert parser.parse([])[0].model_kwargs == []

@@ -319,6 +319,10 @@ BAD = {
     "unknown part": (["given.safetensors", "--keep", "type=2"], "did you mean 'types'"),
     "part twice": (["given.safetensors", "--keep", "types=2", "types=3"], "names a part twice"),
     "part again": (["given.safetensors", "--keep", "types=2", "--keep", "types=3"], "names a part twice"),
+    "no use of a folder": (
+        ["given.safetensors", *KEEP, "--data-dir", "nowhere"],
+        "is not used by the data set 'digits'",
+    ),
     "too far": (["given.safetensors", *KEEP, "--translate", "28"], "can shift a whole 28x28 image out of sight"),
     "no pair": (["given.safetensors", "--keep", "types"], "not of the form name=value"),
     "too many": (["given.safetensors", "--keep", "types=5"], "types=5 is not possible: there are 4"),
