@@ -144,9 +144,9 @@ def paper(rows: Rows, columns: Sequence[str]) -> str:
         is_other = baseline is not None and row["name"] != "baseline"
         saved = f"{100 * (1 - float(row['seconds']) / baseline):.0f} %" if is_other else "-"
         cells = [row["name"].replace("_", " "), row["runs"], with_deviation(row, "test_top1", 100, 2, " %")]
-        if is_paired and is_other and row["gain_low"]:
-            mean, low, high = (100 * float(row[key]) for key in ("gain", "gain_low", "gain_high"))
-            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        if is_paired and is_other and row["gain"]:
+            between = " to ".join(f"{100 * float(row[key]):+.2f}" for key in ("gain_low", "gain_high") if row[key])
+            cells.append(f"{100 * float(row['gain']):+.2f}" + f" ({between})" * bool(between))
         elif is_paired:
             cells.append("-")
         cells += [f"{float(row['seconds']):.0f} s", with_deviation(row, "seconds_to_best", 1, 0, " s"), saved]

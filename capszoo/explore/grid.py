@@ -38,7 +38,7 @@ def read_grid(names: Sequence[str], overrides: Mapping[str, Any]) -> list[Row]:
     """Read rows from YAML files of train.py; a row's name is its file's without the number that sorts it."""
     files: list[Path] = []
     for name in names:
-        path = _GRIDS / name if (_GRIDS / name).is_dir() else Path(name)
+        path = _GRIDS / name if (_GRIDS / name).is_dir() or not Path(name).exists() else Path(name)
         found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not found or not found[0].is_file():
             known = ", ".join(sorted(p.name for p in _GRIDS.iterdir() if p.is_dir()))

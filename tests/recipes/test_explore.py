@@ -373,6 +373,7 @@ def test_a_folder_of_another_data_set_is_refused(searched, recipe, tmp_path, cap
 
 def test_the_paper_has_eight_rows():
     rows = read_grid(["paper"], {})
+    assert read_grid(["paper/1-baseline.yaml"], {})[0].options == rows[0].options
     assert [row.name for row in rows] == [
         "baseline", "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch", "weight_sharing",
         "warm_ada_batch_weight_sharing",
