@@ -20,7 +20,7 @@ from .caution import RANDOM_TRIALS
 from .grid import Row, check_grown, enqueue_rows
 from .reclaim import Reclaimer, enqueue_again, retry
 from .solution import OBJECTIVES, ExplorationError, Solution, is_behind, over_seeds, pareto_front
-from .space import Space
+from .space import GROWTH, Space
 from .storage import open_storage, storage_errors, without_password
 from .timing import CLOCKS
 from .trials import is_limited, solution_of, trials_seen
@@ -32,8 +32,6 @@ _MOST_FAILURES = 5
 _MOST_REPETITIONS = 20
 # Of the budget, what the search takes where its solutions are repeated with other seeds after it.
 _SHARE_OF_THE_SEARCH = 0.6
-# A trial whose schedule is worth more epochs is trained again with so many times as many.
-_GROWTH = 3
 
 
 class Exploration:
@@ -266,8 +264,8 @@ class Exploration:
             return
         most = self.study.user_attrs.get("most_seconds", math.inf)
         for solution in pareto_front(complete, self.objectives):
-            epochs = _GROWTH * len(solution.history)
-            if epochs > self.plan.epochs or solution.number in promoted or _GROWTH * solution.seconds >= most:
+            epochs = GROWTH * len(solution.history)
+            if epochs > self.plan.epochs or solution.number in promoted or GROWTH * solution.seconds >= most:
                 continue
             if not is_behind(solution, complete):
                 self._enqueue_again(solution, params={"epochs": epochs}, promoted_from=solution.number)

@@ -110,6 +110,7 @@ def test_first_trial_is_the_unreduced_network_at_one_rate(digits):
     assert [name for name, _ in others] == [
         "exp_decay", "one_cycle", "warm_restarts", "ada_batch", "warm_ada_batch"
     ]  # fmt: skip
+    assert {made["epochs"] for _, made in others} == {3, 4}, "a third; three cycles have three epochs"
     assert others[-1][1]["warm_batch"] == 1 and others[-1][1]["first_batch"] == 16
 
 
