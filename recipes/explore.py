@@ -255,10 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     check_rows(rows, options, data)
     budget = None if args.resume else args.budget
     plan = rows or plan_space(options, args.set, data, device, args.epochs, budget)
-    names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in args.grid or [])]
-    if args.study is None:
-        of_names = names[: 2 + len(saved.get("grid") or args.grid or [])]
-        args.study = "-".join(of_names)
+    first_grid = saved.get("grid") or args.grid or []
+    names = [str(options.get("model", "grid")), Path(options["dataset"]).name, *(Path(n).stem for n in first_grid)]
+    args.study = args.study or "-".join(names)
     report = Report(console, args.quiet, args.budget)
     with claim_folder(args, options) as folder:
         exploration = report.exploration = Exploration(

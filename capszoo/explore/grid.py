@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capszoo.data import DataSplits
-from capszoo.engine.options import check_ranges, options_from
+from capszoo.engine.options import POLICY_OPTIONS, check_ranges, options_from
 from capszoo.engine.run import make_policy, model_arguments
 from capszoo.errors import UsageError
 from capszoo.files import read_yaml
-from capszoo.policies import list_policies, policy_options
+from capszoo.policies import policy_options
 from capszoo.registry import create_model
 
 from .solution import ExplorationError, Solution, paired_difference
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import optuna
 
 _GRIDS = Path(__file__).resolve().parents[1] / "recipes" / "configs"
-_ALL_POLICY_OPTIONS = {name for policy in list_policies() for name in policy_options(policy)}
 # Options that say which images the trials train on; those of the validation split depend on them, too.
 _OF_THE_DATA = ("seed", "dataset", "val_fraction", "img_size", "in_chans")
 
@@ -49,7 +48,7 @@ def read_grid(names: Sequence[str], overrides: Mapping[str, Any]) -> list[Row]:
         values = read_yaml(file)
         # A length of warm-up, say, is set where a row's policy has one.
         known = policy_options(overrides.get("policy", values.get("policy", "one_cycle")))
-        taken = {name: value for name, value in overrides.items() if name in known or name not in _ALL_POLICY_OPTIONS}
+        taken = {name: value for name, value in overrides.items() if name in known or name not in POLICY_OPTIONS}
         if not isinstance(values.get("model_kwargs") or {}, dict):
             raise UsageError(f"{file}: model_kwargs must be a mapping, not {values['model_kwargs']!r}")
         kwargs = {**(values.get("model_kwargs") or {}), **taken.get("model_kwargs", {})}

@@ -15,7 +15,7 @@ from capszoo.precision import resolve_amp
 from capszoo.registry import create_model, model_keywords
 
 from .solution import ExplorationError
-from .timing import seconds_of_an_epoch
+from .timing import one_plain_epoch, seconds_of_an_epoch
 
 if TYPE_CHECKING:
     import optuna
@@ -203,9 +203,7 @@ def plan_space(
     if fixed.get("epochs") is not None:
         epochs = base.epochs
     if budget is not None:
-        of_policies = {name for policy in list_policies() for name in policy_options(policy)}
-        plain = {name: value for name, value in options.items() if name not in of_policies}
-        seconds = seconds_of_an_epoch(options_from({**plain, "policy": "fixed", "epochs": 1}), data, device)
+        seconds = seconds_of_an_epoch(one_plain_epoch(options), data, device)
         if seconds > budget:
             raise UsageError(
                 f"--budget {budget:g}s is too short for one trial: an epoch of {base.model} on {base.dataset} "

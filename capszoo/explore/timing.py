@@ -3,16 +3,15 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from capszoo.data import DataSplits
-from capszoo.engine.options import options_from
+from capszoo.engine.options import POLICY_OPTIONS, TrainingOptions, options_from
 from capszoo.engine.run import make_policy, make_trainer
-from capszoo.policies import list_policies, policy_options
 
 from .solution import Solution
 
@@ -27,6 +26,12 @@ def _cpu_seconds() -> float:
 
 # By their names on the command line: on a CPU that does other things too, the time of the process alone is comparable.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": _cpu_seconds}
+
+
+def one_plain_epoch(options: Mapping[str, Any]) -> TrainingOptions:
+    """Options of recipes/train.py for a single epoch at a fixed rate and batch size, without those of the policy."""
+    kept = {name: value for name, value in options.items() if name not in POLICY_OPTIONS}
+    return options_from({**kept, "policy": "fixed", "epochs": 1})
 
 
 def seconds_of_an_epoch(
@@ -95,13 +100,11 @@ def retime_at_rest(exploration: "Exploration", rounds: int = 3) -> list[Solution
     solutions = exploration.solutions()
     device, data = exploration.device, exploration.data
     first = {solution.name: solution for solution in reversed(solutions) if solution.history}
-    of_policies = {name for policy in list_policies() for name in policy_options(policy)}
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds):
         for name, solution in first.items():
             policy = make_policy(options_from(solution.options), solution.images)
             for batch_size in {policy.batch_size(epoch) for epoch in range(policy.epochs)}:
-                fixed = {**solution.options, "policy": "fixed", "batch_size": batch_size, "epochs": 1}
-                args = options_from({key: value for key, value in fixed.items() if key not in of_policies})
+                args = one_plain_epoch({**solution.options, "batch_size": batch_size})
                 times.setdefault((name, batch_size), []).append(seconds_of_an_epoch(args, data, device))
     return retime(solutions, lambda solution, batch_size: statistics.median(times[solution.name, batch_size]))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from capszoo.engine.options import options_from
 from capszoo.engine.run import make_model
-from capszoo.explore import OBJECTIVES, Exploration, ExplorationError, Row, Space, write_solutions
+from capszoo.explore import CLOCKS, OBJECTIVES, Exploration, ExplorationError, Row, Space, write_solutions
 from capszoo.explore.stopping import why_stop
 
 optuna = pytest.importorskip("optuna")
@@ -262,7 +262,9 @@ def test_a_short_budget_stops_nothing_that_a_long_one_began(digits, tmp_path, ex
     assert again.baseline().name == "baseline"
 
 
-def test_what_is_good_gets_more_epochs_and_what_is_best_other_seeds(digits, tmp_path, explore):
+def test_what_is_good_gets_more_epochs_and_what_is_best_other_seeds(digits, tmp_path, explore, monkeypatch):
+    ticks = itertools.count()  # by the steps, and not by what else the machine does
+    monkeypatch.setitem(CLOCKS, "wall", lambda: float(next(ticks)))
     space = Space("capsnet_tiny", digits, 3, fixed={"policy": "fixed", "model_kwargs": SMALL})
     known = {**space.queue()[0], "batch_size": 64}
     space.queue = lambda: [known, {**known, "epochs": 1, "lr": 3e-3}]
