@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 from .errors import UsageError, first_line, unknown_name
 from .files import parse_yaml
 
-__all__ = ["Option", "OptionError", "Range", "option", "options_of", "read_pair", "read_size", "read_values", "words"]
+__all__ = [
+    "Option",
+    "OptionError",
+    "Range",
+    "check_needs",
+    "option",
+    "options_of",
+    "read_pair",
+    "read_size",
+    "read_values",
+    "words",
+]
 
 
 class OptionError(ValueError):
@@ -46,6 +57,7 @@ class Option:
         join: Turns the list of words into one value, instead of `read`.
         choices: The values that it may have; empty for all.
         within: The numbers that it may have.
+        needs: Options of which one must be given, as it only says how they are done; empty if it stands for itself.
         flag: It is true or false, and takes no word.
         negatable: The flag also has a form that starts with `--no-`.
         positional: It stands on the command line without a name.
@@ -61,6 +73,7 @@ class Option:
     join: Callable[[Sequence[str]], Any] | None = None
     choices: tuple[Any, ...] = ()
     within: Range | None = None
+    needs: tuple[str, ...] = ()
     flag: bool = False
     negatable: bool = False
     positional: bool = False
@@ -92,6 +105,24 @@ def option(default: Any, help: str, group: str, **more: Any) -> Any:
 def options_of(options: Any) -> dict[str, Option]:
     """The options of a dataclass by name, in their order."""
     return {field.name: field.metadata["option"] for field in fields(options) if "option" in field.metadata}
+
+
+def check_needs(options: Any) -> None:
+    """Check that no option is given that has no effect, as none of those is given that it needs.
+
+    Args:
+        options: A dataclass of options.
+
+    Raises:
+        UsageError: If one is.
+    """
+    defaults = {field.name: field.default for field in fields(options)}
+    for name, what in options_of(options).items():
+        value = getattr(options, name)
+        if what.needs and value != defaults[name] and not any(getattr(options, other) for other in what.needs):
+            others = " or ".join(f"--{other.replace('_', '-')}" for other in what.needs)
+            given = " ".join(words(name, value, what))
+            raise UsageError(f"{given} has no effect without {others}: give one, or leave it out")
 
 
 def read_values(values: Mapping[str, Any], options: Mapping[str, Option], source: Any) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from capszoo.errors import UsageError, unknown_name
-from capszoo.fields import NOT_NEGATIVE, Range, option, options_of, words
+from capszoo.fields import NOT_NEGATIVE, Range, check_needs, option, options_of, words
 
 __all__ = ["Augmentation"]
 
@@ -32,17 +32,8 @@ _PAIRS = {
     "rescale": (0.0, 1e6, "two numbers above 0, the smaller first, such as 0.8 1.2"),
     "cutmix_minmax": (0.0, 1.0, "two numbers above 0, up to 1, the smaller first, such as 0.2 0.8"),
 }
-# Options that only say how another one is done.
-_NEEDS = {
-    "train_interpolation": ("scale", "ratio", "rotate", "shear", "rescale", "aa"),
-    "color_jitter_prob": ("color_jitter",),
-    "remode": ("reprob",),
-    "recount": ("reprob",),
-    "mixup_prob": ("mixup", "cutmix", "cutmix_minmax"),
-    "mixup_switch_prob": ("mixup", "cutmix", "cutmix_minmax"),
-    "mixup_mode": ("mixup", "cutmix", "cutmix_minmax"),
-    "mixup_off_epoch": ("mixup", "cutmix", "cutmix_minmax"),
-}
+# What mixes images.
+_MIXING = ("mixup", "cutmix", "cutmix_minmax")
 # timm's policies and the sections that may follow their names.
 _OF_AUTO = ("mstd",)
 _POLICIES = {
@@ -93,7 +84,11 @@ class Augmentation:
         metavar=("LEAST", "MOST"),
     )
     train_interpolation: str = option(
-        "bilinear", "how crops and rotated images are resampled", _GROUP, choices=("bilinear", "bicubic", "random")
+        "bilinear",
+        "how crops and rotated images are resampled",
+        _GROUP,
+        choices=("bilinear", "bicubic", "random"),
+        needs=("scale", "ratio", "rotate", "shear", "rescale", "aa"),
     )
     rotate: float = option(
         0.0, "rotate by up to so many degrees either way", _GROUP, read=float, within=_DEGREES, metavar="DEGREES"
@@ -123,7 +118,7 @@ class Augmentation:
         metavar="PART",
     )
     color_jitter_prob: float | None = option(
-        None, "probability of it; default 1", _GROUP, read=float, within=_PROBABILITY
+        None, "probability of it; default 1", _GROUP, read=float, within=_PROBABILITY, needs=("color_jitter",)
     )
     grayscale_prob: float = option(0.0, "probability of a grey image", _GROUP, read=float, within=_PROBABILITY)
     gaussian_blur_prob: float = option(0.0, "probability of a blur", _GROUP, read=float, within=_PROBABILITY)
@@ -139,8 +134,9 @@ class Augmentation:
         "erase with the mean colour, a random colour, or random pixels",
         _GROUP,
         choices=("const", "rand", "pixel"),
+        needs=("reprob",),
     )
-    recount: int = option(1, "boxes that are erased in an image", _GROUP, read=int, within=_BLOCKS)
+    recount: int = option(1, "boxes that are erased in an image", _GROUP, read=int, within=_BLOCKS, needs=("reprob",))
     mixup: float = option(
         0.0,
         "alpha of mixup: the share of an image in a mixed one is drawn from Beta(alpha, alpha)",
@@ -159,15 +155,21 @@ class Augmentation:
         many="+",
         metavar=("LEAST", "MOST"),
     )
-    mixup_prob: float = option(1.0, "probability of mixup or cutmix", _GROUP, read=float, within=_PROBABILITY)
+    mixup_prob: float = option(
+        1.0, "probability of mixup or cutmix", _GROUP, read=float, within=_PROBABILITY, needs=_MIXING
+    )
     mixup_switch_prob: float = option(
-        0.5, "probability of cutmix where both are given", _GROUP, read=float, within=_PROBABILITY
+        0.5, "probability of cutmix where both are given", _GROUP, read=float, within=_PROBABILITY, needs=_MIXING
     )
     mixup_mode: str = option(
-        "batch", "mix by one share a batch, a pair, or an image", _GROUP, choices=("batch", "pair", "elem")
+        "batch",
+        "mix by one share a batch, a pair, or an image",
+        _GROUP,
+        choices=("batch", "pair", "elem"),
+        needs=_MIXING,
     )
     mixup_off_epoch: int = option(
-        0, "mix no more after so many epochs; 0 for always", _GROUP, read=int, within=NOT_NEGATIVE
+        0, "mix no more after so many epochs; 0 for always", _GROUP, read=int, within=NOT_NEGATIVE, needs=_MIXING
     )
 
     @property
@@ -196,7 +198,6 @@ class Augmentation:
         Raises:
             UsageError: If one is out of range, or has no effect because of another.
         """
-        defaults = {field.name: field.default for field in fields(Augmentation)}
         for name, what in options_of(Augmentation).items():
             value = getattr(self, name)
             if what.within is not None and value is not None and not what.within.holds(value):
@@ -207,10 +208,7 @@ class Augmentation:
             pair = getattr(self, name)
             if pair is not None and not (len(pair) == 2 and least < pair[0] <= pair[1] <= most):
                 raise UsageError(f"{self._given(name)} is out of range: give {remedy}")
-        for name, needed in _NEEDS.items():
-            if getattr(self, name) != defaults[name] and not any(getattr(self, other) for other in needed):
-                others = " or ".join(f"--{other.replace('_', '-')}" for other in needed)
-                raise UsageError(f"{self._given(name)} has no effect without {others}: give one, or leave it out")
+        check_needs(self)
         if self.alternate_flip and self.hflip:
             raise UsageError(f"--alternate-flip does not go with {self._given('hflip')}: give one of them")
         if self.color_jitter is not None:
@@ -240,8 +238,7 @@ class Augmentation:
         through_pil = ["aa", "color_jitter", "grayscale_prob", "gaussian_blur_prob"]
         through_pil += ["scale", "ratio"] if on_disk else []
         impossible = [("images of 2 channels", through_pil if channels == 2 else [])]
-        mixing = ["mixup", "cutmix", "cutmix_minmax"]
-        impossible += [("images that are composed of others", [*through_pil, *mixing] if has_parts else [])]
+        impossible += [("images that are composed of others", [*through_pil, *_MIXING] if has_parts else [])]
         for what, names in impossible:
             for name in names:
                 if getattr(self, name):
@@ -279,7 +276,7 @@ class Augmentation:
         sizes = sizes[: self.mixup_off_epoch] if self.mixup_off_epoch else sizes
         odd = sorted({size for size in sizes if size % 2})
         if self.mixes and odd:
-            name = next(name for name in ("mixup", "cutmix", "cutmix_minmax") if getattr(self, name))
+            name = next(name for name in _MIXING if getattr(self, name))
             raise UsageError(
                 f"{self._given(name)} mixes pairs of images, and a batch has {odd[0]}: give an even --batch-size (with "
                 f"a policy that begins with small batches also --warm-batch), or leave --{name.replace('_', '-')} out"

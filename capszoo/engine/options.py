@@ -22,6 +22,7 @@ from capszoo.fields import (
     Option,
     OptionError,
     Range,
+    check_needs,
     option,
     options_of,
     read_pair,
@@ -30,7 +31,7 @@ from capszoo.fields import (
 )
 from capszoo.files import write_atomically
 from capszoo.losses import default_reconstruction_weight
-from capszoo.policies import list_policies, policy_options
+from capszoo.policies import Policy, create_policy, list_policies, policy_options
 
 __all__ = [
     "BACKBONE_OPTIONS",
@@ -42,6 +43,7 @@ __all__ = [
     "fill_in",
     "options_from",
     "options_text",
+    "policy_of",
     "policy_option_fields",
     "with_values",
     "write_options",
@@ -187,10 +189,20 @@ class TrainingOptions(Augmentation):
         False, "measure and keep the exponential moving average of the weights", "training", flag=True
     )
     model_ema_decay: float = option(
-        0.9995, "part of the average that a step leaves as it is", "training", read=float, within=BELOW_1
+        0.9995,
+        "part of the average that a step leaves as it is",
+        "training",
+        read=float,
+        within=BELOW_1,
+        needs=("model_ema",),
     )
     model_ema_warmup: bool = option(
-        True, "let the average follow the weights faster at first", "training", flag=True, negatable=True
+        True,
+        "let the average follow the weights faster at first",
+        "training",
+        flag=True,
+        negatable=True,
+        needs=("model_ema",),
     )
     nonfinite: str = option(
         "stop", "at a loss that is infinite or not a number", "training", choices=("stop", "skip"), may_change=True
@@ -319,12 +331,15 @@ def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> T
 
     Those of the images' normalisation depend on the model, too: :func:`capszoo.engine.run.make_trainer` has them.
     """
-    changes: dict[str, Any] = {}
     if options.batch_size is None:  # of few images there are few steps
-        changes["batch_size"] = 128 if num_images >= 10_000 else 16 if num_images >= 1000 else 8
+        options = replace(options, batch_size=128 if num_images >= 10_000 else 16 if num_images >= 1000 else 8)
+    changes: dict[str, Any] = {}
     # The first steps of Adam at batch 1 follow single images, see warmup_steps in capszoo.policies.
     if options.policy in ("ada_batch", "warm_ada_batch"):
-        warmup = min(1000, _first_steps(options, num_images) // 2)
+        try:
+            warmup = min(1000, policy_of(options, num_images).progress(0, 0).phase_steps // 2)
+        except (TypeError, ValueError):  # refused again where the run makes its policy
+            warmup = 0
         changes["policy_options"] = {"warmup_steps": warmup, **options.policy_options}
     if options.reconstruction_weight is None:
         # The paper's code halves the margin loss, and so its 0.0005 is twice that of ours.
@@ -333,20 +348,22 @@ def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> T
     return replace(options, **changes)
 
 
-def _first_steps(options: TrainingOptions, num_images: int) -> int:
-    """Steps of the first phase of a policy that has phases."""
-    known = policy_options(options.policy)
-    values = {name: options.policy_options.get(name, known[name][0]) for name in known}
-    first = ("warm_epochs", "warm_batch") if values["warm_epochs"] else ("epochs", "first_batch")
-    try:
-        epochs, batch_size = (int(values[name]) if name in values else options.epochs for name in first)
-    except (TypeError, ValueError):  # which the policy refuses
-        return 0
-    return epochs * -(-num_images // max(1, batch_size))
+def policy_of(options: TrainingOptions, num_images: int) -> Policy:
+    """The policy of options that have a batch size, for so many training images.
+
+    Raises:
+        ValueError: If it refuses its options.
+    """
+    return create_policy(
+        options.policy,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        num_images=num_images,
+        **{name: options.policy_options[name] for name in sorted(options.policy_options)},
+    )
 
 
-# What only says how something else is done.
-_NEEDS = {"model_ema_decay": "model_ema", "model_ema_warmup": "model_ema"}
 # Of recipes/explore.py.
 _MORE_RANGES = {"grace": POSITIVE, "seeds": MILLION, "trials": MILLION}
 
@@ -374,10 +391,7 @@ def _check_together(options: TrainingOptions) -> None:
     for name in ("checkpoint", "resume", "output"):
         if getattr(options, name) == "":
             raise UsageError(f"--{name} is empty: give a path, or leave it out")
-    for name, needed in _NEEDS.items():
-        if getattr(options, name) != getattr(DEFAULTS, name) and not getattr(options, needed):
-            given, other = (f"--{some.replace('_', '-')}" for some in (name, needed))
-            raise UsageError(f"{given} has no effect without {other}: give it, too, or leave {given} out")
+    check_needs(options)
     if options.pretrained and options.checkpoint:
         raise UsageError(f"--pretrained and --checkpoint {options.checkpoint} are two starts: give one of them")
 

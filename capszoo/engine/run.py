@@ -23,7 +23,7 @@ from capszoo.fields import words
 from capszoo.files import write_json
 from capszoo.losses import CrossEntropyLoss, MarginLoss
 from capszoo.opening import weights_in
-from capszoo.policies import Policy, create_policy
+from capszoo.policies import Policy
 from capszoo.precision import resolve_amp
 from capszoo.pretrained import image_statistics
 from capszoo.registry import (
@@ -40,7 +40,16 @@ from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
 from .memory import keep_freed_memory
 from .optimizers import create_optimizer
-from .options import BACKBONE_OPTIONS, DEFAULTS, MODEL_OPTIONS, OPTIONS, TrainingOptions, check_ranges, fill_in
+from .options import (
+    BACKBONE_OPTIONS,
+    DEFAULTS,
+    MODEL_OPTIONS,
+    OPTIONS,
+    TrainingOptions,
+    check_ranges,
+    fill_in,
+    policy_of,
+)
 from .task import CapsuleTask
 from .trainer import Trainer
 
@@ -142,15 +151,7 @@ def _with_weights(name: str, path: Path, kwargs: dict[str, Any]) -> torch.nn.Mod
 
 def make_policy(options: TrainingOptions, num_images: int) -> Policy:
     """Make the policy of --policy and its options, for so many training images."""
-    options = fill_in(options, num_images)
-    return create_policy(
-        options.policy,
-        lr=options.lr,
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        num_images=num_images,
-        **{name: options.policy_options[name] for name in sorted(options.policy_options)},
-    )
+    return policy_of(fill_in(options, num_images), num_images)
 
 
 policy_from = make_policy  # its name of before

@@ -67,6 +67,7 @@ def test_warm_up_is_no_longer_than_half_of_the_first_phase():
     for values, expected in (
         ({"warm_epochs": 1, "warm_batch": 4}, 12),
         ({"warm_epochs": 0, "first_batch": 10, "epochs": 4}, 20),
+        ({"warm_epochs": 0, "first_batch": 10, "grow_every": 2}, 10),
         ({"warmup_steps": 77}, 77),
         ({"warm_epochs": 9, "warm_batch": 1, "epochs": 20}, 450),
     ):
@@ -77,8 +78,8 @@ def test_warm_up_is_no_longer_than_half_of_the_first_phase():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model_ema_decay": 0.5}, "--model-ema-decay has no effect without --model-ema: give it, too, or leave"),
-        ({"model_ema_warmup": False}, "--model-ema-warmup has no effect without --model-ema"),
+        ({"model_ema_decay": 0.5}, "--model-ema-decay 0.5 has no effect without --model-ema: give one, or leave it"),
+        ({"model_ema_warmup": False}, "--no-model-ema-warmup has no effect without --model-ema"),
         ({"pretrained": True, "checkpoint": "a.safetensors"}, "--pretrained and --checkpoint a.safetensors are two"),
         ({"checkpoint": ""}, "--checkpoint is empty: give a path, or leave it out"),
         ({"output": ""}, "--output is empty"),
