@@ -20,7 +20,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from . import _moved
-from .contract import auxiliary_modules
+from .contract import Resizable, auxiliary_modules
 from .errors import CheckpointError, UnreadableError, WriteError, first_line
 from .files import write_atomically
 from .layers import unfold_scales
@@ -182,10 +182,22 @@ def load_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, 
     """
     file = read_file(path)
     fitting = check_weights(model, file)
+    fitting = _resized(model, fitting, file)
     normalisation = _read_normalisation(file.path, file.metadata, getattr(model, "in_chans", 1))
     model.load_state_dict(fitting)
     _describe(model, file, normalisation)
     return file.metadata
+
+
+def _resized(model: Any, tensors: dict[str, Tensor], file: "WeightsFile") -> dict[str, Tensor]:
+    """Weights as they are at the size of the model's images, where the file says that they are of another."""
+    try:
+        size = to_2tuple(json.loads(file.metadata["model_args"]).get("img_size") or 28)
+        if tuple(size) == tuple(model.img_size) or not isinstance(model, Resizable):
+            return tensors
+        return model.resize_weights(tensors, tuple(size))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # which says nothing of a size
+        return tensors
 
 
 # Of timm's configuration, what is said of weights, and where they come from.

@@ -21,6 +21,7 @@ __all__ = [
     "HasRoutedCapsules",
     "HasUniformTwin",
     "Prunable",
+    "Resizable",
     "auxiliary_modules",
     "decoder_of",
     "has_couplings",
@@ -147,6 +148,14 @@ class Prunable(Protocol):
 
     def prunable_parts(self) -> dict[str, int | tuple[int, int]]:
         """How many of each part there are, a pair for parts of two layers; none where there are no class capsules."""
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A model whose weights must change with the size of the images, though their shapes do not."""
+
+    def resize_weights(self, state_dict: dict[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:
+        """Weights that were trained on images of `img_size`, height and width in pixels, as they are at the model's."""
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from .kernels.inverted_attention.ops import forward_op as inverted_attention_op
 from .kernels.ops import dynamic_routing_op
 from .kernels.self_attention.ops import forward_op as self_attention_op
 from .layers import set_fused_routing
+from .modes import evaluation_mode
 from .registry import create_model, list_pretrained
 
 # Above, routing takes more than the convolutions do; the networks for MNIST have 288 to 1,152.
@@ -77,7 +78,6 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     parameter = next(model.parameters())
     image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     # The operator says by its shapes what it does; of the reference, the counter would see the matrix products alone.
-    was_training = model.training
     # Both as they were defined and as `torch.ops` has them: PyTorch may make a new object of an operator there, and
     # the counter is given whichever was called first.
     operators = {
@@ -89,14 +89,10 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     counted = {operator._opoverload._overloadpacket: count for operator, count in operators.items()}
     counted |= {getattr(torch.ops.capszoo, operator._name): count for operator, count in operators.items()}
     counter = FlopCounterMode(display=False, custom_mapping=counted)
-    model.eval()
-    try:
-        with set_fused_routing(True), torch.no_grad():
-            with counter:
-                model(image)
-            capsules = _count_capsules(model, image)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), set_fused_routing(True), torch.no_grad():
+        with counter:
+            model(image)
+        capsules = _count_capsules(model, image)
     backbone = getattr(getattr(model, "backbone", None), "name", None)
     weights = list_pretrained(name) if timm_is_model(name) and backbone is None else []
     return ModelInfo(

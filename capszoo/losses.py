@@ -143,7 +143,10 @@ def cross_entropy_loss(
     logits = at_least_float32(logits)
     present = present_classes(target, logits)
     smooth = (1 - label_smoothing) * present + label_smoothing / logits.shape[1]
-    losses = -(smooth * logits.log_softmax(dim=1)).sum(dim=1)
+    log_shares = logits.log_softmax(dim=1)
+    # Logits of -inf, as of classes that are masked, count where the target has a weight for them.
+    log_shares = log_shares.masked_fill((smooth == 0) & torch.isneginf(log_shares), 0.0)
+    losses = -(smooth * log_shares).sum(dim=1)
     return _reduce(losses, reduction, _image_weights(present, weight))
 
 
@@ -304,7 +307,8 @@ class SpreadLoss(nn.Module):
     """Module form of :func:`spread_loss`, whose margin may grow while it is trained with.
 
     Args:
-        margin: m, the last where it grows; in evaluation mode always this one.
+        margin: m, the last where it grows; in evaluation mode always this one, and as long as nobody calls
+            `set_progress`.
         weight: As in :func:`spread_loss`.
         reduction: As in :func:`spread_loss`.
         first_margin: m at the start of training, growing linearly to `margin` (0.2 to 0.9 in Hinton et al. 2018); None
@@ -326,7 +330,7 @@ class SpreadLoss(nn.Module):
         _check_margin(first)
         _check_reduction(reduction)
         self.margin, self.first_margin, self.reduction = margin, first, reduction
-        self.current_margin = float(first)
+        self.current_margin = float(margin)
         self.register_buffer("weight", weight)
 
     @torch.jit.ignore

@@ -18,6 +18,7 @@ from .data.decoding import decode, not_an_image
 from .data.folders import images_below
 from .data.readers import ArrayReader
 from .errors import DataError, one_line
+from .modes import evaluation_mode
 
 __all__ = ["Prediction", "class_names_of", "predict", "reconstruct", "to_pixels"]
 
@@ -181,15 +182,11 @@ def predict(model: nn.Module, images: Any, batch_size: int = 256) -> Prediction 
     if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
         images, is_one = _images_of(images), False
     several: Sequence[Any] = [images] if is_one else images
-    was_training = model.training
-    model.eval()
     found: list[Prediction] = []
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(several), batch_size):
             pixels = [to_pixels(several[place], model) for place in range(start, min(start + batch_size, len(several)))]
             found += predict_pixels(model, torch.stack(pixels))
-    finally:
-        model.train(was_training)
     return found[0] if is_one else found
 
 

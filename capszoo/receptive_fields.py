@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import HasRoutedCapsules, has_couplings
+from .modes import evaluation_mode
 
 __all__ = ["receptive_fields"]
 
@@ -16,15 +17,12 @@ __all__ = ["receptive_fields"]
 @contextlib.contextmanager
 def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """The model in evaluation mode; derivatives by its parameters are not taken."""
-    modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        model.eval().requires_grad_(False)
-        with torch.set_grad_enabled(gradients):
+        model.requires_grad_(False)
+        with evaluation_mode(model), torch.set_grad_enabled(gradients):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, needs in wanted.items():
             parameter.requires_grad_(needs)
 

@@ -68,8 +68,12 @@ class CapsuleForImageClassification(TimmWrapperForImageClassification):
         super().__init__(config)
         model = self.timm_model
         if keeps_contract(type(model)):
-            criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
-            self.loss_function = lambda labels, logits, config, **kwargs: criterion(logits, labels)
+            self.criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
+            self.loss_function = self._loss
+
+    def _loss(self, labels: Tensor, logits: Tensor, config: Any, **kwargs: Any) -> Tensor:
+        """The model's own loss, in this module's mode."""
+        return self.criterion(logits, labels)
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)

@@ -1,5 +1,7 @@
 """Cross-entropy of logits, and the margin of the spread loss that grows."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,3 +72,13 @@ def test_the_margin_grows_from_first_to_last():
     loss.set_progress(0.0)
     assert loss.eval()(activations, target).item() == pytest.approx(spread_loss(activations, target, 0.9).item())
     assert "first_margin=0.2" in repr(loss)
+
+
+def test_masked_classes():
+    logits = torch.tensor([[2.0, 1.0, -math.inf], [0.0, -math.inf, 1.0]], requires_grad=True)
+    target = torch.tensor([0, 2])
+    loss = cross_entropy_loss(logits, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all() and gradient[0, 2] == gradient[1, 1] == 0
+    assert cross_entropy_loss(logits, torch.tensor([2, 2])).isinf()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from exporting import check_export, check_onnx
 from families import sizes_of
+from timm.models import group_parameters
 
 import capszoo
 from capszoo import prune
@@ -27,6 +28,11 @@ CASES = {
     **{name: (name, {}) for name in ("capsnet_conv_ia", "capsnet_resnet_sr", "capsnet_em_mini", "capsnet_vb_mini")},
     **{f"head {head}": ("capsnet_head", {"head": head}) for head in list_heads()},
 }
+# Networks whose layers are named otherwise than those of the others.
+MORE = {
+    "residual": ("capsnet_resnet_ia", {}),
+    "inner capsules": ("capsnet_resnet_sr", {"num_layers": 3}),
+}
 every_case = pytest.mark.parametrize("case", CASES)
 
 # Policies whose first phases take epochs of their own.
@@ -37,7 +43,7 @@ OPTIONS = {
 
 
 def make(case, **more):
-    name, kwargs = CASES[case]
+    name, kwargs = {**CASES, **MORE}[case]
     torch.manual_seed(0)
     return capszoo.create_model(
         name, **{**sizes_of(name), "in_chans": 1, "img_size": 20, "num_classes": 3, **kwargs, **more}
@@ -178,3 +184,68 @@ def test_exported_with_an_open_batch_size(case, fused):
 @every_case
 def test_onnx_with_an_open_batch_size(case, tmp_path):
     check_onnx(make(case).eval(), images(2).float() / 255, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("case", [*CASES, *MORE])
+def test_groups_of_parameters_follow_the_forward_pass(case, coarse):
+    """Layer decay and freezing by groups begin with the layers that come first."""
+    model = make(case)
+    groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    numbers = [groups[key] for key, _ in model.named_parameters()]
+    assert numbers == sorted(numbers) and len(set(numbers)) > 1
+    capsules = {groups[key] for key, _ in model.named_parameters() if "caps" in key}
+    assert len(capsules) > 1 or case.startswith(("cnn", "deepcaps"))
+
+
+def saved(model, x):
+    """Values that a forward pass keeps for the backward pass."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        model(x)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE])
+def test_grad_checkpointing_keeps_less_and_changes_nothing(case):
+    x = images().float() / 255
+    results, kept = [], []
+    for enable in (False, True):
+        model = make(case).train()
+        model.set_grad_checkpointing(enable)
+        model(x).square().sum().backward()
+        results.append([*(p.grad for p in model.parameters()), *model.buffers()])
+        kept.append(saved(model, x))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("case", ["capsnet_resnet_sr", "capsnet_vb_mini"])
+def test_grad_checkpointing_compiles(case):
+    x = images().float() / 255
+    model, expected = make(case).train(), make(case).train()
+    model.set_grad_checkpointing()
+    found = torch.compile(model, backend="aot_eager")(x)
+    found.sum().backward()
+    wanted = expected(x)
+    wanted.sum().backward()
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(
+        [*model.parameters(), *model.buffers()], [*expected.parameters(), *expected.buffers()], strict=True
+    ):
+        torch.testing.assert_close(a, b)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE])
+def test_all_levels_are_features(case):
+    x = images().float() / 255
+    extractor = make(case, features_only=True).eval()
+    whole = make(case).eval()
+    assert len(extractor(x)) == len(whole.feature_info) == len(extractor.feature_info)
+    for level, features in enumerate(extractor(x)):
+        assert features.shape[1] == whole.feature_info[level]["num_chs"]
+    with pytest.raises(ValueError, match=r"^out_indices=\[0\] has no effect without features_only=True"):
+        make(case, out_indices=[0])

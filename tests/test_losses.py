@@ -405,3 +405,13 @@ def test_class_weights_move_with_the_module():
     module = MarginLoss(weight=torch.ones(3)).double()
     assert module.weight.dtype == torch.float64 and MarginLoss().weight is None
     assert torch.jit.script(ReconstructionLoss())(torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)) == 4
+
+
+def test_the_margin_is_the_last_until_progress_is_told():
+    """Whoever trains without telling it does not stay at the first margin, at which most images cost nothing."""
+    criterion = SpreadLoss(margin=0.9, first_margin=0.2)
+    lengths, target = torch.tensor([[0.7, 0.3]]), torch.tensor([0])
+    torch.testing.assert_close(criterion(lengths, target), torch.tensor(0.25))  # (0.9 - 0.4)^2
+    criterion.set_progress(0.0)
+    assert criterion(lengths, target) == 0
+    torch.testing.assert_close(criterion.eval()(lengths, target), torch.tensor(0.25))

@@ -11,6 +11,7 @@ from capszoo.contract import decoder_of
 from capszoo.data import Loader, Split
 from capszoo.errors import Stopped, TrainingError
 from capszoo.losses import margin_loss, reconstruction_loss
+from capszoo.modes import evaluation_mode
 from capszoo.precision import autocast
 from capszoo.pretrained import image_statistics
 
@@ -105,41 +106,37 @@ def evaluate(
         check_statistics(model, loader.split)
     device = next(model.parameters()).device
     modules = [module for module in (model, criterion) if isinstance(module, nn.Module)]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
     decoder, normalization = decoder_of(model), Normalization(model, device)
     num_classes = model.num_classes
     # Of the images: losses, reconstruction errors, right answers, number.
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     multi_label, rows = False, [torch.empty(0, 2 * num_classes, device=device)]
-    for images, labels, *parts in loader:
-        multi_label = labels.ndim == 2
-        if not len(labels):
-            continue  # a last batch with fewer images than ranks
-        with autocast(device, amp):
-            if decoder is None:
-                lengths, drawn = model(images), None
-            else:
-                capsules, lengths = model.forward_capsules(images)
-                if parts:
-                    drawn = reconstruct_parts(decoder, capsules, labels, parts[0].shape[1])
+    with evaluation_mode(*modules):
+        for images, labels, *parts in loader:
+            multi_label = labels.ndim == 2
+            if not len(labels):
+                continue  # a last batch with fewer images than ranks
+            with autocast(device, amp):
+                if decoder is None:
+                    lengths, drawn = model(images), None
                 else:
-                    drawn = decoder(capsules, lengths.argmax(dim=1))
-        sums[0] += criterion(lengths, labels) * len(labels)
-        if drawn is not None:
-            pixels = parts[0] if parts else normalization.undo(images)
-            sums[1] += reconstruction_loss(drawn, pixels) * len(labels)
-        sums[2] += right_answers(lengths, labels).sum()
-        sums[3] += len(labels)
-        if multi_label:
-            rows.append(torch.cat([lengths, labels], dim=1))  # an average precision is that of all images
-        else:
-            place = labels.long() * num_classes + lengths.argmax(dim=1)
-            confusion.index_add_(0, place, torch.ones_like(place))  # `bincount` would wait for a GPU
-    for module, mode in zip(modules, modes, strict=True):
-        module.train(mode)
+                    capsules, lengths = model.forward_capsules(images)
+                    if parts:
+                        drawn = reconstruct_parts(decoder, capsules, labels, parts[0].shape[1])
+                    else:
+                        drawn = decoder(capsules, lengths.argmax(dim=1))
+            sums[0] += criterion(lengths, labels) * len(labels)
+            if drawn is not None:
+                pixels = parts[0] if parts else normalization.undo(images)
+                sums[1] += reconstruction_loss(drawn, pixels) * len(labels)
+            sums[2] += right_answers(lengths, labels).sum()
+            sums[3] += len(labels)
+            if multi_label:
+                rows.append(torch.cat([lengths, labels], dim=1))  # an average precision is that of all images
+            else:
+                place = labels.long() * num_classes + lengths.argmax(dim=1)
+                confusion.index_add_(0, place, torch.ones_like(place))  # `bincount` would wait for a GPU
     ranks.sum_(sums)
     *totals, count = sums.tolist()
     if count == 0:

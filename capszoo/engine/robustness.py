@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from capszoo.data import seeded_generator
 from capszoo.data.affine import draw_affine, sample_affine
+from capszoo.modes import evaluation_mode
 from capszoo.precision import autocast
 
 from .metrics import right_answers
@@ -81,28 +82,26 @@ def measure_robustness(
     Raises:
         ValueError: If there are no images.
     """
-    was_training = model.training
-    model.eval()
     count, right = 0, dict.fromkeys(ROBUSTNESS_COLUMNS, 0.0)
     # On the CPU and image by image: the same changes whatever device and batch size.
     generator, affine_generator = seeded_generator(seed), seeded_generator(seed, 1)
-    for images, labels in loader:
-        normalization = Normalization(model, images.device)
-        pixels = normalization.undo(images)  # zeros from outside are black
-        shifts = draw_shifts(len(labels), generator)
-        count += len(labels)
+    with evaluation_mode(model):
+        for images, labels in loader:
+            normalization = Normalization(model, images.device)
+            pixels = normalization.undo(images)  # zeros from outside are black
+            shifts = draw_shifts(len(labels), generator)
+            count += len(labels)
 
-        def score(changed: Tensor, labels: Tensor = labels, normalization: Normalization = normalization) -> float:
-            with autocast(changed.device, amp):
-                return float(right_answers(model(normalization(changed)), labels).sum())
+            def score(changed: Tensor, labels: Tensor = labels, normalization: Normalization = normalization) -> float:
+                with autocast(changed.device, amp):
+                    return float(right_answers(model(normalization(changed)), labels).sum())
 
-        for angle in ANGLES:
-            right[f"top1_rotate_{angle}"] += sum(score(transform(pixels, sign * angle)) for sign in (1, -1)) / 2
-        right[f"top1_shift_{MAX_SHIFT}"] += score(transform(pixels, shifts=shifts))
-        for scale in SCALES:
-            right[f"top1_scale_{scale}"] += score(transform(pixels, scale=scale))
-        right["top1_affine"] += score(sample_affine(pixels, draw_affine(len(labels), affine_generator).inverse()))
-    model.train(was_training)
+            for angle in ANGLES:
+                right[f"top1_rotate_{angle}"] += sum(score(transform(pixels, sign * angle)) for sign in (1, -1)) / 2
+            right[f"top1_shift_{MAX_SHIFT}"] += score(transform(pixels, shifts=shifts))
+            for scale in SCALES:
+                right[f"top1_scale_{scale}"] += score(transform(pixels, scale=scale))
+            right["top1_affine"] += score(sample_affine(pixels, draw_affine(len(labels), affine_generator).inverse()))
     if count == 0:
         raise ValueError("there are no images to measure robustness on")
     return {name: value / count for name, value in right.items()}

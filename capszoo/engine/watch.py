@@ -11,6 +11,7 @@ from capszoo.contract import HasPrimaryCapsules
 from capszoo.data import Loader
 from capszoo.errors import TrainingError
 from capszoo.layers import capsule_lengths
+from capszoo.modes import evaluation_mode
 from capszoo.precision import autocast
 
 from .distributed import STEPS_BETWEEN_QUESTIONS
@@ -63,11 +64,9 @@ def measure_saturation(model: Any, images: Tensor) -> Saturation:
         model: A model of this zoo; left in the mode it was in.
         images: ``[B, C, H, W]``, normalised as the model takes them, two or more.
     """
-    was_training = model.training
-    model.eval()
-    features = model.forward_features(images)
-    scores = model.forward_head(features).float()
-    model.train(was_training)
+    with evaluation_mode(model):
+        features = model.forward_features(images)
+        scores = model.forward_head(features).float()
     saturated = None
     if isinstance(model, HasPrimaryCapsules):
         saturated = float((capsule_lengths(model.primary_capsules(features).float()) > _LONG).float().mean())

@@ -12,6 +12,7 @@ from torch import nn
 from capszoo.errors import UsageError, first_line
 from capszoo.files import write_atomically
 from capszoo.layers import set_fused_routing
+from capszoo.modes import evaluation_mode
 
 __all__ = ["compile_package"]
 
@@ -51,10 +52,13 @@ def compile_package(path: str | Path, model: nn.Module, /, *, plain: bool = Fals
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(count, *shape, generator=generator).to(parameter) for count in (2, 5, 1)]
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    training = model.training
-    model.eval()
     try:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad(), set_fused_routing(not plain):
+        with (
+            evaluation_mode(model),
+            tempfile.TemporaryDirectory() as folder,
+            torch.no_grad(),
+            set_fused_routing(not plain),
+        ):
             batch = ({0: torch.export.Dim("batch", min=1, max=2**30)},)
             program = torch.export.export(model, (batches[0],), dynamic_shapes=batch)
             made = aoti_compile_and_package(
@@ -75,6 +79,4 @@ def compile_package(path: str | Path, model: nn.Module, /, *, plain: bool = Fals
         raise UsageError(
             f"the package cannot be compiled ({first_line(error)}): install g++, or name a C++ compiler in CXX"
         ) from None
-    finally:
-        model.train(training)
     return largest

@@ -27,7 +27,15 @@ from .matrix_caps import (
 from .primary_caps import PrimaryCaps
 from .scaled_conv import ScaledConv2d, fan_in_scale, fold_scales, unfold_scales
 from .self_attention import SelfAttentionRouting, exponential_squash, self_attention_routing
-from .self_routing import ConvSelfRouting, PoseCaps, SelfRouting, join_capsules, self_routing_scores, split_capsules
+from .self_routing import (
+    ConvSelfRouting,
+    PoseCaps,
+    SelfRouting,
+    drop_capsules,
+    join_capsules,
+    self_routing_scores,
+    split_capsules,
+)
 
 __all__ = [
     "Backbone",
@@ -56,6 +64,7 @@ __all__ = [
     "capsule_patches",
     "conv_caps_size",
     "create_routing",
+    "drop_capsules",
     "dynamic_routing",
     "em_routing",
     "exponential_squash",

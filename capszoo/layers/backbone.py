@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from capszoo.errors import first_line, unknown_name
 
+from .checkpointing import checkpoint_once
+
 __all__ = ["LEAST_MAP", "STEM", "Backbone", "BackbonePlan", "StridedStem", "plan_backbone"]
 
 STEM = "stem"
@@ -77,9 +79,19 @@ class StridedStem(nn.Module):
         self.convs = nn.Sequential(
             *(ConvNormAct(a, b, 3, stride=2, **dd) for a, b in zip(widths, widths[1:], strict=False))
         )
+        self.grad_checkpointing = False
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing of the convolutions."""
+        self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images ``[B, C, H, W]`` to the one map, in a list as timm's extractors have it."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for conv in self.convs:
+                x = checkpoint_once(conv, x)
+            return [x]
         return [self.convs(x)]
 
 

@@ -87,18 +87,23 @@ class ScaledConv2d(LargeConv2d):
         self.may_center = True
         self.register_buffer("centered", torch.full((), float(centered), device=device, dtype=self.weight.dtype))
         self.register_buffer("scale", torch.full((), scale, device=device, dtype=self.weight.dtype))
-        self.init_factor = init_gain / scale
+        self.fresh = (scale, float(centered), init_gain)
         self._rescale()
 
     def reset_parameters(self) -> None:
-        """Draw the weights and the bias as `torch.nn.Conv2d` does, and multiply the weights by gain / scale."""
+        """Make all as it was at first: weights and bias drawn as `torch.nn.Conv2d` does, the weights multiplied by
+        gain / scale, and the scale and the centring that the constructor was given."""
         super().reset_parameters()
         if "scale" in self._buffers:  # not yet where the constructor of nn.Conv2d calls this
             self._rescale()
 
     @torch.no_grad()
     def _rescale(self) -> None:
-        self.weight.mul_(self.init_factor)
+        scale, centered, init_gain = self.fresh
+        self.scale.fill_(scale)
+        self.centered.fill_(centered)
+        self.may_center = True
+        self.weight.mul_(init_gain / scale)
 
     def kernels(self) -> Tensor:
         """The weights as they convolve, without the scale: centred, if they are to be."""

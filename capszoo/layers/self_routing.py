@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from .functional import weighted_votes
 
-__all__ = ["ConvSelfRouting", "PoseCaps", "SelfRouting", "join_capsules", "self_routing_scores", "split_capsules"]
+__all__ = [
+    "ConvSelfRouting",
+    "PoseCaps",
+    "SelfRouting",
+    "drop_capsules",
+    "join_capsules",
+    "self_routing_scores",
+    "split_capsules",
+]
 
 COUPLINGS = ("self", "uniform")
 
@@ -39,6 +47,21 @@ def split_capsules(x: Tensor, num_types: int) -> tuple[Tensor, Tensor]:
 def join_capsules(poses: Tensor, log_activations: Tensor) -> Tensor:
     """Put capsules together to a map, the inverse of :func:`split_capsules`."""
     return torch.cat([log_activations, poses.flatten(-2)], dim=-1).permute(0, 3, 1, 2)
+
+
+def drop_capsules(x: Tensor, num_types: int, drop_rate: float, training: bool) -> Tensor:
+    """Leave capsules of a map out at random, which then have no share in the classes; the others stay as they are.
+
+    Args:
+        x: Map ``[B, A*(1 + K), H, W]``, see :func:`split_capsules`.
+        num_types: A.
+        drop_rate: Probability of each capsule to be left out, from 0 to 1.
+        training: Otherwise the map is returned as it is.
+    """
+    poses, log_activations = split_capsules(x, num_types)
+    left_out = F.dropout(torch.ones_like(log_activations), drop_rate, training) == 0
+    # Finite, so that all of them may be left out, and in the range of every type.
+    return join_capsules(poses, log_activations.masked_fill(left_out, -1e4))
 
 
 def check_couplings(couplings: str) -> None:

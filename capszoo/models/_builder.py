@@ -360,14 +360,14 @@ def build_model(
     """Build a model as timm does; weights are checked before timm reads them.
 
     Args:
-        cls: Its class, with three levels in `feature_info`, or more.
+        cls: Its class.
         filter_fn: Fits weights to the model, see :func:`capszoo.pretrained.fit_weights`.
         variant: Name of the entrypoint.
         pretrained: Load its weights.
-        **kwargs: Keywords of the class and of timm.
+        **kwargs: Keywords of the class and of timm; of `out_indices` the default is all levels of `feature_info`.
 
     Raises:
-        ValueError: As :func:`capszoo.pretrained.check_source`.
+        ValueError: As :func:`capszoo.pretrained.check_source`, and for `out_indices` without `features_only`.
     """
     of_backbone = _stem.cfg_overlay(cls, kwargs)
     overlay = {**of_backbone, **(kwargs.get("pretrained_cfg_overlay") or {})}
@@ -379,7 +379,9 @@ def build_model(
             )
         overlay = check_source(variant, kwargs.get("pretrained_cfg"), overlay)
     kwargs["pretrained_cfg_overlay"] = overlay
-    out_indices = kwargs.pop("out_indices", (0, 1, 2))
+    out_indices = kwargs.pop("out_indices", None)
+    if out_indices is not None and not kwargs.get("features_only"):
+        raise ValueError(f"out_indices={out_indices} has no effect without features_only=True: give that, too")
     model = build_model_with_cfg(
         cls,
         variant,

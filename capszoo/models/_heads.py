@@ -49,6 +49,7 @@ class VectorHead(nn.Module):
         least_map: Pixels each way of the map that it is made for.
         criterion: Makes the loss of its scores; None for the margin loss.
         returns_logits: Whether its scores are logits or log-probabilities.
+        drops_capsules: Whether dropout must leave out whole capsules, by :func:`capszoo.layers.drop_capsules`.
 
     Args:
         num_types: T, the types of primary capsules.
@@ -60,6 +61,7 @@ class VectorHead(nn.Module):
     num_types, caps_dim, least_map = 32, 8, LEAST_MAP
     criterion: Callable[[], nn.Module] | None = None
     returns_logits = False
+    drops_capsules = False
 
     couplings_of = _couplings.couplings_of_vectors
     routed_capsules = _couplings.routed_vectors
@@ -203,6 +205,7 @@ class InvertedAttentionHead(nn.Module):
     num_types, caps_dim, least_map = 32, 16, LEAST_MAP
     criterion: Callable[[], nn.Module] | None = CrossEntropyLoss
     returns_logits = True
+    drops_capsules = False
 
     _route_sequentially = InvertedAttentionCapsNet._route_sequentially
     _route_concurrently = InvertedAttentionCapsNet._route_concurrently
@@ -289,6 +292,7 @@ class SelfRoutingHead(nn.Module):
     num_types, caps_dim, least_map = 32, 16, 6
     criterion: Callable[[], nn.Module] | None = CrossEntropyLoss
     returns_logits = True
+    drops_capsules = True
 
     couplings_of = _couplings.couplings_of_map
     routed_capsules = _couplings.routed_with_activations

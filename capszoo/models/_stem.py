@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from timm.layers import to_2tuple
@@ -210,17 +210,17 @@ def fresh_votes(start: str, shared: bool, positions: int) -> dict[str, float]:
     return dict(init_std=0.1 * (ratio if shared else ratio**0.5)) if start == "default" else {}
 
 
-def rescale_votes(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def rescale_votes(state_dict: dict[str, Tensor], model: Any, img_size: Sequence[int]) -> dict[str, Tensor]:
     """Fit vote matrices that the positions of a map share to more of them, whose votes class capsules add up.
 
     Args:
-        state_dict: Weights that were trained on images of the size in the model's `pretrained_cfg`.
-        model: The model, of another size.
+        state_dict: Weights that were trained on images of another size than the model's.
+        model: The model.
+        img_size: Height and width of those images, in pixels.
     """
     key = "class_caps.weight"
-    if not model.share_weights or model.backbone is not None or key not in state_dict:
+    if not model.share_weights or key not in state_dict:
         return state_dict
-    kernel, (height, width) = model.conv1.kernel_size[0], model.pretrained_cfg["input_size"][1:]
-    before = math.prod((side - 2 * (kernel - 1) - 1) // 2 + 1 for side in (height, width))
-    ratio = before / math.prod(model.grid_size)
+    given = {**model.arguments(), "img_size": tuple(img_size), "keep_capsules": None}
+    ratio = math.prod(type(model)(**given, device="meta").grid_size) / math.prod(model.grid_size)
     return {**state_dict, key: state_dict[key].float() * ratio} if ratio < 1 else state_dict

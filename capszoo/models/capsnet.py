@@ -244,6 +244,11 @@ class CapsNet(nn.Module):
     group_matcher = _stem.group_matcher
 
     @torch.jit.ignore
+    def resize_weights(self, state_dict: dict[str, Tensor], img_size: tuple[int, int]) -> dict[str, Tensor]:
+        """Weights that were trained on images of this size as they are at the network's, see `capszoo.contract`."""
+        return _stem.rescale_votes(state_dict, self, img_size)
+
+    @torch.jit.ignore
     def arguments(self) -> dict[str, Any]:
         """Keywords, as JSON can hold them, with which `create_model` makes a network of these shapes again."""
         return {**_builder.arguments(self), "keep_capsules": list(self.keep_capsules) or None}
@@ -344,7 +349,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     state_dict = unfold_scales(select_caps.select_types(state_dict, model), model)
     other_classes, other_chans, other_size = _builder.trained_otherwise(model)
     if other_size:
-        state_dict = _stem.rescale_votes(state_dict, model)
+        state_dict = _stem.rescale_votes(state_dict, model, model.pretrained_cfg["input_size"][1:])
     may_differ = {
         **dict.fromkeys(_stem.image_weights(model), other_chans),
         "class_caps.weight": other_classes or other_size,

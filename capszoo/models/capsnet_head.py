@@ -22,7 +22,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers import Backbone
+from capszoo.layers import Backbone, drop_capsules
+from capszoo.layers.checkpointing import checkpoint_once
 from capszoo.models import _builder, _couplings, _heads, _stem
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
@@ -85,7 +86,8 @@ class CapsNetHead(nn.Module):
             caps_dim: K, the dimension of a primary capsule; None for the head's default.
             class_dim: D, the dimension of a class capsule, for heads that let it be chosen.
             head_kwargs: More keywords of the head, such as ``{"num_routing": 1}``.
-            drop_rate: Dropout rate of the primary capsules' values before the head.
+            drop_rate: Dropout rate of the primary capsules' values before the head; of whole capsules before
+                'self_routing'.
             device: Device of the parameters.
             dtype: Type of the parameters.
 
@@ -108,6 +110,7 @@ class CapsNetHead(nn.Module):
         self.grad_checkpointing = False
         self._num_levels = 3
         self.returns_logits = kind.returns_logits
+        self._drops_capsules, self._num_types = kind.drops_capsules, num_types
         if kind.criterion is not None:  # else the margin loss, of which options may then say more
             self.default_criterion = kind.criterion
         self.backbone = _stem.make_backbone(given, (height, width), kind.least_map, **dd)
@@ -225,12 +228,21 @@ class CapsNetHead(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the primary capsules ``[B, num_features, H', W']``."""
-        return self.primary_caps(self.backbone(x))
+        x = self.backbone(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_once(self.primary_caps, x)
+        return self.primary_caps(x)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Drop values of primary capsules, or whole capsules where their activations stand as logarithms."""
+        if self._drops_capsules:
+            return drop_capsules(x, self._num_types, self.drop_rate, self.training)
+        return F.dropout(x, p=self.drop_rate, training=self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map primary capsules to class scores ``[B, J]``, or flatten them if `pre_logits`."""
         if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+            x = self._drop(x)
         if pre_logits or self.num_classes == 0:
             return x.flatten(1) if self.global_pool == "flat" else x
         return self.head(x)
@@ -245,7 +257,7 @@ class CapsNetHead(nn.Module):
         _builder.check_classes(self)
         x = self.forward_features(x)
         if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+            x = self._drop(x)
         capsules = self.head.capsules(x)
         return capsules, self.head.scores(capsules)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassCaps, ConvCaps, ConvDynamicRouting, DeconvDecoder, capsule_lengths
+from capszoo.layers.checkpointing import checkpoint_once
 from capszoo.models import _builder, _couplings, _stem
-from capszoo.models._checkpointing import checkpoint_once
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["DeepCaps"]

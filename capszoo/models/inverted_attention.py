@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import InvertedAttentionCaps, InvertedAttentionConvCaps, MatrixPrimaryCaps, conv_caps_size
+from capszoo.layers.checkpointing import checkpoint_once
 from capszoo.layers.stems import create_stem
 from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder, _couplings
@@ -215,16 +216,19 @@ class InvertedAttentionCapsNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for optimisation; what no pattern names (class capsules, fc) is timm's last group."""
-        blocks = [(r"^stem\.blocks\.(\d+)", None), (r"^primary_caps", (98,)), (r"^caps\.(\d+)", (99,))]
-        return dict(stem=r"^stem\.(?:conv|norm)", blocks=r"^stem\.blocks" if coarse else blocks)
+        blocks: list[Any] = [(r"^stem\.blocks" if coarse else r"^stem\.blocks\.(\d+)", (0,) if coarse else None)]
+        blocks += [(r"^primary_caps", (98,))]
+        blocks += [(rf"^caps\.{number}\.", (99 + number,)) for number in range(len(self.caps))]
+        return dict(stem=r"^stem\.(?:conv|norm)", blocks=blocks)
 
     @torch.jit.ignore
     def _levels(self) -> list[Callable[[Tensor], Tensor]]:
         """Levels of `feature_info` that `prune_intermediate_layers` has left, each a function of the one before."""
         primary = self.primary_caps
-        levels: list[Callable[[Tensor], Tensor]] = [self.stem]
+        run = checkpoint_once if self.grad_checkpointing else nn.Module.__call__
+        levels: list[Callable[[Tensor], Tensor]] = [partial(run, self.stem)]
         if not isinstance(primary, nn.Identity):
-            levels += [lambda x: checkpoint(primary.conv, x) if self.grad_checkpointing else primary.conv(x)]
+            levels += [partial(run, primary.conv)]
             if not isinstance(primary.norm, nn.Identity):
                 levels += [primary.norm]
         return levels
@@ -239,11 +243,9 @@ class InvertedAttentionCapsNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to the primary capsules ``[B, T*P*P, H', W']``."""
-        x = self.stem(x)
-        # Not the stem: computed twice, BatchNorm would count a batch twice.
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.primary_caps, x)
-        return self.primary_caps(x)
+            return checkpoint_once(self.primary_caps, checkpoint_once(self.stem, x))
+        return self.primary_caps(self.stem(x))
 
     def _route(self, x: Tensor) -> Tensor:
         """Poses of the class capsules ``[B, J, P*P]`` from the primary capsules ``[B, T*P*P, H', W']``."""

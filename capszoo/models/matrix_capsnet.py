@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
 from capszoo.layers import ClassMatrixCaps, ConvMatrixCaps, PosePrimaryCaps, join_matrix_capsules, split_matrix_capsules
+from capszoo.layers.checkpointing import checkpoint_once
 from capszoo.losses import CrossEntropyLoss, SpreadLoss
 from capszoo.models import _builder, _couplings
 from capszoo.pretrained import fit_weights, shipped_cfgs
@@ -219,9 +220,10 @@ class MatrixCapsNet(nn.Module):
         self.blocks = nn.Identity()
 
     def _route(self, x: Tensor) -> Tensor:
-        # Not the layers with BatchNorm: computed twice, it would count a batch twice.
-        if self.grad_checkpointing and self.routing == "em" and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for block in self.blocks:
+                x = checkpoint_once(block, x)
+            return x
         return self.blocks(x)
 
     def _drop(self, x: Tensor) -> Tensor:

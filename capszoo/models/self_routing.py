@@ -18,10 +18,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.layers.self_routing import COUPLINGS, ConvSelfRouting, PoseCaps, SelfRouting
+from capszoo.layers.checkpointing import checkpoint_once
+from capszoo.layers.self_routing import COUPLINGS, ConvSelfRouting, PoseCaps, SelfRouting, drop_capsules
 from capszoo.losses import CrossEntropyLoss
 from capszoo.models import _builder, _couplings, _stem
-from capszoo.models._checkpointing import checkpoint_once
 from capszoo.pretrained import fit_weights, shipped_cfgs
 
 __all__ = ["SelfRoutingNet"]
@@ -106,7 +106,7 @@ class SelfRoutingNet(nn.Module):
                 a linear classifier after average pooling, to measure what capsules bring. Of the layers before the
                 class layer, with kernels of 3x3, the first has a stride of 2.
             couplings: 'self', or 'uniform' for the ablation without, see `capszoo.layers.self_routing_scores`.
-            drop_rate: Dropout rate of what the class layer takes.
+            drop_rate: Rate at which capsules are left out before the class layer; of features, with `num_layers` 0.
             device: Device of the parameters.
             dtype: Type of the parameters.
 
@@ -222,7 +222,8 @@ class SelfRoutingNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for optimisation; what no pattern names (the class layer) is timm's last group."""
         layer = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
-        blocks = [(layer, None), (r"^primary_caps", (98,)), (r"^conv_caps\.(\d+)", (99,))]
+        blocks = [(layer, None), (r"^primary_caps", (98,))]
+        blocks += [(rf"^conv_caps\.{number}\.", (99 + number,)) for number in range(len(self.conv_caps))]
         return dict(stem=r"^(?:conv1|bn1)", blocks=blocks)
 
     @torch.jit.ignore
@@ -254,7 +255,10 @@ class SelfRoutingNet(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to log-probabilities ``[B, J]``, or flatten them if `pre_logits`."""
         if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+            if self.num_layers > 0:
+                x = drop_capsules(x, self.num_types, self.drop_rate, self.training)
+            else:
+                x = F.dropout(x, p=self.drop_rate, training=self.training)
         if pre_logits or self.num_classes == 0:
             return x.flatten(1) if self.global_pool == "flat" else x
         return self.class_caps(x)

@@ -1,7 +1,7 @@
 """Scores that rank the parts of a network."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from capszoo.engine.task import Normalization, class_to_reconstruct, reconstruct
 from capszoo.layers import ScaledConv2d, capsule_lengths, squash
 from capszoo.losses import default_reconstruction_weight, margin_loss, present_classes, reconstruction_loss
 from capszoo.models import CapsNet
+from capszoo.modes import evaluation_mode
 
 from .parts import capsule_places, check_model, check_part, check_score, count_types, types_of_capsules
 
@@ -99,17 +100,9 @@ def scores(
     return total / count
 
 
-@contextmanager
-def _fixed_statistics(model: CapsNet) -> Iterator[None]:
+def _fixed_statistics(model: CapsNet) -> AbstractContextManager[None]:
     """Put a backbone into the mode of evaluation: BatchNorm would count the images, dropout would draw numbers."""
-    modes = {module: module.training for module in model.backbone.modules()} if model.backbone is not None else {}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return evaluation_mode(*([] if model.backbone is None else [model.backbone]))
 
 
 def _check_batch(model: CapsNet, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

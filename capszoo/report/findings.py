@@ -14,6 +14,7 @@ from capszoo.data import Loader, Split
 from capszoo.engine.robustness import transform
 from capszoo.engine.task import Normalization
 from capszoo.errors import InspectionError
+from capszoo.modes import evaluation_mode
 
 __all__ = ["Curve", "Findings", "find", "first_batches"]
 
@@ -128,46 +129,44 @@ def find(
     Raises:
         InspectionError: If there are no images.
     """
-    was_training = model.training
-    model.eval()
-    normalization = Normalization(model, next(model.parameters()).device)
-    kept: list[Tensor] = []
-    rows: list[Tensor] = []
-    truths: list[Tensor] = []
-    known = True
-    for images, labels in batches:
-        rows.append(to_probabilities(model, model(images).float()))
-        kept.append(images)
-        if labels is None:
-            known = False
+    with evaluation_mode(model):
+        normalization = Normalization(model, next(model.parameters()).device)
+        kept: list[Tensor] = []
+        rows: list[Tensor] = []
+        truths: list[Tensor] = []
+        known = True
+        for images, labels in batches:
+            rows.append(to_probabilities(model, model(images).float()))
+            kept.append(images)
+            if labels is None:
+                known = False
+            else:
+                truths.append(labels)
+        if not rows:
+            raise InspectionError("there are no images to look at: give some, or a data set")
+        x, scores = torch.cat(kept), torch.cat(rows)
+        labels = torch.cat(truths) if known else None
+        found = Findings(count=len(x), class_names=class_names)
+        predicted = scores.argmax(dim=1)
+        surest = scores.amax(dim=1)
+        if labels is not None:
+            _measure(found, scores, labels)
+            right = predicted == labels
+            places = [int(place) for j in range(scores.shape[1]) for place in (right & (labels == j)).nonzero()[:1, 0]]
+            places += [place for place in right.nonzero().flatten().tolist() if place not in places]
+            found.right = _shown(model, normalization, x, scores, labels, places[:SHOWN], class_names)
+            mistakes = (~right).nonzero().flatten()
+            order = mistakes[surest[mistakes].argsort(descending=True)].tolist()
+            found.wrong = _shown(model, normalization, x, scores, labels, order[:SHOWN], class_names)
+            looked = [*places[: LOOKED_INTO - min(1, len(order))], *order[:1]]
         else:
-            truths.append(labels)
-    if not rows:
-        raise InspectionError("there are no images to look at: give some, or a data set")
-    x, scores = torch.cat(kept), torch.cat(rows)
-    labels = torch.cat(truths) if known else None
-    found = Findings(count=len(x), class_names=class_names)
-    predicted = scores.argmax(dim=1)
-    surest = scores.amax(dim=1)
-    if labels is not None:
-        _measure(found, scores, labels)
-        right = predicted == labels
-        places = [int(place) for j in range(scores.shape[1]) for place in (right & (labels == j)).nonzero()[:1, 0]]
-        places += [place for place in right.nonzero().flatten().tolist() if place not in places]
-        found.right = _shown(model, normalization, x, scores, labels, places[:SHOWN], class_names)
-        mistakes = (~right).nonzero().flatten()
-        order = mistakes[surest[mistakes].argsort(descending=True)].tolist()
-        found.wrong = _shown(model, normalization, x, scores, labels, order[:SHOWN], class_names)
-        looked = [*places[: LOOKED_INTO - min(1, len(order))], *order[:1]]
-    else:
-        found.right = _shown(model, normalization, x, scores, None, list(range(min(len(x), SHOWN))), class_names)
-        looked = list(range(min(len(x), LOOKED_INTO)))
-    if looks_inside and looked:
-        found.looked = _shown(model, normalization, x, scores, labels, looked, class_names)
-        _look_inside(found, model, x[looked])
-    if changes and labels is not None:
-        found.robustness = _robustness(model, normalization, x[:CHANGED], labels[:CHANGED])
-    model.train(was_training)
+            found.right = _shown(model, normalization, x, scores, None, list(range(min(len(x), SHOWN))), class_names)
+            looked = list(range(min(len(x), LOOKED_INTO)))
+        if looks_inside and looked:
+            found.looked = _shown(model, normalization, x, scores, labels, looked, class_names)
+            _look_inside(found, model, x[looked])
+        if changes and labels is not None:
+            found.robustness = _robustness(model, normalization, x[:CHANGED], labels[:CHANGED])
     return found
 
 

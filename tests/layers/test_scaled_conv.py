@@ -178,3 +178,20 @@ def test_pruned_filters_of_a_centred_convolution_compute_the_same():
     torch.testing.assert_close(smaller(images), model(images))
     conv = smaller.primary_caps.conv
     assert not conv.centered and float(conv.scale) == fan_in_scale(3 * 81)
+
+
+@pytest.mark.parametrize("spoil", ["fold", "plain weights", "empty memory"])
+def test_reset_parameters_makes_a_fresh_module(spoil):
+    conv = ScaledConv2d(32, 6, 9, centered=True, init_gain=2.0)
+    fresh = {key: value.clone() for key, value in conv.state_dict().items()}
+    if spoil == "fold":
+        fold_scales(conv)
+    elif spoil == "plain weights":
+        conv.load_state_dict({"weight": torch.randn(6, 32, 9, 9), "bias": torch.zeros(6)})
+    else:
+        conv = ScaledConv2d(32, 6, 9, centered=True, init_gain=2.0, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            conv.scale.fill_(math.nan)
+    conv.reset_parameters()
+    assert conv.scale == fresh["scale"] and conv.centered == 1 and conv.may_center
+    assert float(conv.weight.detach().std() / fresh["weight"].std()) == pytest.approx(1, rel=0.05)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from families import sizes_of
 
+import capszoo
 from capszoo import set_fused_routing
-from capszoo.layers import ConvSelfRouting, PoseCaps, SelfRouting, join_capsules, split_capsules
+from capszoo.layers import ConvSelfRouting, PoseCaps, SelfRouting, drop_capsules, join_capsules, split_capsules
 
 
 def fill(layer):
@@ -188,3 +190,28 @@ def test_errors():
             build()
     with pytest.raises(AssertionError, match="class capsules of 3 capsules got 60: make the model for this img_size"):
         SelfRouting(3, 4, 6, (1, 1))(capsules())
+
+
+def test_capsules_that_are_left_out_have_no_share_in_the_classes():
+    torch.manual_seed(0)
+    x = join_capsules(torch.randn(400, 1, 1, 6, 4), -torch.rand(400, 1, 1, 6) * 9)
+    _, log_activations = split_capsules(drop_capsules(x, 6, 0.5, training=True), 6)
+    shares, before = log_activations.flatten(1).softmax(dim=1), split_capsules(x, 6)[1].flatten(1)
+    left = log_activations.flatten(1) == before
+    assert 0.45 < left.double().mean() < 0.55 and (shares[~left & left.any(dim=1, keepdim=True)] == 0).all()
+    assert torch.equal(split_capsules(drop_capsules(x, 6, 0.5, training=True), 6)[0], split_capsules(x, 6)[0])
+    assert torch.equal(drop_capsules(x, 6, 0.5, training=False), x)
+    every = drop_capsules(x.half(), 6, 1.0, training=True)
+    assert torch.equal(split_capsules(every, 6)[1].softmax(dim=-1), torch.full((400, 1, 1, 6), 1 / 6).half())
+
+
+@pytest.mark.parametrize("name, more", [("capsnet_resnet_sr", {}), ("capsnet_head", {"head": "self_routing"})])
+def test_dropout_of_networks_leaves_capsules_out(name, more):
+    model = capszoo.create_model(name, **{**sizes_of(name), **more}, img_size=12, in_chans=3, drop_rate=0.5)
+    layer = fill(model.get_classifier())
+    x = model.eval().forward_features(torch.rand(2, 3, 12, 12))
+    torch.manual_seed(5)
+    found = model.train().forward_head(x)
+    torch.manual_seed(5)
+    assert torch.equal(found, layer(drop_capsules(x, layer.num_types, 0.5, training=True)))
+    assert not torch.equal(found, model.eval().forward_head(x))

@@ -1,5 +1,7 @@
 """Fresh networks, and weights of other sizes: class capsules of middling length whatever the size of the images."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,20 @@ def test_shared_matrices_of_other_sizes_are_scaled():
     large = capszoo.create_model("capsnet_tiny.mnist", pretrained=True, img_size=56)
     torch.testing.assert_close(large.class_caps.weight, small.class_caps.weight * 36 / 400)
     assert mean_score(large, 56, 1)[0] < 0.9
+
+
+@pytest.mark.parametrize("more", [{}, {"backbone": "stem", "backbone_level": 0}])
+def test_files_of_shared_matrices_open_at_other_sizes(more, tmp_path):
+    file = tmp_path / "small.safetensors"
+    small = capszoo.create_model("capsnet_tiny", conv_dim=4, **more)
+    capszoo.save_model(file, small)
+    opened = [capszoo.load_model(file, img_size=56)]
+    opened += [capszoo.create_model("capsnet_tiny", conv_dim=4, img_size=56, checkpoint_path=file)] if not more else []
+    for large in opened:
+        ratio = math.prod(small.grid_size) / math.prod(large.grid_size)
+        assert ratio < 0.3
+        torch.testing.assert_close(large.class_caps.weight, small.class_caps.weight * ratio)
+    assert torch.equal(capszoo.load_model(file).class_caps.weight, small.class_caps.weight)
 
 
 @pytest.mark.slow

@@ -27,4 +27,6 @@ def _kept_statistics(module: nn.Module) -> Iterator[None]:
 @torch.jit.ignore
 def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
     """Compute a module again in the backward pass instead of keeping its maps; BatchNorm counts the batch once."""
+    if torch.compiler.is_compiling():  # which takes no contexts, and leaves the statistics out of what it repeats
+        return checkpoint(module, x, use_reentrant=False)
     return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _kept_statistics(module)))
