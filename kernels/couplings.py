@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import cpu
 from .derivatives import compute_dtype, no_autocast
+from .ops import check_inputs
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def routing_couplings(
     Returns:
         `[R, B, I, J]`, which add up to 1 over the classes; without derivatives.
     """
+    check_inputs(x, weight, bias, num_iters)
     _, sums = torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash)
     dtype = compute_dtype(x, weight)
     totals = cpu.squash(sums.to(dtype), approximate_squash)[:-1].cumsum(0)

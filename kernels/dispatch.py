@@ -108,7 +108,8 @@ def has_tangent(*tensors: Tensor) -> bool:
 
 
 def kernel(function: Callable) -> Callable:
-    """Make a kernel refuse tangents, which it would drop in silence."""
+    """Make a kernel refuse tangents, which it would drop in silence, and keep autocast out of it: an operator chooses
+    its precision itself."""
 
     @functools.wraps(function)
     def checked(*args):
@@ -117,6 +118,13 @@ def kernel(function: Callable) -> Callable:
                 "a capszoo operator was called with forward-mode tangents, which it cannot pass on: call it as "
                 "its function in capszoo.kernels, or script and export with capszoo.set_fused_routing(False)"
             )
-        return function(*args)
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        torch.set_autocast_enabled(device, False)  # the context manager takes 20 us
+        try:
+            return function(*args)
+        finally:
+            torch.set_autocast_enabled(device, True)
 
     return checked

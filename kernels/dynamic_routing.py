@@ -189,6 +189,20 @@ def dynamic_routing_backward(
     return dx, dweight, dbias
 
 
+def fits(x: Tensor, weight: Tensor, num_iters: int) -> bool:
+    """Whether one of the forms takes these on their GPU: `num_iters` where gradients are to come."""
+    sizes = problem_sizes(x, weight, tf32=False)
+    return all_classes.fits(sizes, num_iters) or per_class.fits(sizes, _shared_memory(x.device))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take there."""
+    if device.type != "cuda":  # of the interpreter
+        return 2**31
+    # PyTorch tells since 2.6; the least of a GPU that Triton has code for is that of Turing.
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16)
+
+
 def form_for(sizes: dict, num_iters: int = 1) -> ModuleType:
     """Whose kernels take sums and gradients: `num_iters` where gradients are to come."""
     return all_classes if all_classes.fits(sizes, num_iters) else per_class

@@ -8,7 +8,7 @@ from .centering import less_means
 from .dispatch import is_looked_at, is_plain_pass
 from .fourier_plan import Plan, best_plan, cheapest
 from .processor import has_fast_vectors, has_matrix_units
-from .scratch import Loan
+from .scratch import lend
 from .unfolded_conv import Unfolding
 
 
@@ -22,22 +22,19 @@ class _LargeConv(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, centered: Tensor | None, plan: Plan | Unfolding, is_trained: bool
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, centered)
+        kept = lend(*_form(plan).kept_shape(plan, x, weight), dtype=plan.dtype) if is_trained else None
+        ctx.save_for_backward(x, weight, centered, kept)
         ctx.plan = plan
-        if is_trained:
-            ctx.kept = Loan(*_form(plan).kept_shape(plan, x, weight), dtype=plan.dtype)
         with torch.autocast("cpu", enabled=False):
-            return _form(plan).forward(
-                plan, x.to(plan.dtype), weight, centered, ctx.kept.tensor if is_trained else None
-            )
+            return _form(plan).forward(plan, x.to(plan.dtype), weight, centered, kept)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, centered = ctx.saved_tensors
+        x, weight, centered, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         with torch.autocast("cpu", enabled=False):
             if is_plain_pass(grad):
-                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x, weight, centered, ctx.kept.tensor, *needs)
+                dx, dw = _form(ctx.plan).backward(ctx.plan, grad, x, weight, centered, kept, *needs)
             else:  # others are those of PyTorch's own convolution
                 sides = [ctx.plan.stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
                 kernels = less_means(weight, centered)

@@ -19,7 +19,6 @@ from . import cpu
 from .checks import check_capsules, check_types
 from .derivatives import (
     compute_dtype,
-    no_autocast,
     register_transforms,
     routing_backward_transformed,
     routing_reference,
@@ -54,8 +53,7 @@ def _routing(
     `tf32` allows products in TF32 where the device has it; the PyTorch algorithm leaves that to torch's own setting.
     """
     dtype = compute_dtype(x, weight)
-    with no_autocast(x):
-        v, sums = cpu.dynamic_routing(x.to(dtype), weight.to(dtype), bias.to(dtype), num_iters, approximate_squash)
+    v, sums = cpu.dynamic_routing(x.to(dtype), weight.to(dtype), bias.to(dtype), num_iters, approximate_squash)
     return v.to(x.dtype), sums
 
 
@@ -64,10 +62,9 @@ def _routing_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, approximate_squash: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = sums.dtype
-    with no_autocast(x):
-        dx, dweight, dbias = cpu.dynamic_routing_backward(
-            grad.to(dtype), x.to(dtype), weight.to(dtype), sums, approximate_squash
-        )
+    dx, dweight, dbias = cpu.dynamic_routing_backward(
+        grad.to(dtype), x.to(dtype), weight.to(dtype), sums, approximate_squash
+    )
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
@@ -95,10 +92,16 @@ def _squash_backward_cuda(grad, x, approximate):
     return triton_squash.squash_backward(grad, x, approximate)
 
 
+def _in_triton(x: Tensor, weight: Tensor, num_iters: int, dtype: torch.dtype) -> bool:
+    if not cpu.has_votes(x, weight) or not runs_triton(x.device, dtype):
+        return False
+    return triton_routing.fits(x, weight, num_iters)
+
+
 @dynamic_routing_op.register_kernel("cuda")
 @kernel
 def _routing_cuda(x, weight, bias, num_iters, approximate_squash, tf32=False):
-    if not cpu.has_votes(x, weight) or not runs_triton(x.device, compute_dtype(x, weight)):
+    if not _in_triton(x, weight, 1, compute_dtype(x, weight)):
         return _routing(x, weight, bias, num_iters, approximate_squash)
     return triton_routing.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)
 
@@ -106,7 +109,7 @@ def _routing_cuda(x, weight, bias, num_iters, approximate_squash, tf32=False):
 @dynamic_routing_backward_op.register_kernel("cuda")
 @kernel
 def _routing_backward_cuda(grad, x, weight, bias, sums, approximate_squash, tf32):
-    if not cpu.has_votes(x, weight) or not runs_triton(x.device, sums.dtype):
+    if not _in_triton(x, weight, len(sums), sums.dtype):
         return _routing_backward(grad, x, weight, bias, sums, approximate_squash, tf32)
     dx, dweight, dbias = triton_routing.dynamic_routing_backward(grad, x, weight, sums, approximate_squash, tf32)
     return dx, dweight, dbias.to(bias.dtype)
@@ -254,6 +257,18 @@ def dynamic_routing(
     """
     if has_torch_function_variadic(x, weight, bias):
         return handle_torch_function(dynamic_routing, (x, weight, bias), x, weight, bias, num_iters, approximate_squash)
+    check_inputs(x, weight, bias, num_iters)
+    # Autocast asks for speed at 8 or 11 bits. It is over when the backward pass runs, so it is told to the operator.
+    tf32 = False
+    if not torch.jit.is_scripting():
+        if has_tangent(x, weight, bias):
+            return routing_reference(x, weight, bias, num_iters, approximate_squash)
+        tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)[0]
+
+
+def check_inputs(x: Tensor, weight: Tensor, bias: Tensor, num_iters: int) -> None:
+    """Check what `dynamic_routing` takes; its errors."""
     check_capsules(x, weight)
     if x.shape[1] != 0 and (weight.shape[0] == 0 or x.shape[1] % weight.shape[0] != 0):
         raise ValueError(
@@ -267,10 +282,3 @@ def dynamic_routing(
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: routing needs at least 1 iteration")
     check_types(x, weight, bias, "bias")
-    # Autocast asks for speed at 8 or 11 bits. It is over when the backward pass runs, so it is told to the operator.
-    tf32 = False
-    if not torch.jit.is_scripting():
-        if has_tangent(x, weight, bias):
-            return routing_reference(x, weight, bias, num_iters, approximate_squash)
-        tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
-    return torch.ops.capszoo.dynamic_routing(x, weight, bias, num_iters, approximate_squash, tf32)[0]

@@ -65,9 +65,15 @@ def dynamic_routing(
     Returns:
         Class capsules, `[B, J, D]`, in the dtype of `x`. Any size may be 0; without votes they are the squashed bias.
     """
-    votes = _votes(x, weight)
-    logits = _logits(votes, bias, num_iters, approximate_squash)[-1]
-    return squash(_weighted_sum(votes, logits, bias), approximate_squash).to(x.dtype)
+    sums, _ = _iterate(_votes(x, weight), bias, num_iters, approximate_squash)
+    return squash(sums[-1], approximate_squash).to(x.dtype)
+
+
+def dynamic_routing_sums(
+    x: Tensor, weight: Tensor, bias: Tensor, num_iters: int = 3, approximate_squash: bool = False
+) -> Tensor:
+    """Sums before squash of each iteration of `dynamic_routing` (its arguments), `[R, B, J, D]`, float32 at least."""
+    return torch.stack(_iterate(_votes(x, weight), bias, num_iters, approximate_squash)[0])
 
 
 def dynamic_routing_couplings(
@@ -75,7 +81,7 @@ def dynamic_routing_couplings(
 ) -> Tensor:
     """Couplings of each iteration of `dynamic_routing` (its arguments), `[R, B, I, J]`, which add up to 1 over J."""
     votes = _votes(x, weight)
-    logits = _logits(votes, bias, num_iters, approximate_squash)
+    _, logits = _iterate(votes, bias, num_iters, approximate_squash)
     return torch.stack([each.softmax(dim=2).expand_as(votes[..., 0]) for each in logits])
 
 
@@ -88,15 +94,19 @@ def _votes(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("btpk,tkjd->btpjd", poses, weight.to(dtype)).flatten(1, 2).to(dtype)
 
 
-def _logits(votes: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool) -> list[Tensor]:
-    """Logits of each iteration, which broadcast to `[B, I, J]`."""
+def _iterate(
+    votes: Tensor, bias: Tensor, num_iters: int, approximate_squash: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums `[B, J, D]` of each iteration, and its logits, which broadcast to `[B, I, J]`."""
     # Made of sizes that an ONNX file may fix: never of the batch's.
     logits = [votes.new_zeros(1, 1, votes.shape[2])]
+    sums = [_weighted_sum(votes, logits[0], bias)]
     for _ in range(num_iters - 1):
-        v = squash(_weighted_sum(votes, logits[-1], bias), approximate_squash)
+        v = squash(sums[-1], approximate_squash)
         agreement = (votes * v.unsqueeze(1)).sum(dim=3)
         logits.append(logits[-1] + agreement)
-    return logits
+        sums.append(_weighted_sum(votes, logits[-1], bias))
+    return sums, logits
 
 
 def _weighted_sum(votes: Tensor, logits: Tensor, bias: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import threading
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,20 +54,32 @@ def release_scratch() -> None:
     scratch.weights = None
 
 
-class Loan:
-    """Memory from a forward pass to its backward pass, which goes back to the next when the graph is freed."""
+class _Lent(np.ndarray):
+    """Memory that goes back to where it is lent from when the last tensor that looks into it is gone."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32):
-        self._free, size = scratch.free, _size(shape, dtype)
-        fitting = [place for place, tensor in enumerate(self._free) if tensor.numel() >= size]
-        if fitting:
-            memory = self._free.pop(min(fitting, key=lambda place: self._free[place].numel()))
-        else:
-            self._free.clear()
-            memory = _empty(size)
-        self.tensor = _view(memory, shape, dtype)
-        self._memory = memory
+    memory: Tensor | None = None
+    lender: list[Tensor]
 
     def __del__(self) -> None:
-        if hasattr(self, "_memory"):  # there may have been none
-            self._free.append(self._memory)
+        if self.memory is not None:  # a view of a view has none of its own
+            self.lender.append(self.memory)
+
+
+def lend(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory from a forward pass to its backward pass, to be saved as any tensor is.
+
+    It goes to the next pass when autograd lets go of it, and the hooks of saved tensors, such as those of gradient
+    checkpointing, see it.
+    """
+    free, size = scratch.free, _size(shape, dtype)
+    fitting = [place for place, tensor in enumerate(free) if tensor.numel() >= size]
+    if fitting:
+        memory = free.pop(min(fitting, key=lambda place: free[place].numel()))
+    else:
+        free.clear()
+        memory = _empty(size)
+    # A tensor made from an array holds the array as long as its storage lives; of a storage itself nobody is told.
+    lent: _Lent = memory.numpy().view(_Lent)
+    lent.memory, lent.lender = memory, free
+    with torch.inference_mode(False):
+        return _view(torch.from_numpy(lent), shape, dtype)

@@ -5,6 +5,21 @@ import os
 __all__ = ["set_fourier_conv", "set_fused_routing"]
 
 
+_WORDS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def read_switch(name: str) -> bool:
+    """Whether an environment variable leaves something on, as it is without one.
+
+    Raises:
+        ValueError: If its text says neither.
+    """
+    text = os.environ.get(name, "1")
+    if text.strip().lower() not in _WORDS:
+        raise ValueError(f"{name}={text!r} says neither on nor off: give 1 or 0, or unset it")
+    return _WORDS[text.strip().lower()]
+
+
 class _Switch:
     """A call sets it for good, a ``with`` statement restores the former choice at its end."""
 
@@ -41,7 +56,7 @@ class set_fused_routing(_Switch):
         enable: True for the fused operators, False for the reference.
     """
 
-    enabled = os.environ.get("CAPSZOO_FUSED_ROUTING", "1") != "0"
+    enabled = read_switch("CAPSZOO_FUSED_ROUTING")
 
 
 class set_fourier_conv(_Switch):
@@ -56,4 +71,4 @@ class set_fourier_conv(_Switch):
         enable: True where counts of multiplications speak for it, False for never.
     """
 
-    enabled = os.environ.get("CAPSZOO_FOURIER_CONV", "1") != "0"
+    enabled = read_switch("CAPSZOO_FOURIER_CONV")

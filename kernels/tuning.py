@@ -7,6 +7,7 @@ times nothing, every process computes the same bits.
 import functools
 import inspect
 import os
+import threading
 
 import torch
 import triton
@@ -62,6 +63,9 @@ def measure(call, quantiles):
     return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
 
+# Triton's tuner keeps the arguments of a call on the kernel, which all threads share: those of nn.DataParallel, the
+# backward threads of several GPUs, a server's. A launch does not wait for the GPU.
+_LOCK = threading.Lock()
 _TUNING = {"cache_results": True, "do_bench": measure}
 
 
@@ -72,4 +76,10 @@ def launcher(kernel, grid):
     """
     if MAX_TILES == 1 or torch.are_deterministic_algorithms_enabled():
         return functools.partial(kernel.fn[grid], **kernel.configs[0].all_kwargs())
-    return kernel[grid]
+    launch = kernel[grid]
+
+    def launched(*args, **kwargs):
+        with _LOCK:
+            return launch(*args, **kwargs)
+
+    return launched

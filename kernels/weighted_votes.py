@@ -43,11 +43,13 @@ class _WeightedVotes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         couplings, poses, weight = ctx.saved_tensors
+        if not len(weight):
+            return torch.zeros_like(couplings), torch.zeros_like(poses), torch.zeros_like(weight)
         of_couplings, of_poses, of_weight = [], [], []
         for coupling, pose, matrix in zip(couplings, poses, weight, strict=True):
             flat = matrix.flatten(0, 1)
             of_couplings.append(((flat @ pose).view_as(grad) * grad).sum(dim=1))
-            of_votes = (grad * coupling.unsqueeze(1)).flatten(0, 1)
+            of_votes = (grad * coupling.unsqueeze(1)).reshape(len(flat), grad.shape[-1])
             of_poses.append(flat.t() @ of_votes)
             of_weight.append((of_votes @ pose.t()).view_as(matrix))
         return torch.stack(of_couplings), torch.stack(of_poses), torch.stack(of_weight)

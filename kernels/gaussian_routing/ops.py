@@ -26,8 +26,7 @@ def _moments(
     log_prior: Tensor | None,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with no_autocast(poses):
-        return cpu.moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
+    return cpu.moments(poses, activations, weight, offset, mean, precision, log_prior, stride)
 
 
 @kernel
@@ -46,11 +45,9 @@ def _moments_backward(
     average: Tensor,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with no_autocast(poses):
-        return cpu.moments_backward(
-            dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average,
-            stride,
-        )  # fmt: skip
+    return cpu.moments_backward(
+        dmass, daverage, dscatter, poses, activations, weight, offset, mean, precision, log_prior, mass, average, stride
+    )
 
 
 mixture_moments_op = torch.library.custom_op("capszoo::mixture_moments", _moments, mutates_args=())

@@ -22,16 +22,13 @@ launchers = triton_module(".inverted_attention.triton")
 def _forward(x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> Tensor:
     """Sums of weighed votes `[B, H', W', J, P, P]`."""
     dtype = compute_dtype(x, weight)
-    with no_autocast(x):
-        return cpu.forward(x.to(dtype), weight.to(dtype), parents.to(dtype), stride).to(x.dtype)
+    return cpu.forward(x.to(dtype), weight.to(dtype), parents.to(dtype), stride).to(x.dtype)
 
 
 @kernel
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, parents: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x, weight)
-    with no_autocast(x):
-        grads = cpu.backward(grad.to(dtype), x.to(dtype), weight.to(dtype), parents.to(dtype), stride)
-    dx, dweight, dparents = grads
+    dx, dweight, dparents = cpu.backward(grad.to(dtype), x.to(dtype), weight.to(dtype), parents.to(dtype), stride)
     return dx.to(x.dtype), dweight.to(weight.dtype), dparents.to(parents.dtype)
 
 
@@ -197,7 +194,10 @@ def inverted_attention_routing(x: Tensor, weight: Tensor, parents: Tensor | None
     check_inputs(x, weight, parents, stride)
     if parents is None:
         dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        return uniform_routing(x.to(dtype), weight.to(dtype), stride).to(x.dtype)
+        if torch.jit.is_scripting():
+            return uniform_routing(x.to(dtype), weight.to(dtype), stride).to(x.dtype)
+        with no_autocast(x):
+            return uniform_routing(x.to(dtype), weight.to(dtype), stride).to(x.dtype)
     inputs = x.permute(0, 4, 5, 1, 2, 3), weight, parents.permute(0, 4, 5, 1, 2, 3)
     if not torch.jit.is_scripting():
         if has_tangent(x, weight, parents):

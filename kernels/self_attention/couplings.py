@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..couplings import softmax_of_agreement
 from ..derivatives import compute_dtype
+from .ops import check_inputs
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def self_attention_couplings(x: Tensor, weight: Tensor, prior: Tensor, attention
     Returns:
         `[B, I, J]`; without derivatives.
     """
+    check_inputs(x, weight, prior)
     prior = prior.to(compute_dtype(x, weight))
     if not attention:
         return (prior + 1 / max(1, prior.shape[1])).expand(len(x), -1, -1)

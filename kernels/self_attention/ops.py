@@ -17,7 +17,7 @@ from ..derivatives import (
     second_gradients,
     transformed_gradients,
 )
-from ..dispatch import has_tangent, kernel, runs_triton, triton_module
+from ..dispatch import has_tangent, kernel, runs_triton, triton_module, triton_routing
 from . import cpu, reference
 
 launchers = triton_module(".self_attention.triton")
@@ -37,8 +37,7 @@ def _forward(x: Tensor, weight: Tensor, prior: Tensor, attention: bool, tf32: bo
     Without attention the second has no samples. `tf32` allows products in TF32 where the device has it.
     """
     dtype = compute_dtype(x, weight)
-    with no_autocast(x):
-        s, total = cpu.forward(x.to(dtype), weight.to(dtype), prior.to(dtype), attention)
+    s, total = cpu.forward(x.to(dtype), weight.to(dtype), prior.to(dtype), attention)
     return s.to(x.dtype), total
 
 
@@ -47,10 +46,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, prior: Tensor, total: Tensor, attention: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = total.dtype
-    with no_autocast(x):
-        dx, dweight, dprior = cpu.backward(
-            grad.to(dtype), x.to(dtype), weight.to(dtype), prior.to(dtype), total, attention
-        )
+    dx, dweight, dprior = cpu.backward(grad.to(dtype), x.to(dtype), weight.to(dtype), prior.to(dtype), total, attention)
     return dx.to(x.dtype), dweight.to(weight.dtype), dprior.to(prior.dtype)
 
 
@@ -60,7 +56,7 @@ backward_op = torch.library.custom_op("capszoo::self_attention_routing_backward"
 
 # Without attention the couplings are constants, and all is a product of matrices.
 def _in_triton(x: Tensor, weight: Tensor, attention: bool, dtype: torch.dtype) -> bool:
-    return attention and has_votes(x, weight) and runs_triton(x.device, dtype)
+    return attention and has_votes(x, weight) and runs_triton(x.device, dtype) and triton_routing.fits(x, weight, 2)
 
 
 @forward_op.register_kernel("cuda")
@@ -123,9 +119,11 @@ def _second_gradients(ctx, *cotangents):
 
 
 def _transformed(x, weight, prior, attention, tf32=False):
-    s = _reference(x, weight, prior, attention)
-    # Nothing reads this total: what goes back through a transform is the reference as well.
-    return s, torch.full_like(s if attention else s[:0], float("nan"), dtype=compute_dtype(x, weight))
+    s, dtype = _reference(x, weight, prior, attention), compute_dtype(x, weight)
+    if not attention:
+        return s, s[:0].to(dtype)
+    with no_autocast(x):
+        return s, reference.total_votes(x.to(dtype), weight.to(dtype))
 
 
 def _backward_transformed(grad, x, weight, prior, total, attention, tf32):
@@ -169,6 +167,18 @@ def self_attention_routing(x: Tensor, weight: Tensor, prior: Tensor, attention: 
     """
     if has_torch_function_variadic(x, weight, prior):
         return handle_torch_function(self_attention_routing, (x, weight, prior), x, weight, prior, attention)
+    check_inputs(x, weight, prior)
+    # Autocast is over when the backward pass runs, so it is told to the operator.
+    tf32 = False
+    if not torch.jit.is_scripting():
+        if has_tangent(x, weight, prior) or _are_few_votes(x, weight):
+            return _reference(x, weight, prior, attention)
+        tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.ops.capszoo.self_attention_routing(x, weight, prior, attention, tf32)[0]
+
+
+def check_inputs(x: Tensor, weight: Tensor, prior: Tensor) -> None:
+    """Check what `self_attention_routing` takes; its errors."""
     check_capsules(x, weight)
     if weight.shape[0] != x.shape[1]:
         raise ValueError(
@@ -179,10 +189,3 @@ def self_attention_routing(x: Tensor, weight: Tensor, prior: Tensor, attention: 
             f"prior has shape {list(prior.shape)}, weight needs [I, J] = [{weight.shape[0]}, {weight.shape[2]}]"
         )
     check_types(x, weight, prior, "prior")
-    # Autocast is over when the backward pass runs, so it is told to the operator.
-    tf32 = False
-    if not torch.jit.is_scripting():
-        if has_tangent(x, weight, prior) or _are_few_votes(x, weight):
-            return _reference(x, weight, prior, attention)
-        tf32 = x.is_cuda and torch.is_autocast_enabled("cuda")
-    return torch.ops.capszoo.self_attention_routing(x, weight, prior, attention, tf32)[0]

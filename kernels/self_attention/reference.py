@@ -30,6 +30,11 @@ def self_attention_routing(x: Tensor, weight: Tensor, prior: Tensor, attention: 
     return weigh_votes(votes, prior.to(dtype), attention).to(x.dtype)
 
 
+def total_votes(x: Tensor, weight: Tensor) -> Tensor:
+    """V_j = sum over i of u_ij / sqrt(D), `[B, J, D]`, of which <u_ij, V_j> are the logits."""
+    return torch.einsum("bik,ikjd->bjd", x, weight) / math.sqrt(max(1, weight.shape[3]))
+
+
 def weigh_votes(votes: Tensor, prior: Tensor, attention: bool = True) -> Tensor:
     """The same from votes u `[B, I, J, D]`.
 

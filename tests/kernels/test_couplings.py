@@ -12,6 +12,7 @@ from capszoo.kernels import (
     em_couplings,
     inverted_attention_couplings,
     inverted_attention_routing,
+    routing_couplings,
     self_attention_couplings,
     self_attention_routing,
     vb_couplings,
@@ -232,3 +233,26 @@ def test_couplings_of_mixtures_compete_over_space(couplings):
         torch.testing.assert_close(total, torch.ones(5, 4))
     with pytest.raises(ValueError, match="num_iters=0: routing needs at least 1 iteration"):
         couplings(poses, activations, weight, beta, beta, None, 1, 0)
+
+
+def test_couplings_under_vmap():
+    """What operators return beside their values is as true under a transform."""
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 2, 6, 4), (3, 4, 5, 2), (5, 2)))
+    found = torch.vmap(lambda each: routing_couplings(each, weight, bias, 3))(x)
+    torch.testing.assert_close(found, torch.stack([routing_couplings(each, weight, bias, 3) for each in x]))
+    own, prior = torch.randn(6, 4, 5, 2, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    found = torch.vmap(lambda each: self_attention_couplings(each, own, prior))(x)
+    torch.testing.assert_close(found, torch.stack([self_attention_couplings(each, own, prior) for each in x]))
+
+
+@pytest.mark.parametrize(
+    ("couplings", "shapes", "more", "message"),
+    [
+        (routing_couplings, ((2, 6, 4), (3, 4, 5, 2), (2,)), (), r"bias has shape \[2\]"),
+        (routing_couplings, ((2, 6, 4), (3, 4, 5, 2), (5, 2)), (0,), "num_iters=0"),
+        (self_attention_couplings, ((2, 6, 4), (6, 4, 5, 2), (1, 5)), (), r"prior has shape \[1, 5\]"),
+    ],
+)
+def test_couplings_refuse_what_routing_refuses(couplings, shapes, more, message):
+    with pytest.raises(ValueError, match=message):
+        couplings(*map(torch.zeros, shapes), *more)

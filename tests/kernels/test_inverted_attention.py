@@ -117,6 +117,10 @@ def test_autocast_does_not_lower_it():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = with_gradients(inverted_attention_routing, *inputs)
     assert all(map(torch.equal, found, expected))
+    x, weight = (t.detach() for t in inputs[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = inverted_attention_routing(x, weight)
+    assert torch.equal(first, inverted_attention_routing(x, weight))
 
 
 ERRORS = {

@@ -83,6 +83,22 @@ def test_autocast_does_not_lower_the_precision(half):
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
+def test_kernels_of_a_device_are_kept_from_autocast():
+    """Also those of a GPU, whose launchers make some of their sums by PyTorch's own operators."""
+
+    @dispatch.kernel
+    def product(x):
+        return x @ x
+
+    x = torch.rand(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):
+            product(x[:2])
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_non_contiguous_inputs():
     inputs = make_inputs()
     expected = with_gradients(dynamic_routing, inputs)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from convolutions import error, inputs
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from capszoo.kernels import fourier_conv, scratch
 from capszoo.kernels.fourier_plan import best_plan
 from capszoo.kernels.large_conv import large_conv2d
-from capszoo.kernels.scratch import Loan, Scratch
+from capszoo.kernels.scratch import Scratch, lend
 
 
 class Passes:
@@ -112,8 +113,7 @@ def test_memory_of_a_pass_goes_to_the_next(passes):
         y = passes()
         assert not free
         y.sum().backward()
-        del y
-        assert len(free) == 1
+        assert len(free) == 1  # while the result lives
     with torch.no_grad():
         passes()
     assert len(free) == 1
@@ -152,9 +152,30 @@ def test_memory_holds_any_type(monkeypatch):
     assert scratch.scratch_bytes() == 32  # of float32
     whole = scratch.scratch.take("rows", 8)
     assert whole.data_ptr() == rows.data_ptr()
-    loan = Loan(3, 5, dtype=torch.bfloat16)
-    assert loan.tensor.shape == (3, 5) and loan.tensor.dtype == torch.bfloat16
+    loan = lend(3, 5, dtype=torch.bfloat16)
+    assert loan.shape == (3, 5) and loan.dtype == torch.bfloat16
     del loan
     assert scratch.scratch_bytes() == 64
-    loan = Loan(8)
-    assert loan.tensor.dtype == torch.float32 and scratch.scratch_bytes() == 32
+    loan = lend(8)
+    assert loan.dtype == torch.float32 and scratch.scratch_bytes() == 32
+
+
+def test_gradient_checkpointing_keeps_no_memory(passes):
+    """Memory that only `ctx` knew would be kept by the first forward pass, and taken again by the second."""
+    expected = torch.autograd.grad(passes().square().sum(), passes.weight)[0]
+    fourier_conv.release_scratch()
+    free = fourier_conv.scratch.free
+    y = checkpoint(passes, use_reentrant=False)
+    assert len(free) == 1
+    (found,) = torch.autograd.grad(y.square().sum(), passes.weight)
+    assert torch.equal(found, expected) and len(free) == 1
+
+
+def test_saved_memory_may_be_kept_elsewhere(passes):
+    expected = torch.autograd.grad(passes().square().sum(), passes.weight)[0]
+    copies = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: copies.append(t.clone()) or t.clone(), lambda t: t):
+        y = passes()
+    passes().sum().backward()  # in the memory that the first gave back
+    assert torch.equal(torch.autograd.grad(y.square().sum(), passes.weight)[0], expected)
+    assert len(copies) >= 3

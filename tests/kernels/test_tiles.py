@@ -1,10 +1,14 @@
 """Which tile sizes a launch takes: the fastest, or the first where bits must not depend on timing."""
 
+import threading
+import time
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from capszoo.kernels import all_classes, per_class, tuning  # noqa: E402
+from capszoo.kernels.dispatch import triton_routing as routing  # noqa: E402
 
 
 class Kernel:
@@ -87,3 +91,40 @@ def test_variable_that_is_not_a_number_of_tiles(text, monkeypatch):
     assert tuning.read_max_tiles() == 2
     monkeypatch.delenv("CAPSZOO_TILES")
     assert tuning.read_max_tiles() is None
+
+
+def test_threads_do_not_tune_a_kernel_at_once():
+    """Triton's tuner keeps the arguments of a call on the kernel: a second thread would take them away."""
+    running, most = [], []
+
+    class Slow(Kernel):
+        def __getitem__(self, grid):
+            def launch():
+                running.append(1)
+                time.sleep(0.05)
+                most.append(len(running))
+                running.pop()
+
+            return launch
+
+    kernel = Slow()
+    threads = [threading.Thread(target=tuning.launcher(kernel, "grid")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
+def test_capsules_too_long_for_the_tiles_of_a_class():
+    """Their tiles would take more shared memory than a GPU has, and their offsets more than 32 bits."""
+
+    def fits(K, D, shared_memory, P=1):
+        sizes = routing.problem_sizes(torch.empty(2, 8 * P, K), torch.empty(8, K, 3, D), False)
+        return per_class.fits(sizes, shared_memory)
+
+    turing, ampere, hopper = 65_536, 101_376, 232_448
+    assert fits(8, 16, turing) and fits(16, 64, turing) and fits(8, 128, ampere)
+    assert not fits(256, 32, ampere) and fits(256, 32, hopper)
+    assert not fits(256, 256, hopper)
+    assert fits(8, 16, hopper, P=2**18) and not fits(16, 16, hopper, P=2**18)

@@ -55,3 +55,16 @@ def test_compiled():
     args = inputs((3, 2, 2, 2, 4))
     compiled = torch.compile(weighted_votes, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*args), by_einsum(*args))
+
+
+def test_a_jacobian_in_one_pass():
+    args = tuple(t.detach() for t in inputs((2, 2, 2, 2, 3)))
+    found = torch.autograd.functional.jacobian(weighted_votes, args, vectorize=True)
+    expected = torch.autograd.functional.jacobian(by_einsum, args)
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_capsules():
+    args = inputs((0, 2, 3, 2, 4))
+    weighted_votes(*args).sum().backward()
+    assert [t.grad.shape for t in args] == [t.shape for t in args]

@@ -11,6 +11,7 @@ import torch
 from families import CAPSNETS
 
 import capszoo
+from capszoo.kernels.switches import read_switch
 from capszoo.layers import capsule_lengths
 from capszoo.models import CapsNet
 
@@ -162,6 +163,17 @@ print(capszoo.layers.use_fused_routing(), bool(called))
 """
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == [str(fused), str(fused)], result.stderr
+
+
+@pytest.mark.parametrize(("text", "on"), [("0", False), (" off", False), ("False", False), ("1", True), ("ON", True)])
+def test_words_of_the_environment_variables(monkeypatch, text, on):
+    monkeypatch.setenv("CAPSZOO_FOURIER_CONV", text)
+    assert read_switch("CAPSZOO_FOURIER_CONV") is on
+    monkeypatch.setenv("CAPSZOO_FOURIER_CONV", text + "x")
+    with pytest.raises(ValueError, match="says neither on nor off: give 1 or 0, or unset it"):
+        read_switch("CAPSZOO_FOURIER_CONV")
+    monkeypatch.delenv("CAPSZOO_FOURIER_CONV")
+    assert read_switch("CAPSZOO_FOURIER_CONV")
 
 
 def test_num_routing_and_squash_change_the_output():
