@@ -10,12 +10,12 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from .checkpoint import read_metadata
-from .data import DataSplits, load_data
+from .data import DataSplits, Split, list_datasets, load_data, load_test_folder
 from .errors import UsageError
-from .pretrained import read_table, weights_path
+from .pretrained import image_statistics, read_table, weights_path
 from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
 
-__all__ = ["OpenedModel", "load_data_for", "open_model", "warn_of_split"]
+__all__ = ["OpenedModel", "is_shipped_name", "load_data_for", "load_split_for", "open_model", "warn_of_split"]
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def open_model(
         ValueError: If the weights are damaged, or do not fit the model.
     """
     source = str(name_or_file)
-    if is_model(source):
+    if is_shipped_name(source):
         if model_name is not None:
             raise UsageError(f"{source!r} says what model it is, --model {model_name} is for files: leave it out")
         if decoder is None and "decoder" in model_keywords(source):
@@ -85,6 +85,20 @@ def open_model(
     kwargs = {**header_arguments(source, model_name, header), **kwargs}
     model = create_model(model_name, checkpoint_path=source, **kwargs)
     return OpenedModel(model, f"{model_name} {source}", Path(source), header, header.get("dataset"))
+
+
+def is_shipped_name(source: str) -> bool:
+    """Whether weights are named as those of a model, and not by a file or a folder.
+
+    Raises:
+        UsageError: If it is the name of both.
+    """
+    if is_model(source) and weights_in(source).is_file():
+        raise UsageError(
+            f"{source!r} is a model's name, and that of a run folder here: give ./{source} for the folder, or rename "
+            "it for the shipped weights"
+        )
+    return is_model(source)
 
 
 def _ships_decoder(name: str) -> bool:
@@ -129,6 +143,56 @@ def load_data_for(model: nn.Module, dataset: str, data_dir: str | Path, **kwargs
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     _compare_classes(dataset, data.class_names, list(cfg.get("label_names") or []))
     return data
+
+
+def load_split_for(
+    model: Any,
+    dataset: str,
+    data_dir: str | Path,
+    split: str,
+    *,
+    val_fraction: float = 0.1,
+    download: bool = False,
+    follow_links: bool = False,
+) -> tuple[Split, list[str]]:
+    """Load the images to measure a model on, normalised as it takes them.
+
+    Of a folder with `test/<class>/<image>`, or with `<class>/<image>` alone, only these are read if they are asked for.
+
+    Args:
+        model: The model.
+        dataset: Name or folder of the data set.
+        data_dir: Folder that has it.
+        split: 'train', 'val' or 'test'.
+        val_fraction: As in :func:`capszoo.data.load_data`, as are the others.
+        download: See there.
+        follow_links: See there.
+
+    Returns:
+        The images, and the names of their classes.
+
+    Raises:
+        UsageError: As :func:`load_data_for`, and if there is no validation split.
+        DataError: If it cannot be loaded.
+    """
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    names, found = list(cfg.get("label_names") or []), None
+    if (
+        split == "test"
+        and len(names) == model.num_classes
+        and dataset not in list_datasets()
+        and Path(dataset).is_dir()
+    ):
+        found = load_test_folder(dataset, names, model.img_size, model.in_chans, follow_links=follow_links)
+    if found is None:
+        data = load_data_for(
+            model, dataset, data_dir, val_fraction=val_fraction, download=download, follow_links=follow_links
+        )
+        names, found = data.class_names, {"train": data.train, "val": data.val, "test": data.test}[split]
+    if found is None:
+        raise UsageError(f"{dataset!r} has no validation split with --val-fraction {val_fraction}: give more")
+    found.mean, found.std = image_statistics(model)
+    return found, names
 
 
 def _compare_classes(dataset: str, names: list[str], of_weights: list[str]) -> None:

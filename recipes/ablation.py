@@ -12,6 +12,8 @@ the folder --work.
 """
 
 import dataclasses
+import hashlib
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +24,16 @@ import torch
 import capszoo
 from capszoo import inspect
 from capszoo.checkpoint import load_weights
-from capszoo.command_line import ExtendAction, OptionParser, StopSignal, key_value, make_console, results_folder, run
+from capszoo.command_line import (
+    ExtendAction,
+    OptionParser,
+    StopSignal,
+    check_results,
+    key_value,
+    make_console,
+    results_folder,
+    run,
+)
 from capszoo.contract import has_couplings
 from capszoo.data import DataSplits, Loader
 from capszoo.engine import Trainer, evaluate
@@ -98,6 +109,14 @@ def plan(args: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def folder_of(row: dict[str, Any], work: str) -> Path:
+    """Where the training of a row goes on until the row is in the table: a folder for each set of options."""
+    dataset = Path(row["dataset"])
+    options = hashlib.sha256(f"{dataset.absolute()} {row['options']}".encode()).hexdigest()[:8]
+    names = (row["model"], row["couplings"], dataset.name, row["epochs"], row["seed"], options)
+    return Path(work) / "-".join(map(str, names))
+
+
 def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.device, stop: StopSignal) -> dict | None:
     """Train as a row says, and complete it; None if stopped."""
     uniform = uniform_arguments(row["model"]) if row["couplings"] == "uniform" else {}
@@ -105,7 +124,7 @@ def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.devi
     model_kwargs = {**given.pop("model_kwargs", {}), **uniform}
     values = {key: row[key] for key in ("model", "dataset", "epochs", "seed")}
     values = {"amp": "none", "decoder": None, **values, **given, "model_kwargs": model_kwargs}
-    folder = Path(args.work) / "-".join(str(row[key]) for key in ("model", "couplings", "dataset", "epochs", "seed"))
+    folder = folder_of(row, args.work)
     folder.mkdir(parents=True, exist_ok=True)
     trainer: Trainer = make_trainer(options_from(values, "--set"), data, device, folder, should_stop=stop)
     trainer.resume()
@@ -119,11 +138,8 @@ def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.devi
     found = {name: round(value, 4) for name, value in measure_robustness(model, loader).items()}
     entropy = ""
     if has_couplings(model):
-        images, _ = next(iter(Loader(data.test, LOOKED_AT, device)))
+        images, _ = next(iter(Loader(data.test, LOOKED_AT, device, shuffle=True)))
         entropy = round(float(inspect.coupling_entropy(model, images)[-1]), 4)
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
     return {
         **row,
         "top1": round(evaluate(trainer.task, loader).top1, 4),
@@ -143,7 +159,7 @@ def measure(row: dict[str, Any], args: Any, data: DataSplits, device: torch.devi
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     console, device = make_console(), choose_device(args.device)
-    path = Path(args.results or results_folder() / f"routing-gain-{args.dataset}.csv")
+    path = Path(args.results or results_folder() / f"routing-gain-{Path(args.dataset).name}.csv")
     for name in OWN.keys() & {name for name, _ in args.set}:
         raise UsageError(f"--set {name}=... is an option of this recipe: give it as --{OWN[name]}")
     done = read_rows(path, "mend or delete it") if path.exists() else []
@@ -152,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     if not missing:
         console.print(f"{path} has all of these rows")
         return 0
+    check_results(path)
     data = load_splits(options_from({"dataset": args.dataset, "data_dir": args.data_dir}))
     with StopSignal() as stop:
         for row in missing:
@@ -161,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
                 return stop.exit_code
             done.append(result)
             write_csv(path, COLUMNS, done)
+            shutil.rmtree(folder_of(row, args.work))
             console.print(
                 " ".join(f"{key}={done[-1][key]}" for key in ("model", "couplings", "seed", "top1", "step_ms"))
             )

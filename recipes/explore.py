@@ -25,7 +25,16 @@ from typing import Any
 
 import torch
 
-from capszoo.command_line import ExtendAction, OptionParser, StopSignal, key_value, make_console, parse_resumable, run
+from capszoo.command_line import (
+    ExtendAction,
+    OptionParser,
+    SizeAction,
+    StopSignal,
+    key_value,
+    make_console,
+    parse_resumable,
+    run,
+)
 from capszoo.engine.options import check_ranges, options_from
 from capszoo.engine.run import load_splits
 from capszoo.engine.run_folder import check_folder, default_folder, make_default_folder, start_folder
@@ -76,6 +85,7 @@ def build_parser() -> OptionParser:
     group("--config", metavar="FILE.yaml", help="take options from a YAML file of 'option: value' lines")
     group("--model", help="one of capszoo.list_models(); default capsnet_tiny, or what the grid says")
     group("--dataset", help="data set, as in train.py; default digits, or what the grid says")
+    group("--img-size", action=SizeAction, help="size of the images, as in train.py")
     group("--data-dir", default="data", help="folder that has the data set")
     group("--download", action="store_true", help="let torchvision download the data set into --data-dir")
     group("--val-fraction", type=float, default=0.1, help="part of the training images kept for validation")
@@ -159,7 +169,7 @@ def build_parser() -> OptionParser:
 def common_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of train.py that all trials have."""
     fixed = args.set
-    for name in ("model", "dataset", "epochs"):
+    for name in ("model", "dataset", "img_size", "epochs"):
         given = getattr(args, name)
         if not args.resume and given is not None and fixed.get(name, given) != given:
             raise UsageError(f"--{name} {given} and --set {name}={fixed[name]} contradict each other: give one of them")
@@ -169,7 +179,7 @@ def common_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {"data_dir": args.data_dir, "download": args.download, "val_fraction": args.val_fraction, **fixed}
     if "seed" not in fixed:
         options["seed"] = args.seed
-    for name in ("model", "dataset"):
+    for name in ("model", "dataset", "img_size"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     return options
@@ -243,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     options = common_options(args)
     rows: list[Row] = []
     if args.grid:
-        rows, options = plan_grid(args.grid, options, {"model", "dataset", *args.set}, args.epochs)
+        rows, options = plan_grid(args.grid, options, {"model", "dataset", "img_size", *args.set}, args.epochs)
     else:
         args.model = options.setdefault("model", "capsnet_tiny")
         args.dataset = options.setdefault("dataset", "digits")

@@ -13,6 +13,7 @@ of the card to capszoo/weights/weights.json. `hub` writes config.json, model.saf
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import re
@@ -93,10 +94,11 @@ def read_card(file: Path) -> dict[str, Any]:
         raise UsageError(f"{str(file)!r} does not say what model it holds: give the best.safetensors of a run")
     card: dict[str, Any] = {}
     for key, value in header.items():
-        try:
-            card[key] = json.loads(value)  # checkpoints hold everything but strings as JSON
-        except (ValueError, RecursionError):
-            card[key] = value
+        card[key] = value
+        # Checkpoints hold everything but text as JSON, and a text may look like it: a data set named 2024.
+        if value == "null" or CARD_KINDS.get(key) not in (str, (str, MISSING)):
+            with contextlib.suppress(ValueError, RecursionError):
+                card[key] = json.loads(value)
     try:
         check_kinds(card, CARD_KINDS)
         if not all(isinstance(label, str) for label in card.get("class_names") or []):

@@ -21,12 +21,13 @@ from capszoo.data.sources import check_data_dir
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import DataError, UsageError
-from capszoo.opening import OpenedModel, load_data_for, open_model
+from capszoo.opening import OpenedModel, is_shipped_name, load_split_for, open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
-from capszoo.pretrained import image_statistics
-from capszoo.registry import is_model
 from capszoo.report import Findings, find, first_batches, sections_of, training_section, write_sheet
+
+# Options that say nothing of images given by name.
+OF_DATA_SETS = {"dataset", "data_dir", "download", "follow_links", "split", "val_fraction", "limit"}
 
 
 def build_parser() -> OptionParser:
@@ -79,33 +80,35 @@ def look_at_data(opened: OpenedModel, args: Any, device: torch.device) -> tuple[
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset, or images")
     model = opened.model
     check_data_dir(dataset, args.data_dir)
-    data = load_data_for(
+    split, names = load_split_for(
         model,
         dataset,
         args.data_dir,
+        args.split,
+        val_fraction=args.val_fraction,
         download=args.download,
         follow_links=args.follow_links,
-        val_fraction=args.val_fraction,
     )
-    if data.multi_label:
+    if split.multi_label:
         raise UsageError(f"images of {dataset!r} show several classes: give single images to look at")
-    data.normalize(*image_statistics(model))
-    split = {"train": data.train, "val": data.val, "test": data.test}[args.split]
-    if split is None:
-        raise UsageError(f"{dataset!r} has no validation split with --val-fraction {args.val_fraction}: give more")
-    found = find(model, first_batches(split, max(1, args.limit), device), data.class_names)
+    found = find(model, first_batches(split, args.limit, device), names)
     return found, f"{found.count:,} of the {len(split):,} {args.split} images of {dataset}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, _ = build_parser().parse(argv)
+    args, given = build_parser().parse(argv)
+    if args.limit < 1:
+        raise UsageError(f"--limit {args.limit} is out of range: give 1 or more")
+    without = sorted(given & OF_DATA_SETS) if args.images else []
+    if without:
+        raise UsageError(f"--{without[0].replace('_', '-')} is of data sets, and images are given: leave it out")
     device = choose_device(args.device)
     opened = open_model(args.weights)
     model: Any = opened.model.to(device).eval()
     if not model.num_classes:
         raise UsageError(f"{args.weights!r} has no classes to look at: use other weights")
     # A folder may have the name of shipped weights, as the pictures of their report have.
-    folder = Path(args.weights) if Path(args.weights).is_dir() and not is_model(args.weights) else None
+    folder = Path(args.weights) if Path(args.weights).is_dir() and not is_shipped_name(args.weights) else None
     output = Path(args.output or (folder / "show.html" if folder else f"{opened.file.stem}.html"))
     if output.suffix.lower() != ".html":
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")

@@ -12,6 +12,7 @@ top1 is the exact-match accuracy there: the fraction of images of which just the
 """
 
 import os
+import shlex
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +44,9 @@ from capszoo.engine.run_folder import default_folder, hold_folder
 from capszoo.errors import DataError, RanksError, Stopped, UsageError, WriteError, first_line
 from capszoo.files import read_yaml, write_csv
 from capszoo.policies import Policy, suggest_lr
+from capszoo.policies.finder import WINDOW
 from capszoo.precision import choose_device
+from capszoo.registry import is_model
 
 
 def parse_args(argv: list[str] | None = None) -> TrainingOptions:
@@ -205,6 +208,11 @@ def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, devi
     if options.policy == "lr_finder" and (options.results or options.tensorboard):
         name = "--results" if options.results else "--tensorboard"
         raise UsageError(f"{name} has no effect with --policy lr_finder, which writes lr_finder.csv: leave it out")
+    if options.policy == "lr_finder" and trainer.policy.total_steps < WINDOW:
+        raise UsageError(
+            f"--policy lr_finder has {trainer.policy.total_steps} steps and needs {WINDOW}: give more --epochs or "
+            "a smaller --batch-size"
+        )
     options = trainer.options
     with hold_run_folder(options) if ranks.is_first else nullcontext(Path()) as folder:
         if ranks.is_first:
@@ -274,8 +282,9 @@ def train(
         report_run(trainer, options, data, folder, result, console)
     if not options.quiet:
         links = " --follow-links" if options.follow_links else ""
-        own = f"capszoo validate {folder}{links}, capszoo show {folder}{links}"
-        console.print(f"next: {own}, or capszoo predict {folder} IMAGE...")
+        place = shlex.quote(f"./{folder}" if is_model(str(folder)) else str(folder))
+        own = f"capszoo validate {place}{links}, capszoo show {place}{links}"
+        console.print(f"next: {own}, or capszoo predict {place} IMAGE...")
     return 0
 
 

@@ -31,16 +31,15 @@ from rich.text import Text
 import capszoo
 from capszoo.command_line import OptionParser, make_console, run
 from capszoo.contract import auxiliary_modules
-from capszoo.data import DataSplits, Loader, Split
+from capszoo.data import Loader, Split
 from capszoo.data.sources import check_data_dir
 from capszoo.engine import CapsuleTask, Evaluation, evaluate
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.errors import UsageError
 from capszoo.files import write_csv, write_json
-from capszoo.opening import OpenedModel, load_data_for, open_model, warn_of_split
+from capszoo.opening import OpenedModel, load_split_for, open_model, warn_of_split
 from capszoo.precision import autocast, choose_device, resolve_amp
-from capszoo.pretrained import image_statistics
 
 # Of data sets whose images show several classes.
 OF_SEVERAL = ("mean_average_precision", "exact_top_k")
@@ -101,11 +100,33 @@ def confusion_table(evaluation: Evaluation, class_names: list[str]) -> Table:
     table = Table(title="true class by predicted class", show_lines=False)
     table.add_column("", justify="right", style="bold")
     for name in class_names:
-        table.add_column(name, justify="right", overflow="fold")
-    table.add_column("top1", justify="right", style="bold")
+        table.add_column(name, justify="right", overflow="fold", min_width=_digits(evaluation))
+    table.add_column("top1", justify="right", style="bold", min_width=6)
     for index, (name, row) in enumerate(zip(class_names, evaluation.confusion.tolist(), strict=True)):
         cells = [Text(str(n), style="bold") if i == index else (str(n) if n else ".") for i, n in enumerate(row)]
         table.add_row(name, *cells, f"{row[index] / sum(row):.4f}" if sum(row) else "-")
+    return table
+
+
+def _digits(evaluation: Evaluation) -> int:
+    return len(str(int(evaluation.confusion.max())))
+
+
+def has_room(evaluation: Evaluation, width: int) -> bool:
+    """Whether the counts of all classes fit into so many columns of text, with some for the names of the rows."""
+    return 24 + len(evaluation.confusion) * (_digits(evaluation) + 3) <= width
+
+
+def accuracy_table(evaluation: Evaluation, class_names: list[str]) -> Table:
+    """Each class's accuracy and what it is most often taken for, where there are too many for the counts of all."""
+    table = Table(title="each class", show_lines=False)
+    for name in ("class", "images", "top1", "most often taken for"):
+        table.add_column(name, justify="right" if name in ("images", "top1") else "left", overflow="fold")
+    for index, (name, row) in enumerate(zip(class_names, evaluation.confusion.tolist(), strict=True)):
+        mistakes = [(0 if i == index else n, -i) for i, n in enumerate(row)]
+        count, place = max(mistakes)
+        taken_for = f"{class_names[-place]} ({count})" if count else "-"
+        table.add_row(name, str(sum(row)), f"{row[index] / sum(row):.4f}" if sum(row) else "-", taken_for)
     return table
 
 
@@ -156,7 +177,6 @@ def measure(
     criterion = read_criterion(opened.file, opened.header, opened.model)
     info = capszoo.model_info(model)
     model.to(device, memory_format=torch.channels_last)
-    split.mean, split.std = image_statistics(model)
 
     def loader(with_parts: bool = False) -> Loader:
         return Loader(split, args.batch_size, device, num_workers=args.workers, with_parts=with_parts)
@@ -188,14 +208,10 @@ def measure(
     return evaluation, row
 
 
-def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[DataSplits, Split]:
-    """The data set in the model's image size, and the split to measure on."""
-    more = {"download": args.download, "follow_links": args.follow_links}
-    data = load_data_for(model, dataset, args.data_dir, val_fraction=args.val_fraction, **more)
-    split = getattr(data, args.split)
-    if split is None:
-        raise UsageError("--split val needs --val-fraction above 0")
-    return data, split
+def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[Split, list[str]]:
+    """The images to measure on in the model's size, and the names of their classes."""
+    more = {"download": args.download, "follow_links": args.follow_links, "val_fraction": args.val_fraction}
+    return load_split_for(model, dataset, args.data_dir, args.split, **more)
 
 
 def measure_one(args: argparse.Namespace, console: Console) -> None:
@@ -207,13 +223,13 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
     check_data_dir(dataset, args.data_dir)
-    data, split = open_data(model, dataset, args)
+    split, class_names = open_data(model, dataset, args)
     if args.split == "val":
         warn_of_split(opened.header, dataset, args.val_fraction)
     result, row = measure(opened, name, split, args, device, bool(args.robustness))
     reconstruction = result.reconstruction_error
     accuracy = f"top1 {result.top1:.4f}"
-    if data.multi_label:
+    if split.multi_label:
         accuracy = f"exact match {result.top1:.4f}"
         if result.mean_average_precision is not None:
             accuracy += f"  mean average precision {result.mean_average_precision:.4f}"
@@ -229,20 +245,22 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     robustness = {key: row[key] for key in ROBUSTNESS_COLUMNS if key in row}
     for key, value in robustness.items():
         console.print(f"{key} {value:.4f}")
-    table = class_table if data.multi_label else confusion_table
-    console.print(table(result, data.class_names))
-    if data.multi_label:
+    table = (class_table if split.multi_label else confusion_table)(result, class_names)
+    if not split.multi_label and not has_room(result, console.width):
+        table = accuracy_table(result, class_names)
+    console.print(table)
+    if split.multi_label:
         precisions = [None if math.isnan(value) else value for value in result.average_precision.tolist()]
         by_class = {
             **{key: getattr(result, key) for key in OF_SEVERAL},
-            "average_precision": dict(zip(data.class_names, precisions, strict=True)),
-            "class_confusion": dict(zip(data.class_names, result.class_confusion.tolist(), strict=True)),
+            "average_precision": dict(zip(class_names, precisions, strict=True)),
+            "class_confusion": dict(zip(class_names, result.class_confusion.tolist(), strict=True)),
         }
     else:
         recall = [None if math.isnan(value) else value for value in result.recall.tolist()]
         by_class = {
             "balanced_accuracy": result.balanced_accuracy,
-            "recall": dict(zip(data.class_names, recall, strict=True)),
+            "recall": dict(zip(class_names, recall, strict=True)),
             "confusion": result.confusion.tolist(),
         }
     if args.json:
@@ -289,7 +307,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
         model = opened.model
         key = dataset, model.in_chans, model.img_size, model.num_classes
         if key not in splits:
-            splits[key] = open_data(model, dataset, args)[1]
+            splits[key] = open_data(model, dataset, args)[0]
     folder = Path(args.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in dict.fromkeys(dataset for _, _, dataset in loaded):
@@ -314,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     for key in sorted(wrong):
         does = "does not go with --all" if args.all else "needs --all"
         raise UsageError(f"--{key.replace('_', '-')} {does}: see --help")
-    console = make_console()
+    console = make_console(width=None if sys.stdout.isatty() else 1000)
     if args.all:
         measure_all(args, console)
     else:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import capszoo
-from capszoo.errors import UsageError
-from capszoo.opening import load_data_for, open_model, warn_of_split
+from capszoo.errors import DataError, UsageError
+from capszoo.opening import load_data_for, load_split_for, open_model, warn_of_split
 
 
 def test_shipped_weights():
@@ -86,3 +87,38 @@ def test_a_split_that_has_images_of_the_training(caplog):
     assert not caplog.records
     warn_of_split(header, "digits", 0.1)
     assert "trained with --val-fraction 0.05: of the validation split of 0.1 they know images" in caplog.text
+
+
+def test_a_run_folder_that_is_named_like_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "capsnet_tiny").mkdir()
+    capszoo.save_model("capsnet_tiny/best.safetensors", capszoo.create_model("capsnet_tiny", conv_dim=8))
+    with pytest.raises(UsageError, match="a model's name, and that of a run folder here: give ./capsnet_tiny for the"):
+        open_model("capsnet_tiny")
+    assert open_model("./capsnet_tiny").model.conv1.out_channels == 8
+    assert open_model("capsnet_tiny.mnist").name == "capsnet_tiny.mnist"
+
+
+@pytest.mark.parametrize("layout", ["test", "classes", "broken train"])
+def test_test_images_of_a_folder_are_read_alone(layout, tmp_path):
+    model = capszoo.create_model("capsnet_tiny", num_classes=3, in_chans=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("cat", "dog", "eel")}
+    below = tmp_path if layout == "classes" else tmp_path / "test"
+    for name, level in (("eel", 200), ("cat", 100)):
+        (below / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9), (level, 0, 0)).save(below / name / "a.png")
+    if layout == "broken train":
+        (tmp_path / "train/cat").mkdir(parents=True)
+        (tmp_path / "train/cat/a.png").write_bytes(b"no image")
+    split, names = load_split_for(model, str(tmp_path), "data", "test")
+    assert names == ["cat", "dog", "eel"] and split.labels.tolist() == [0, 2]
+    assert split.images[:, 0, 14, 14].tolist() == [100, 200] and split.image_shape == (3, 28, 28)
+    with pytest.raises(DataError):
+        load_split_for(model, str(tmp_path), "data", "val")
+    if layout != "broken train":
+        (below / "fly").mkdir()
+        Image.new("RGB", (9, 9)).save(below / "fly/a.png")
+        with pytest.raises(
+            DataError, match=r"fly' is a class that the weights do not have \(they have cat, dog, eel\)"
+        ):
+            load_split_for(model, str(tmp_path), "data", "test")

@@ -3,12 +3,14 @@
 import errno
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
 
 from capszoo.errors import UsageError, first_line
@@ -27,6 +29,26 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         print(f"error: {first_line(error)}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({first_line(error)}): give smaller batches (--micro-batch, --batch-size), a "
+            "smaller --img-size, or a smaller model",
+            file=sys.stderr,
+        )
+        code = 2
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: {str(error.filename)!r}: {error.strerror}: mend its permissions, or choose another",
+            file=sys.stderr,
+        )
+        code = 2
     except OSError as error:
         # Of a write to what print() writes to, and not of a file that was opened by its name.
         if error.errno not in _FULL or error.filename is not None:
@@ -35,6 +57,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
         code = 2
     sys.exit(code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is short, of which PyTorch's allocator for CPUs says so in its message alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from capszoo.costs import model_info
 from capszoo.engine.options import OPTIONS
 from capszoo.kernels import dispatch
 from capszoo.layers import use_fused_routing
-from capszoo.opening import open_model
+from capszoo.opening import is_shipped_name, open_model
 from capszoo.precision import explain_auto, time_precisions
 from capszoo.pretrained import read_table
 from capszoo.registry import create_model, is_model, list_models, list_pretrained
@@ -135,7 +135,7 @@ def doctor() -> int:
 
 def info(name: str, kwargs: Mapping[str, Any]) -> None:
     """Print size and work of a model with these keywords."""
-    if Path(name).exists() and not is_model(name):
+    if Path(name).exists() and not is_shipped_name(name):
         opened = open_model(name, **kwargs)
         print(model_info(opened.model))
         facts = ("dataset", "policy", "epochs", "epoch", "eval_top1", "seed", "capszoo_version")

@@ -119,6 +119,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"{args.weights!r} has no decoder for --reconstruct: leave it out, or use other weights")
     if args.reconstruct and Path(args.reconstruct).suffix.lower() != ".png":
         raise UsageError(f"--reconstruct {args.reconstruct!r} is not the name of a PNG file: let it end in .png")
+    if args.reconstruct and Path(args.reconstruct).exists():
+        raise UsageError(f"--reconstruct {args.reconstruct!r} is there already: give a new name, or delete it")
+    if args.reconstruct and not Path(args.reconstruct).absolute().parent.is_dir():
+        raise UsageError(f"--reconstruct {args.reconstruct!r} is in a folder that is not there: make it first")
     threshold = args.threshold
     if threshold is None and opened.header.get("several_classes") == "true":
         threshold = 0.5

@@ -5,7 +5,7 @@ from capszoo.errors import DataError
 from .augment import Augmentation
 from .loader import Loader
 from .seeding import seeded_generator
-from .sets import DataSplits, Split, default_translate, list_datasets, load_data
+from .sets import DataSplits, Split, default_translate, list_datasets, load_data, load_test_folder
 
 __all__ = [
     "Augmentation",
@@ -16,5 +16,6 @@ __all__ = [
     "default_translate",
     "list_datasets",
     "load_data",
+    "load_test_folder",
     "seeded_generator",
 ]

@@ -72,7 +72,10 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels, save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        values = np.asarray(image).clip(0, 65535)
+        # Integers of 32 bits may hold 8 of them, as numpy's do by default.
+        bits = 0 if image.mode == "I" and values.max(initial=0) < 256 else 8
+        image = Image.fromarray((values >> bits).astype(np.uint8))
     return image.convert("L" if in_chans == 1 else "RGB")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .readers import FileReader
 
 _logger = logging.getLogger(__name__)
 
-_FOLDER_LAYOUT = "expected train/<class>/<image> and test/<class>/<image> (val or validation will do for test)"
+_FOLDER_LAYOUT = "expected train/<class>/<image> and test/<class>/<image> (val, valid or validation will do for test)"
 # Of a folder whose images may show several classes, in each of its parts.
 _TABLE = "labels.csv"
 _TABLE_FORMAT = "expected a line 'file,<class>,<class>,...' and for each image a line 'cat.png,0,1,...'"
@@ -76,7 +76,7 @@ def image_folder(
     if not root.is_dir():
         raise DataError(f"image folder '{root}' does not exist: give the path of a folder, {_FOLDER_LAYOUT}")
     folders = {"train": root / "train"}
-    held_out = [root / part for part in ("test", "val", "validation") if (root / part).is_dir()]
+    held_out = [root / part for part in ("test", "val", "valid", "validation") if (root / part).is_dir()]
     if not folders["train"].is_dir():
         raise DataError(f"image folder '{root}' has no training images (looked for {root / 'train'}): {_FOLDER_LAYOUT}")
     if not held_out:
@@ -84,6 +84,10 @@ def image_folder(
     folders["test"] = held_out[0]
     if held_out[0].name == "test" and len(held_out) > 1:
         folders["val"] = held_out[1]
+    others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    unread = [name for name in others if root / name not in folders.values()]
+    if unread:
+        _logger.warning("of image folder '%s' nothing is read below %s", root, ", ".join(map(repr, unread)))
 
     walk = Walk(root, follow_links)
     for folder in folders.values():
@@ -114,6 +118,48 @@ def image_folder(
 
     image_shape = (in_chans, *(img_size or sizes[0]))
     return class_names, {part: (FileReader(paths, image_shape), labels) for part, (paths, labels) in files.items()}
+
+
+def test_folder(
+    root: Path, class_names: Sequence[str], img_size: Size, in_chans: int, follow_links: bool = False
+) -> tuple[FileReader, Tensor] | None:
+    """Open the test images alone of a folder for classes that are known, as those of trained weights are.
+
+    They are those of `test/<class>/<image>`, or of `<class>/<image>` where there is no `train`. A class may have none.
+
+    Args:
+        root: The folder.
+        class_names: The classes, in the order of the labels.
+        img_size: The size to give the images.
+        in_chans: The channels to give them, 1 or 3.
+        follow_links: Read what links out of the folder lead to.
+
+    Returns:
+        The images and their labels, int64 `[N]`; None for a folder of another layout.
+
+    Raises:
+        DataError: As :func:`image_folder`, and for a class that is not among them.
+    """
+    folder = root / "test"
+    if not folder.is_dir():
+        folder = root
+    if (folder == root and any((root / part).exists() for part in ("train", "val", "valid", "validation"))) or (
+        folder / _TABLE
+    ).exists():
+        return None
+    walk = Walk(root, follow_links)
+    walk.check_inside(folder)
+    classes = _class_files(folder, walk)
+    for extra in sorted(classes.keys() - set(class_names)):
+        if folder != root and (root / "train").is_dir():  # by which the classes can be told
+            return None
+        raise DataError(
+            f"'{folder / extra}' is a class that the weights do not have (they have {', '.join(class_names[:10])}"
+            f"{', ...' if len(class_names) > 10 else ''}): rename or move it"
+        )
+    paths = [path for name in class_names for path in classes.get(name, ())]
+    labels = [place for place, name in enumerate(class_names) for _ in classes.get(name, ())]
+    return FileReader(paths, (in_chans, *img_size)), torch.tensor(labels)
 
 
 def _read_class_folders(folders: dict[str, Path], walk: Walk) -> tuple[list[str], _Files]:

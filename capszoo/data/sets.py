@@ -10,7 +10,10 @@ from __future__ import annotations
 import logging
 import operator
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 from capszoo.errors import DataError, one_line
 
 from .decoding import Size
+from .folders import test_folder
 from .loader import Loader
 from .readers import Reader, Source
 from .sources import Request, default_translate, list_datasets, open_source
@@ -27,7 +31,19 @@ from .splits import DataSplits, Split, stratified
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["DataError", "DataSplits", "Loader", "Split", "default_translate", "list_datasets", "load_data"]
+_VAL_FRACTION = 0.1
+_MAX_BYTES = 4 << 30
+
+__all__ = [
+    "DataError",
+    "DataSplits",
+    "Loader",
+    "Split",
+    "default_translate",
+    "list_datasets",
+    "load_data",
+    "load_test_folder",
+]
 
 
 def load_data(
@@ -36,11 +52,11 @@ def load_data(
     *,
     img_size: int | Size | None = None,
     in_chans: int | None = None,
-    val_fraction: float = 0.1,
+    val_fraction: float = _VAL_FRACTION,
     seed: int = 0,
     download: bool = False,
     follow_links: bool = False,
-    max_bytes: int = 4 << 30,
+    max_bytes: int = _MAX_BYTES,
 ) -> DataSplits:
     """Load a data set.
 
@@ -99,13 +115,13 @@ def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_
     image_shape = source.train[0].image_shape
     count = sum(len(part[1]) for part in (source.train, source.val, source.test) if part)
     in_memory = count * int(np.prod(image_shape)) <= max_bytes or source.compose is not None
-
-    def split(part: tuple[Reader, Tensor], *selections: Tensor) -> list[Split]:
-        reader, labels = part
-        if not in_memory:
-            return [Split(labels[rows], reader=reader, indices=rows) for rows in selections]
-        images = _read_all(reader)
-        return [Split(labels[rows], images[rows]) for rows in selections]
+    split = partial(_split, in_memory=in_memory)
+    if source.val is not None and val_fraction not in (0, _VAL_FRACTION):
+        _logger.warning(
+            f"data set {name!r} has validation images of its own: val_fraction {val_fraction} has no effect"
+        )
+    if source.val is not None and not val_fraction:
+        _logger.warning(f"the validation images of data set {name!r} are not used, as val_fraction is 0")
 
     val = None
     labels = source.train[1]
@@ -133,6 +149,49 @@ def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_
         val = None if val is None else source.compose(val, "val", num_classes, seed)
         image_shape = train.image_shape
     return DataSplits(name, train, val, test, source.class_names, num_classes, image_shape[0], image_shape[1:])
+
+
+def _split(part: tuple[Reader, Tensor], *selections: Tensor, in_memory: bool) -> list[Split]:
+    reader, labels = part
+    if not in_memory:
+        return [Split(labels[rows], reader=reader, indices=rows) for rows in selections]
+    images = _read_all(reader)
+    return [Split(labels[rows], images[rows]) for rows in selections]
+
+
+def load_test_folder(
+    folder: str | os.PathLike,
+    class_names: Sequence[str],
+    img_size: Size,
+    in_chans: int,
+    *,
+    follow_links: bool = False,
+    max_bytes: int = _MAX_BYTES,
+) -> Split | None:
+    """Load the test images alone of a folder, by the classes of trained weights; None for a folder of another layout.
+
+    Args:
+        folder: The folder.
+        class_names: The classes, in the order of the labels.
+        img_size: Height and width to resize images to.
+        in_chans: 1 for grey or 3 for colour.
+        follow_links: Read what links out of the folder lead to.
+        max_bytes: As in :func:`load_data`.
+
+    Raises:
+        DataError: As :func:`load_data`, and for a class that is not among them.
+    """
+    try:
+        part = test_folder(Path(folder), class_names, img_size, in_chans, follow_links)
+        if part is None:
+            return None
+        reader, labels = part
+        in_memory = len(labels) * int(np.prod(reader.image_shape)) <= max_bytes
+        return _split(part, torch.arange(len(labels)), in_memory=in_memory)[0]
+    except OSError as error:
+        raise DataError(
+            f"folder {str(folder)!r} cannot be read ({one_line(error)}): check the path and who may read it"
+        ) from error
 
 
 def _warn_of_missing_classes(name: str, class_names: list[str], train: Tensor, val: Tensor, remedy: str) -> None:

@@ -136,6 +136,7 @@ class TrainingOptions(Augmentation):
         "training",
         read=int,
         within=POSITIVE,
+        may_change=True,
     )
     weight_decay: float = option(0.0, "weight decay", "training", read=float, within=NOT_NEGATIVE)
     momentum: float = option(0.9, "momentum, for optimizers that have it", "training", read=float, within=BELOW_1)
@@ -213,7 +214,9 @@ class TrainingOptions(Augmentation):
     compile: bool = option(False, "use torch.compile", "computing", flag=True)
     cuda_graphs: bool = option(True, "replay captured steps on a GPU", "computing", flag=True, negatable=True)
     channels_last: bool = option(True, "memory format of the maps", "computing", flag=True, negatable=True)
-    eval_batch_size: int = option(256, "images a step in evaluation", "computing", read=int, within=POSITIVE)
+    eval_batch_size: int = option(
+        256, "images a step in evaluation", "computing", read=int, within=POSITIVE, may_change=True
+    )
     workers: int = option(
         2,
         "processes that read images, for sets too large for memory and for changes of colours",
@@ -349,11 +352,7 @@ def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> T
 
 
 def policy_of(options: TrainingOptions, num_images: int) -> Policy:
-    """The policy of options that have a batch size, for so many training images.
-
-    Raises:
-        ValueError: If it refuses its options.
-    """
+    """The policy of options that have a batch size, for so many training images; a ValueError if it refuses them."""
     return create_policy(
         options.policy,
         lr=options.lr,

@@ -7,6 +7,9 @@ from numbers import Integral
 
 from .base import Policy, Progress, option
 
+# Steps that `suggest_lr` looks at together by default.
+WINDOW = 21
+
 
 @dataclass(frozen=True, kw_only=True)
 class LRFinder(Policy):
@@ -37,7 +40,7 @@ class LRFinder(Policy):
         return 10.0 ** (self.start_exponent + progress.step / self.steps_per_decade)
 
 
-def suggest_lr(lrs: Sequence[float], losses: Sequence[float], window: int = 21) -> float:
+def suggest_lr(lrs: Sequence[float], losses: Sequence[float], window: int = WINDOW) -> float:
     """The learning rate at which the loss falls most steeply, from a run of the learning-rate finder.
 
     The loss is smoothed by looking at `window` steps at a time: their mean is the smoothed loss, and the least-squares

@@ -99,8 +99,11 @@ class Findings:
 
 
 def first_batches(split: Split, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the first so many images of a split, normalised as it says, and their classes."""
-    for images, labels in Loader(split, 250, device):
+    """Batches of so many images of a split, normalised as it says, and their classes.
+
+    They are drawn at random, the same each time: image folders lie class by class.
+    """
+    for images, labels in Loader(split, 250, device, shuffle=True):
         yield images[:count], labels[:count]
         count -= len(labels)
         if count <= 0:

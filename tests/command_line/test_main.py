@@ -124,3 +124,41 @@ def test_backend_of_a_gpu(monkeypatch):
     assert cli.routing_backend("cuda:0")[0] == "Triton kernels"
     monkeypatch.setattr(cli.dispatch, "triton_problem", lambda device: "The GPU is too old")
     assert cli.routing_backend("cuda:0") == ("PyTorch tiles", "The GPU is too old")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            2,
+            "error: out of memory (CUDA out of memory. Tried",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "give smaller batches (--micro-",
+        ),
+        (MemoryError(), 2, "error: out of memory"),
+        (PermissionError(13, "Permission denied", "runs/x"), 2, "error: 'runs/x': Permission denied: mend its perm"),
+    ],
+)
+def test_what_no_option_says_ends_in_one_line(error, code, expected, capsys):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail)
+    err = capsys.readouterr().err
+    assert ended.value.code == code and expected in err and err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    for bug in (RuntimeError("shapes differ"), PermissionError("of nothing")):
+
+        def fail(bug=bug):
+            raise bug
+
+        with pytest.raises(type(bug)):
+            run(fail)

@@ -220,12 +220,15 @@ def test_reconstructions(folder, tmp_path, capsys):
         (["capsnet_tiny.mnist"], "IMAGE"),
         (["capsnet_tiny.mnist", "x.png", "--json", "--csv"], "--json does not go with --csv"),
         (["capsnet_tiny.mnist", "x.png", "--reconstruct", "x.jpg"], "let it end in .png"),
+        (["capsnet_tiny.mnist", "x.png", "--reconstruct", "cat.png"], "--reconstruct 'cat.png' is there already"),
+        (["capsnet_tiny.mnist", "x.png", "--reconstruct", "no/a.png"], "is in a folder that is not there: make it"),
         (["cnn_baseline_tiny.mnist", "x.png", "--reconstruct", "x.png"], "no decoder for --reconstruct"),
         (["capsnet_tiny.mnist", "x.png", "--jsn"], "did you mean '--json'"),
     ],
 )
 def test_bad_input_is_one_line(argv, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat.png").write_bytes(b"a photograph")
     if argv[0].startswith("cnn") and not capszoo.list_pretrained("cnn*"):
         model = capszoo.create_model("cnn_baseline_tiny")
         capszoo.save_model("cnn.safetensors", model)
@@ -234,6 +237,7 @@ def test_bad_input_is_one_line(argv, expected, capsys, tmp_path, monkeypatch):
         run(lambda: main(["predict", *argv]))
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert (tmp_path / "cat.png").read_bytes() == b"a photograph"
 
 
 def test_python_m_capszoo(folder):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from capszoo.data import Loader, load_data
+from capszoo.data.decoding import decode
 
 
 def test_colour_and_size_of_grey_images(write_mnist, tmp_path):
@@ -116,3 +117,9 @@ def test_max_bytes_counts_all_pixels(write_mnist, tmp_path):
     write_mnist(tmp_path)
     assert load_data("mnist", tmp_path, max_bytes=60 * 784).train.images is not None
     assert load_data("mnist", tmp_path, max_bytes=60 * 784 - 1).train.images is None
+
+
+def test_integers_of_8_bits_are_not_taken_for_16():
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    assert torch.equal(decode(Image.fromarray(values), 1, None)[0], torch.from_numpy(values).byte())
+    assert torch.equal(decode(Image.fromarray(values * 256), 1, None)[0], torch.from_numpy(values).byte())

@@ -1,5 +1,7 @@
 """capszoo.data.folders: image folders of a class each, and with tables."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +253,24 @@ def test_links_to_folders_of_images_with_a_table(write_tables, tmp_path):
     (root / "train/loop").symlink_to(root / "train")
     (root / "train/notes.txt").touch()
     assert len(load_data(root, val_fraction=0).train) == 9
+
+
+def test_folders_that_are_not_read_are_told(write_folder, tmp_path, caplog):
+    write_folder(tmp_path / "set")
+    (tmp_path / "set" / "test").rename(tmp_path / "set" / "valid")
+    assert len(load_data(tmp_path / "set").test)
+    assert "nothing is read below" not in caplog.text
+    (tmp_path / "set" / "unlabelled").mkdir()
+    load_data(tmp_path / "set")
+    assert "nothing is read below 'unlabelled'" in caplog.text
+
+
+def test_a_fraction_that_a_validation_folder_makes_idle_is_told(write_folder, tmp_path, caplog):
+    write_folder(tmp_path / "set")
+    shutil.copytree(tmp_path / "set" / "test", tmp_path / "set" / "val")
+    load_data(tmp_path / "set")
+    assert not caplog.records
+    load_data(tmp_path / "set", val_fraction=0.5)
+    assert "has validation images of its own: val_fraction 0.5 has no effect" in caplog.text
+    assert load_data(tmp_path / "set", val_fraction=0).val is None
+    assert "are not used, as val_fraction is 0" in caplog.text

@@ -62,3 +62,26 @@ def test_every_family_with_routing_has_a_uniform_twin():
     for name in capszoo.list_models(exclude_filters="cnn_*"):
         twin = capszoo.create_model(name, **uniform_arguments(name), device="meta")
         assert twin.arguments() != capszoo.create_model(name, device="meta").arguments()
+
+
+def test_trainings_of_other_options_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"model": "capsnet_tiny", "couplings": "routing", "dataset": "/pets/cats", "epochs": 3, "seed": 0}
+    rows = [
+        {**row, "options": "lr=0.1"},
+        {**row, "options": "lr=0.2"},
+        {**row, "dataset": "/cats", "options": "lr=0.1"},
+    ]
+    folders = [ablation.folder_of(each, "work") for each in rows]
+    assert len(set(folders)) == 3 and all(folder.parent.name == "work" for folder in folders)
+    assert folders[0] == ablation.folder_of(rows[0], "work") and folders[0].name.startswith(
+        "capsnet_tiny-routing-cats-3-"
+    )
+
+
+def test_a_table_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="no table can be made at 'file/gain.csv'"):
+        ablation.main([*SMALL, "--models", "capsnet_tiny", "--results", "file/gain.csv"])
+    assert not (tmp_path / "runs").exists()

@@ -317,6 +317,14 @@ def test_hub_of_a_file_whose_facts_are_null(export, make_run, tmp_path):
     assert "# cnn_baseline_tiny.custom" in text and "None" not in text
 
 
+def test_hub_of_a_data_set_whose_name_is_a_number(export, make_run, tmp_path):
+    tensors, header = load_tensors(make_run("cnn_baseline_tiny"))
+    save_tensors(tmp_path / "alone.safetensors", tensors, {**header, "dataset": "2024"})
+    export("hub", tmp_path / "alone.safetensors", "--output", tmp_path / "out")
+    front, _ = front_matter(tmp_path / "out")
+    assert front["datasets"] == ["2024"] or front["datasets"] == "2024"
+
+
 def test_hub_refuses_folders_in_use_and_damaged_weights(export, make_run, weights_dir, tmp_path):
     export("ship", make_run(), "--name", "capsnet_tiny.mnist")
     (tmp_path / "used").mkdir()

@@ -376,6 +376,10 @@ BAD = {
     "unknown option": (["--modle", "x"], "did you mean '--model'"),
     "unknown model": (["--model", "capsnet_w"], "did you mean 'capsnet_ws'"),
     "unknown data set": (["--dataset", "mnits"], "did you mean 'mnist'"),
+    "finder of few steps": (
+        ["--policy", "lr_finder", "--epochs", "1", "--batch-size", "128"],
+        "--policy lr_finder has 11 steps and needs 21: give more --epochs or a smaller --batch-size",
+    ),
     "finder with results": (
         ["--policy", "lr_finder", "--results", "t.csv"],
         "--results has no effect with --policy lr",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from capszoo.engine import CapsuleTask, evaluate
 from capszoo.engine.criteria import criterion_header
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.losses import MarginLoss
+from capszoo.recipes import validate as validate_recipe
 
 
 @pytest.fixture
@@ -158,3 +160,15 @@ def test_wrong_command_line(validate, make_run, tmp_path, monkeypatch, argv, mes
     make_run("cnn_baseline_tiny", "digits", conv_dim=4).rename("digits.safetensors")
     capszoo.checkpoint.save_weights("alone.safetensors", capszoo.create_model("cnn_baseline_tiny", conv_dim=4), {})
     assert message in validate(*argv)
+
+
+def test_many_classes_are_told_one_by_one():
+    confusion = torch.zeros(40, 40, dtype=torch.int64)
+    confusion[torch.arange(40), torch.arange(40)] = 7
+    confusion[3, 5], confusion[3, 8] = 2, 1
+    evaluation = SimpleNamespace(confusion=confusion)
+    assert not validate_recipe.has_room(evaluation, 80) and validate_recipe.has_room(evaluation, 1000)
+    table = validate_recipe.accuracy_table(evaluation, [f"class {j}" for j in range(40)])
+    cells = [list(column.cells) for column in table.columns]
+    assert [column[3] for column in cells] == ["class 3", "10", "0.7000", "class 5 (2)"]
+    assert [column[4] for column in cells] == ["class 4", "7", "1.0000", "-"]

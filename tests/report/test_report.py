@@ -10,7 +10,7 @@ from PIL import Image
 
 import capszoo
 from capszoo import report
-from capszoo.data import Loader, load_data
+from capszoo.data import Loader, Split, load_data
 from capszoo.engine import evaluate
 from capszoo.errors import InspectionError
 from capszoo.recipes import show, train
@@ -182,3 +182,16 @@ def test_names_are_escaped(tmp_path):
     report.write_sheet(tmp_path / "page.html", "<title>", {"<a>": "<c>"}, [section])
     text = (tmp_path / "page.html").read_text()
     assert "<b>" not in text and "&lt;script&gt;" in text and "<script></script>" in text
+
+
+def test_a_part_of_a_split_has_images_of_all_classes():
+    """Image folders lie class by class: their first images are of one."""
+    labels = torch.arange(3).repeat_interleave(400)
+    split = Split(labels, (labels[:, None, None, None] * 50).expand(-1, 1, 8, 8).byte())
+    batches = list(report.first_batches(split, 300, torch.device("cpu")))
+    seen = torch.cat([classes for _, classes in batches])
+    assert len(seen) == 300 and torch.bincount(seen).min() > 60
+    for images, classes in batches:
+        assert torch.equal((images[:, 0, 0, 0] * 255 / 50).round().long(), classes)
+    again = torch.cat([classes for _, classes in report.first_batches(split, 300, torch.device("cpu"))])
+    assert torch.equal(again, seen)
