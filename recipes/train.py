@@ -11,6 +11,7 @@ summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.j
 top1 is the exact-match accuracy there: the fraction of images of which just the classes present are predicted.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from capszoo.checkpoint import read_metadata
 from capszoo.command_line import (
     StopSignal,
     add_result,
@@ -43,6 +45,7 @@ from capszoo.engine.run import load_splits, make_trainer, measure_test
 from capszoo.engine.run_folder import default_folder, hold_folder
 from capszoo.errors import DataError, RanksError, Stopped, UsageError, WriteError, first_line
 from capszoo.files import read_yaml, write_csv
+from capszoo.opening import weights_in
 from capszoo.policies import Policy, suggest_lr
 from capszoo.policies.finder import WINDOW
 from capszoo.precision import choose_device
@@ -199,7 +202,7 @@ def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, devi
             wait_for("data", ranks, [0])
     elif options.results:
         check_results(Path(options.results))
-    data = load_splits(options)
+    data = load_run_data(options)
     reach("data", ranks)
     wait_for("data", ranks, range(ranks.count))
     trainer = make_trainer(options, data, device, ranks=ranks)
@@ -218,6 +221,26 @@ def prepare(options: TrainingOptions, argv: list[str] | None, ranks: Ranks, devi
         if ranks.is_first:
             trainer.folder = folder
         return train(options, argv, trainer, data, folder, console)
+
+
+def load_run_data(options: TrainingOptions) -> DataSplits:
+    """Load the data of a run; of one that is resumed, its images may have moved, and its classes must be the same."""
+    dataset = str(options.dataset)
+    try:
+        data = load_splits(options)
+    except DataError as error:
+        if options.resume and not os.path.exists(dataset):
+            raise DataError(f"{error}; where its folder has moved, give --dataset with the new one") from None
+        raise
+    weights = weights_in(options.resume or "")
+    if options.resume and weights.is_file():
+        names = json.loads(read_metadata(weights).get("class_names", "null"))
+        if names and names != data.class_names:
+            raise UsageError(
+                f"{dataset!r} has the classes {', '.join(data.class_names[:5])}, the run has {', '.join(names[:5])}: "
+                "give --dataset with the images of the run"
+            )
+    return data
 
 
 def train(

@@ -40,6 +40,8 @@ def parse_resumable(
         raise UsageError(f"--resume {args.resume!r} is no run folder (it has no args.yaml): check the path")
     found, _ = build_parser().parse([f"--config={saved}"])
     resumed = {**vars(found), "output": str(folder)}
+    if "dataset" in given and _has_moved(resumed.get("dataset"), args.dataset):
+        may_change = may_change | {"dataset"}
     changed = changed_options(vars(args), resumed, given - may_change - {"config"})
     if changed:
         absent = f"no {parser.words(changed[0], True)[0]}"
@@ -66,6 +68,13 @@ def changed_options(values: Mapping[str, Any], saved: Mapping[str, Any], names: 
     return [
         name for name in sorted(names) if values[name] is not None and not _is_same(name, values[name], saved[name])
     ]
+
+
+def _has_moved(before: str | None, now: str) -> bool:
+    """Whether an image folder is not where it was, and another is named in its place."""
+    if before is None or before in list_datasets() or now in list_datasets():
+        return False
+    return not os.path.exists(before) and os.path.isdir(now)
 
 
 def _is_same(name: str, value: Any, other: Any) -> bool:

@@ -320,6 +320,7 @@ BAD = [
     (["--epochs", "3", "--set", "epochs=5"], "--epochs 3 and --set epochs=5 contradict each other: give one of them"),
     (["--set", "policy=lr_finder"], "policy=lr_finder compares no trainings"),
     (["--set", "img_size=20x32"], "'20x32' is no size: give one number, or height and width"),
+    (["--img-size", "20", "--set", "img_size=30"], "--img-size 20 and --set img_size=30 contradict each other"),
     (["--trials", "0"], "--trials 0 is out of range: give 1 to 1,000,000"),
     (["--trials", "9" * 20], "is out of range: give 1 to 1,000,000"),
     (["--epochs", "9" * 20, "--trials", "1"], "is out of range: give 1 to 1,000,000"),

@@ -21,7 +21,7 @@ import capszoo.engine.run
 from capszoo.data import Loader, load_data
 from capszoo.engine import evaluate
 from capszoo.engine.run_folder import _lock
-from capszoo.errors import UsageError
+from capszoo.errors import DataError, UsageError
 
 ROOT = Path(__file__).parents[2]
 # Small enough for a few seconds a run; float32, where a CPU gives the same bits each time.
@@ -293,6 +293,24 @@ def test_image_folder_trains(tmp_path):
     assert result["dataset"] == "pets" and result["test_top1"] in (0, 0.25, 0.5, 0.75, 1)
     out = run("validate.py", "run/best.safetensors", cwd=tmp_path)
     assert "cat" in out and "dog" in out
+
+
+def test_a_run_whose_images_have_moved(tmp_path, recipe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "pets")
+    main, small = recipe("train").main, [*SMALL, "--val-fraction", "0.2", "--quiet", "--output", "run"]
+    assert main(["--dataset", "pets", *small]) == 0
+    make_folder(tmp_path / "others")
+    with pytest.raises(UsageError, match="--dataset others cannot change when a run is resumed"):
+        main(["--resume", "run", "--dataset", "others"])
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="where its folder has moved, give --dataset with the new one"):
+        main(["--resume", "run"])
+    assert main(["--resume", "run", "--dataset", "moved"]) == 0
+    (tmp_path / "moved/train/cat").rename(tmp_path / "moved/train/bat")
+    (tmp_path / "moved/test/cat").rename(tmp_path / "moved/test/bat")
+    with pytest.raises(UsageError, match="'moved' has the classes bat, dog, the run has cat, dog: give --dataset"):
+        main(["--resume", "run", "--dataset", "moved"])
 
 
 def make_several_classes(root: Path) -> Path:

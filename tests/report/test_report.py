@@ -125,6 +125,8 @@ def test_show_a_network_of_each_family(name, tmp_path, monkeypatch, capsys):
     [
         (["--output", "page.png"], "--output 'page.png' is not the name of an HTML file: let it end in .html"),
         (["--output", "no/page.html"], "--output 'no/page.html' is in a folder that is not there: make it first"),
+        (["a.png", "--limit", "2"], "--limit is of data sets, and images are given: leave it out"),
+        (["--limit", "0"], "--limit 0 is out of range: give 1 or more"),
         (["nothing.png"], "no image at 'nothing.png': check the path"),
         (["--dataset", "nothing"], "unknown data set 'nothing'"),
     ],
