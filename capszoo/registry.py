@@ -259,6 +259,8 @@ def load_model(path: str | Path | WeightsFile, **kwargs: Any) -> nn.Module:
         raise CheckpointError(
             f"{str(path)!r} does not say what model it holds: use create_model(NAME, checkpoint_path=)"
         )
+    if header["model"] in list_models():  # else it is the file's fault, and not the caller's
+        check_arguments(header["model"], kwargs)
     try:
         return _load_model(file, header["model"], header_arguments(path, header["model"], header), kwargs)
     except CheckpointError:

@@ -172,7 +172,8 @@ def common_options(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("model", "dataset", "img_size", "epochs"):
         given = getattr(args, name)
         if not args.resume and given is not None and fixed.get(name, given) != given:
-            raise UsageError(f"--{name} {given} and --set {name}={fixed[name]} contradict each other: give one of them")
+            words = f"--{name.replace('_', '-')} {given} and --set {name}={fixed[name]}"
+            raise UsageError(f"{words} contradict each other: give one of them")
     kwargs = fixed.get("model_kwargs", {})
     if not isinstance(kwargs, dict):
         raise UsageError(f"--set model_kwargs={kwargs!r} is no mapping: write model_kwargs='{{name: value}}'")

@@ -249,3 +249,11 @@ def test_all_levels_are_features(case):
         assert features.shape[1] == whole.feature_info[level]["num_chs"]
     with pytest.raises(ValueError, match=r"^out_indices=\[0\] has no effect without features_only=True"):
         make(case, out_indices=[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES, *MORE])
+def test_scripted_without_classes(case):
+    x = images().float() / 255
+    model = make(case, num_classes=0).eval()
+    assert torch.equal(torch.jit.script(model)(x), model(x))

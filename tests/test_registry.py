@@ -522,3 +522,9 @@ def test_shipped_weights_are_described_by_their_table():
     assert len(model.pretrained_cfg["label_names"]) == 10 and model.pretrained_cfg["notes"]
     other = capszoo.create_model("capsnet_tiny", num_classes=3)
     assert not {"label_names", "notes", "description"} & other.pretrained_cfg.keys()
+
+
+def test_a_keyword_that_is_wrong_is_not_the_files_fault(tmp_path):
+    capszoo.save_model(tmp_path / "model.safetensors", capszoo.create_model("capsnet_tiny", conv_dim=8))
+    with pytest.raises(ValueError, match="^unknown keyword 'decodr' for model 'capsnet_tiny', did you mean 'decoder'"):
+        capszoo.load_model(tmp_path / "model.safetensors", decodr=True)

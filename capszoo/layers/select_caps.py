@@ -112,8 +112,9 @@ def select_capsules(x: Tensor, index: Tensor, num_capsules: int, fill: bool) -> 
 @torch.jit.ignore
 def init_non_persistent_buffers(self: Any) -> None:
     """Make the index of the capsules that remain, which no checkpoint holds, where the weights are."""
-    types = self.primary_caps.num_types
-    index = index_capsules(self.keep_capsules, self.num_primary, types, self.share_weights)
+    is_cut = isinstance(self.primary_caps, nn.Identity)  # by `prune_intermediate_layers`
+    types = 0 if is_cut else self.primary_caps.num_types
+    index = [] if is_cut else index_capsules(self.keep_capsules, self.num_primary, types, self.share_weights)
     self.fill_capsules = self.num_primary in index  # the place after the last capsule
     tensor = torch.tensor(index, device=self.conv1.weight.device) if index else None
     self.register_buffer("capsule_index", tensor, persistent=False)

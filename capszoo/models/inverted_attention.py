@@ -35,6 +35,13 @@ _STRIDES = (2, 1)
 _MAX_PASSES = 100
 
 
+class _NoCaps(nn.Identity):
+    """In place of class capsules, which take the parents of the pass before as well; TorchScript compiles the call."""
+
+    def forward(self, x: Tensor, parents: Tensor | None = None) -> Tensor:
+        return x
+
+
 class InvertedAttentionCapsNet(nn.Module):
     """Capsule network of Tsai, Srivastava, Goh and Salakhutdinov 2020 (section 5), in its forms for CIFAR."""
 
@@ -163,7 +170,7 @@ class InvertedAttentionCapsNet(nn.Module):
                 self.caps.append(InvertedAttentionCaps(self._num_capsules, self._num_hidden, **dd))
             self.caps.train(self.training)
         num_capsules = self._num_hidden or self._num_capsules
-        self.class_caps = InvertedAttentionCaps(num_capsules, num_classes, **dd) if num_classes else nn.Identity()
+        self.class_caps = InvertedAttentionCaps(num_capsules, num_classes, **dd) if num_classes else _NoCaps()
         side = dd.pop("pose_size")
         # One map for all class capsules: what tells classes apart are their matrices.
         self.fc = nn.Linear(side**2, 1, **dd) if num_classes else nn.Identity()

@@ -9,6 +9,7 @@ capsules over the whole map, whose matrices are shared by its positions and whos
 depends on the size of the images.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,8 @@ class MatrixCapsNet(nn.Module):
                 f"img_size={height}x{width} is too small: the three kernels need {_LEAST_SIZE} pixels each way, "
                 f"resize the images"
             )
+        if not 0 < final_lambda < math.inf:
+            raise ValueError(f"final_lambda={final_lambda} is not possible: give a number above 0, such as 0.01")
         self.in_chans, self.img_size = in_chans, (height, width)
         self.global_pool, self.drop_rate, self.pose_size = global_pool, drop_rate, pose_size
         self.routing, self.num_types = routing, num_types[-1]

@@ -302,3 +302,9 @@ def test_wrong_pool_on_reset():
     with pytest.raises(ValueError, match="num_classes=-3 is not possible"):
         model.reset_classifier(-3)
     assert model.num_classes == 10 and model(images()).shape == (2, 10)
+
+
+def test_features_of_chosen_capsules_move():
+    """Without its primary capsules a network has none to choose from."""
+    model = small(keep_capsules=[1, 2, 5], features_only=True, out_indices=[0])
+    assert model.to_empty(device="cpu")(images())[0].shape == (2, 8, 12, 12)

@@ -80,6 +80,7 @@ ERRORS = {
     "num_routing=0 is not possible: give 1": dict(num_routing=0),
     "unknown routing 'dynamic'. Known: em, vb": dict(routing="dynamic"),
     "conv_dim=0 is not possible": dict(conv_dim=0),
+    "final_lambda=0.0 is not possible: give a number above 0": dict(final_lambda=0.0),
     "num_classes=-1 is not possible": dict(num_classes=-1),
     "unknown keyword 'decoder' for model 'capsnet_em'": dict(decoder=True),
 }
