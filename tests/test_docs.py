@@ -187,7 +187,7 @@ def test_environment_variables_are_read_somewhere(page):
         path.read_text() for folder in ("capszoo", "kernels", "tests") for path in (ROOT / folder).rglob("*.py")
     )
     for name in re.findall(r"CAPSZOO_\w+", page.read_text()):
-        assert re.search(rf'environ[^\n]*"{name}"|"{name}"[^\n]*environ', code), name
+        assert re.search(rf'(?:environ|read_switch)[^\n]*"{name}"|"{name}"[^\n]*environ', code), name
 
 
 def test_train_configs_named_are_readable():

@@ -257,3 +257,9 @@ def test_scripted_without_classes(case):
     x = images().float() / 255
     model = make(case, num_classes=0).eval()
     assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize("feature_cls", ["hook", "fx"])
+def test_all_levels_are_features_of_timms_other_extractors(feature_cls):
+    extractor = make("deepcaps", features_only=True, feature_cls=feature_cls).eval()
+    assert len(extractor(images().float() / 255)) == 4

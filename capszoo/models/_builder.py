@@ -46,10 +46,7 @@ __all__ = [
 
 _MAX_CAPSULES = 1 << 22
 # What else the locals of a constructor hold, and arguments that may change later, which models keep as attributes.
-_NOT_KEPT = {
-    *("self", "__class__", "device", "dtype"),
-    *("num_classes", "global_pool", "drop_rate", "keep_capsules"),
-}
+_NOT_KEPT = {"self", "__class__", "device", "dtype", "num_classes", "global_pool", "drop_rate", "keep_capsules"}
 
 
 def check_sizes(**sizes: int) -> None:
@@ -382,6 +379,10 @@ def build_model(
     out_indices = kwargs.pop("out_indices", None)
     if out_indices is not None and not kwargs.get("features_only"):
         raise ValueError(f"out_indices={out_indices} has no effect without features_only=True: give that, too")
+    if out_indices is None and kwargs.get("feature_cls", "getter") != "getter":  # others take no None for all
+        of_features = ("features_only", "feature_cls", "backbone_pretrained")
+        plain = {**{key: kwargs[key] for key in kwargs if key not in of_features}, "device": "meta"}
+        out_indices = tuple(range(len(build_model(cls, filter_fn, variant, **plain).feature_info)))
     model = build_model_with_cfg(
         cls,
         variant,
