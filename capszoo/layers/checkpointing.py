@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 __all__ = ["checkpoint_once"]
 
+# A compiled checkpoint leaves the statistics out of what it computes again; that of PyTorch 2.7 does not.
+_COMPILED_COUNTS_ONCE = torch.__version__ >= "2.14"
+
 
 @contextmanager
 def _kept_statistics(module: nn.Module) -> Iterator[None]:
@@ -27,6 +30,6 @@ def _kept_statistics(module: nn.Module) -> Iterator[None]:
 @torch.jit.ignore
 def checkpoint_once(module: nn.Module, x: Tensor) -> Tensor:
     """Compute a module again in the backward pass instead of keeping its maps; BatchNorm counts the batch once."""
-    if torch.compiler.is_compiling():  # which takes no contexts, and leaves the statistics out of what it repeats
-        return checkpoint(module, x, use_reentrant=False)
+    if torch.compiler.is_compiling():  # which takes no contexts
+        return checkpoint(module, x, use_reentrant=False) if _COMPILED_COUNTS_ONCE else module(x)
     return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _kept_statistics(module)))
