@@ -233,15 +233,21 @@ def _describe(model: Any, file: "WeightsFile", normalisation: dict[str, tuple[fl
             model.pretrained_cfg = model.default_cfg = {**(cfg or {}), **normalisation}
         return
     cfg = {**cfg_of_model(model, cfg, same_source=False), **normalisation}
-    try:
-        names = json.loads(file.metadata.get("class_names", "null"))
-    except (ValueError, RecursionError):
-        names = None
-    if isinstance(names, list) and len(names) == model.num_classes and all(isinstance(name, str) for name in names):
+    names = class_names_in(file.metadata)
+    if names and len(names) == model.num_classes:
         cfg["label_names"] = tuple(names)
     if file.metadata.get("dataset"):
         cfg["description"] = f"trained on {file.metadata['dataset']}"
     model.pretrained_cfg = model.default_cfg = cfg
+
+
+def class_names_in(metadata: Mapping[str, str]) -> list[str]:
+    """The names of the classes that a header has; none where it has no list of texts."""
+    try:
+        names = json.loads(metadata.get("class_names", "null"))
+    except (ValueError, RecursionError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:

@@ -11,12 +11,11 @@ summary.csv, last.safetensors, best.safetensors, resume.safetensors and result.j
 top1 is the exact-match accuracy there: the fraction of images of which just the classes present are predicted.
 """
 
-import json
 import os
 import shlex
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capszoo.checkpoint import read_metadata
+from capszoo.checkpoint import class_names_in, read_metadata
 from capszoo.command_line import (
     StopSignal,
     add_result,
@@ -43,7 +42,7 @@ from capszoo.engine.distributed import Ranks, is_lost_connection, join_ranks, le
 from capszoo.engine.options import DEFAULTS, TrainingOptions, flat_values, options_from, options_text, with_values
 from capszoo.engine.run import load_splits, make_trainer, measure_test
 from capszoo.engine.run_folder import default_folder, hold_folder
-from capszoo.errors import DataError, RanksError, Stopped, UsageError, WriteError, first_line
+from capszoo.errors import CheckpointError, DataError, RanksError, Stopped, UsageError, WriteError, first_line
 from capszoo.files import read_yaml, write_csv
 from capszoo.opening import weights_in
 from capszoo.policies import Policy, suggest_lr
@@ -234,7 +233,9 @@ def load_run_data(options: TrainingOptions) -> DataSplits:
         raise
     weights = weights_in(options.resume or "")
     if options.resume and weights.is_file():
-        names = json.loads(read_metadata(weights).get("class_names", "null"))
+        names = []
+        with suppress(CheckpointError):  # of which the run tells, or which it writes anew
+            names = class_names_in(read_metadata(weights))
         if names and names != data.class_names:
             raise UsageError(
                 f"{dataset!r} has the classes {', '.join(data.class_names[:5])}, the run has {', '.join(names[:5])}: "

@@ -40,6 +40,7 @@ from capszoo.errors import UsageError
 from capszoo.files import write_csv, write_json
 from capszoo.opening import OpenedModel, load_split_for, open_model, warn_of_split
 from capszoo.precision import autocast, choose_device, resolve_amp
+from capszoo.pretrained import image_statistics
 
 # Of data sets whose images show several classes.
 OF_SEVERAL = ("mean_average_precision", "exact_top_k")
@@ -177,6 +178,7 @@ def measure(
     criterion = read_criterion(opened.file, opened.header, opened.model)
     info = capszoo.model_info(model)
     model.to(device, memory_format=torch.channels_last)
+    split.mean, split.std = image_statistics(model)  # of --all, models of other statistics share it
 
     def loader(with_parts: bool = False) -> Loader:
         return Loader(split, args.batch_size, device, num_workers=args.workers, with_parts=with_parts)

@@ -172,3 +172,23 @@ def test_many_classes_are_told_one_by_one():
     cells = [list(column.cells) for column in table.columns]
     assert [column[3] for column in cells] == ["class 3", "10", "0.7000", "class 5 (2)"]
     assert [column[4] for column in cells] == ["class 4", "7", "1.0000", "-"]
+
+
+def test_all_measures_each_by_its_own_statistics(validate, tmp_path):
+    """Weights of one size share their images, and not how these are normalised."""
+    files = []
+    for name, mean in (("one", 0.0), ("other", 0.3)):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "best.safetensors")
+        torch.manual_seed(0)
+        model = capszoo.create_model("cnn_baseline_tiny", conv_dim=4)
+        capszoo.save_model(files[-1], model, dataset="digits", mean=[mean], std=[0.5])
+    expected = []
+    for file in files:
+        validate(file, "--data-dir", "data", "--device", "cpu", "--json", tmp_path / "one.json")
+        expected.append(json.loads((tmp_path / "one.json").read_text())["margin_loss"])
+    options = ["--dataset", "digits", "--no-robustness", "--results-dir", tmp_path, "--device", "cpu"]
+    validate("--all", "--also", *files, *options)
+    rows = {row["model"]: row for row in csv.DictReader((tmp_path / "results-digits.csv").open())}
+    found = [float(rows[name]["margin_loss"]) for name in ("cnn_baseline_tiny", "cnn_baseline_tiny (other)")]
+    assert found == pytest.approx(expected, rel=1e-5) and abs(found[0] - found[1]) > 1e-4
