@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 import capszoo
-from capszoo.command_line import OptionParser, make_console, run
+from capszoo.command_line import OptionParser, make_table_console, run
 from capszoo.contract import auxiliary_modules
 from capszoo.data import Loader, Split
 from capszoo.data.sources import check_data_dir
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     for key in sorted(wrong):
         does = "does not go with --all" if args.all else "needs --all"
         raise UsageError(f"--{key.replace('_', '-')} {does}: see --help")
-    console = make_console(width=None if sys.stdout.isatty() else 1000)
+    console = make_table_console()
     if args.all:
         measure_all(args, console)
     else:

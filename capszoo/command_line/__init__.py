@@ -6,7 +6,7 @@ from capszoo.errors import first_line as format_error
 from capszoo.files import check_kinds, read_json, read_rows, read_yaml
 from capszoo.precision import choose_device, device_name
 
-from .console import add_result, check_results, make_console, results_folder, run
+from .console import add_result, check_results, make_console, make_table_console, results_folder, run
 from .parser import ExtendAction, OptionParser, SizeAction, add_options, key_value
 from .resume import changed_options, parse_resumable
 from .signals import StopSignal
@@ -27,6 +27,7 @@ __all__ = [
     "format_error",
     "key_value",
     "make_console",
+    "make_table_console",
     "parse_resumable",
     "read_json",
     "read_rows",

@@ -82,6 +82,11 @@ def make_console(quiet: bool = False, width: int | None = None) -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet, width=width)
 
 
+def make_table_console() -> Console:
+    """Make a console for tables, which are cut at the edge of a terminal alone: what reads a pipe takes any width."""
+    return make_console(width=None if sys.stdout.isatty() else 1000)
+
+
 def add_result(path: Path, result: dict[str, Any], launch: str, argv: Sequence[str] | None) -> None:
     """Add a row with a result, the date and the command that made it to a table of results."""
     command = shlex.join([*launch.split(), *(sys.argv[1:] if argv is None else argv)])

@@ -21,7 +21,7 @@ from capszoo.opening import open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import Prediction, class_names_of, named_images, predict_pixels, reconstruct, to_pixels
 
-from .console import make_console
+from .console import make_table_console
 from .parser import OptionParser
 
 __all__ = ["main"]
@@ -101,7 +101,7 @@ def print_table(rows: list[list[Any]]) -> None:
     for name, label, score, second, second_score, *shown in rows:
         more = ("", "") if second is None else (second, f"{second_score:.3f}")
         table.add_row(name, label, f"{score:.3f}", *more, *(some or "-" for some in shown))
-    make_console(width=None if sys.stdout.isatty() else 1000).print(table)
+    make_table_console().print(table)
 
 
 def main(argv: list[str] | None = None) -> int:
