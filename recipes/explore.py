@@ -40,9 +40,10 @@ from capszoo.engine.run import load_splits
 from capszoo.engine.run_folder import check_folder, default_folder, make_default_folder, start_folder
 from capszoo.errors import UsageError
 from capszoo.explore import CLOCKS, OBJECTIVES, Exploration, Row, choose, compare
+from capszoo.explore.comparison import write_comparison
 from capszoo.explore.console import Report, comparison_table, percent, seconds_text, solutions_table
 from capszoo.explore.grid import check_rows, plan_grid
-from capszoo.explore.results import write_comparison, write_reports
+from capszoo.explore.results import write_reports
 from capszoo.explore.space import plan_space
 from capszoo.explore.timing import retime_at_rest
 from capszoo.files import read_yaml

@@ -1,10 +1,12 @@
-"""Write the tables of figures in README.md and docs/ from the CSV files in recipes/results.
+"""Write the tables in README.md and docs/ from the CSV files in recipes/results, and draw the plots that these show.
 
-    python recipes/tables.py            # writes them anew, where they have changed
+    python recipes/tables.py            # writes the tables anew, where they have changed
     python recipes/tables.py --check    # changes nothing; fails if a table is not that of its file
+    python recipes/tables.py --plots    # also draws the plots anew
 
 A table stands between the comments `<!-- table KIND FILE.csv COLUMN ... -->` and `<!-- end of table -->`. The kinds are
-those of KINDS below; a file that is not there, or a figure that is not in it, is "not measured yet".
+those of KINDS below; a file that is not there, or a figure that is not in it, is "not measured yet". A plot's name
+begins with that of its file, and ends as PLOTS below has it.
 """
 
 import re
@@ -14,9 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from capszoo.command_line import OptionParser, make_console, results_folder, run
-from capszoo.errors import UsageError
+from capszoo.errors import UsageError, first_line
+from capszoo.explore.comparison import draw_epochs, draw_rows
+from capszoo.figures import plot_layers, plot_memory, plot_speedup
 from capszoo.files import read_rows, write_atomically
 from capszoo.pretrained import read_table
+from capszoo.prune.pareto import plot_pareto
 
 Rows = list[dict[str, str]]
 
@@ -38,10 +43,13 @@ TITLES = {
 
 
 def build_parser() -> OptionParser:
-    parser = OptionParser(description="Write the tables of README.md and docs/ from the files of recipes/results.")
+    parser = OptionParser(
+        description="Write the tables of README.md and docs/, and their plots, from the files in recipes/results."
+    )
     add = parser.add_argument
     add("pages", nargs="*", metavar="PAGE.md", help="pages; default README.md and those in docs/")
     add("--check", action="store_true", help="change nothing, and fail if a table is not that of its file")
+    add("--plots", action="store_true", help="also draw the plots that the pages show anew")
     return parser
 
 
@@ -168,6 +176,42 @@ KINDS: dict[str, Callable[[Rows, Sequence[str]], str]] = {
 }
 
 
+Draw = Callable[[Path, Path], None]
+
+
+def of_rows(plot: Callable[[Rows, Path], None]) -> Draw:
+    """The plot of the rows of one file, as a function of the file and of the plot's."""
+    return lambda table, path: plot(read_rows(table, "mend it"), path)
+
+
+# By the ends of their names, and a column of their files where it takes that to tell them apart.
+PLOTS: dict[tuple[str, str], Draw] = {
+    ("-speedup", ""): of_rows(plot_speedup),
+    ("-memory", ""): of_rows(plot_memory),
+    ("-layers", ""): of_rows(plot_layers),
+    ("-accuracy", ""): draw_epochs,
+    ("", "val_top1_before"): of_rows(plot_pareto),
+    ("", "seconds_to_baseline"): draw_rows,
+}
+SHOWN = re.compile(r"\]\((?:\.\./)*recipes/results/([\w.-]+)\.png\)")
+
+
+def draw_again(name: str) -> None:
+    """Draw the plot of a page from its table.
+
+    Raises:
+        UsageError: If there is no table that it is drawn from.
+    """
+    for (end, column), draw in PLOTS.items():
+        table = results_folder() / f"{name.removesuffix(end)}.csv"
+        if not name.endswith(end) or not table.is_file():
+            continue
+        if column and column not in next(iter(read_rows(table, "mend it")), {}):
+            continue
+        return draw(table, results_folder() / f"{name}.png")
+    raise UsageError(f"recipes/results has no table of {name}.png: name a plot by its table")
+
+
 def renewed(text: str, page: Path) -> str:
     """The text of a page with its tables written anew."""
 
@@ -187,19 +231,31 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     root = Path(__file__).resolve().parents[1]
     pages = [Path(page) for page in args.pages] or [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    console, changed = make_console(), 0
+    console, changed, shown = make_console(), 0, {}
+    if args.check and args.plots:
+        raise UsageError("--check changes nothing, and --plots draws: give one of them")
     for page in pages:
         if not page.is_file():
             raise UsageError(f"no page at {str(page)!r}: check the path")
         text = page.read_text(encoding="utf-8")
         new = renewed(text, page)
+        shown |= dict.fromkeys(SHOWN.findall(text))
         if new == text:
             continue
         changed += 1
         console.print(f"{page}: {'a table is not that of its file' if args.check else 'written anew'}")
         if not args.check:
             write_atomically(page, lambda temporary, new=new: temporary.write_text(new, encoding="utf-8"))
-    return int(args.check and changed > 0)
+    missing = 0
+    for name in shown if args.plots else ():
+        try:
+            draw_again(name)
+        except ValueError as error:
+            missing += 1
+            console.print(f"{name}.png is not drawn: {first_line(error)}")
+        else:
+            console.print(f"{name}.png: drawn anew")
+    return int(args.check and changed > 0 or missing > 0)
 
 
 if __name__ == "__main__":

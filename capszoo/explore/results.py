@@ -1,30 +1,28 @@
 """What a search writes: tables, figures, the page and the chosen solution."""
 
-import csv
 import json
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from capszoo._version import __version__
-from capszoo.figures import plot_accuracy, plot_comparison, plot_front, plot_time_to_best, plot_tradeoff, write_report
+from capszoo.figures import plot_accuracy, plot_front, plot_time_to_best, plot_tradeoff, write_report
 from capszoo.files import write_atomically, write_csv
 
 from .caution import cautions
+from .comparison import columns_of
 from .exploration import Exploration
-from .solution import Difference, Solution
+from .solution import Solution
 
 _SOLUTION_COLUMNS = (
     "number", "name", "state", "accuracy", "seconds", "parameters", "seconds_to_best", "best_epoch", "test_top1",
     "policy", "epochs", "batch_size", "lr", "seed", "repeat_of", "runs", "accuracy_std", "gain", "gain_low",
     "gain_high", "options", "reason", "machine", "folder",
 )  # fmt: skip
-_PUBLISHED = Path(__file__).resolve().parents[1] / "recipes/results/paper-published.csv"
 
 
 def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
@@ -32,14 +30,9 @@ def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
     rows = []
     for solution in solutions:
         row = {**solution.options, **asdict(solution), "options": json.dumps(solution.options)}
-        row |= _columns_of(solution.gain)
+        row |= columns_of(solution.gain)
         rows.append({key: row.get(key) for key in _SOLUTION_COLUMNS})
     write_csv(Path(path), _SOLUTION_COLUMNS, rows)
-
-
-def _columns_of(gain: Difference | None) -> dict[str, float | None]:
-    """A difference as columns of a table."""
-    return {"gain": gain and gain.mean, "gain_low": gain and gain.low, "gain_high": gain and gain.high}
 
 
 def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> tuple[list[str], list[str]]:
@@ -87,40 +80,3 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
         except ValueError as error:
             missing.append(f"{name}.png: {error}")
     return missing, doubts
-
-
-def write_comparison(
-    path: Path,
-    exploration: Exploration,
-    solutions: list[Solution],
-    rows: list[dict[str, Any]],
-    clock: str,
-    command: str,
-) -> None:
-    """Write the rows of a grid, what it takes to make them again, and the figures beside the table.
-
-    Args:
-        path: The table, a CSV file.
-        exploration: The study.
-        solutions: Its trials, as they are compared.
-        rows: From :func:`capszoo.explore.compare`.
-        clock: How their seconds were measured.
-        command: The command that writes this table.
-    """
-    dataset = exploration.study.user_attrs["facts"]["dataset"]
-    facts = {
-        "clock": clock,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "capszoo": __version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": command,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**row, **_columns_of(row["gain"]), **facts} for row in rows]
-    write_csv(path, list(rows[0]), rows)
-    with open(_PUBLISHED, newline="") as file:
-        published = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
-    if any(row["name"] == "baseline" for row in rows):
-        plot_comparison(rows, published, path.with_suffix(".png"))
-        plot_accuracy(solutions, path.with_name(path.stem + "-accuracy.png"))

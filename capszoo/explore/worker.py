@@ -17,6 +17,7 @@ from capszoo.engine.options import options_from, write_options
 from capszoo.engine.run import make_trainer, measure_test
 from capszoo.engine.run_folder import drop_state
 from capszoo.errors import Stopped, TrainingError, WriteError, first_line
+from capszoo.precision import device_name
 
 from .grid import Row
 from .reclaim import process_identity, retry
@@ -71,7 +72,7 @@ class Worker:
         self.study, self.plan, self.options, self.data = study, plan, options, data
         self.folder, self.objectives, self.device, self.clock = folder, objectives, device, clock
         self.measure_test, self.should_stop, self.on_change = measure_test, should_stop, on_change
-        self.machine = f"{socket.gethostname()}:{os.getpid()} {_device_name(device)}"
+        self.machine = f"{socket.gethostname()}:{os.getpid()} {device_name(device)}"
         self._process = process_identity()
         self._finished_folder: Path | None = None
         self._repeated = False
@@ -239,7 +240,3 @@ class Worker:
             trial.set_user_attr("history", history)
         except optuna.exceptions.StorageInternalError as error:  # the next epoch writes all of it again
             _logger.warning(f"the storage cannot be reached, training goes on: {first_line(error)}")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,5 +1,6 @@
 """Accuracy over size, before and after the training of each round."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,28 @@ PARETO_COLUMNS = (
 )
 
 
-def plot_pareto(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw validation accuracy over size, a point a round, before and after its training.
 
     Args:
-        rows: Rows of pareto.csv, of which round 0 is the given network.
+        rows: Rows of pareto.csv, of which round 0 is the given network, as numbers or as their texts.
         path: PNG file to write.
+
+    Raises:
+        ValueError: If a row lacks its size or accuracy.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    sizes = [row["float32_bytes"] / 1e6 for row in rows]
-    axes.plot(sizes, [100 * row["val_top1"] for row in rows], "o-", label="trained after pruning")
-    pruned = [row for row in rows if row["round"]]
-    before = [100 * row["val_top1_before"] for row in pruned]
-    axes.plot([row["float32_bytes"] / 1e6 for row in pruned], before, "x:", label="pruned")
-    for size, row in zip(sizes, rows, strict=True):
-        axes.annotate(
-            str(row["round"]), (size, 100 * row["val_top1"]), xytext=(0, 6), textcoords="offset points", ha="center"
-        )
+    sizes = [float(row["float32_bytes"]) / 1e6 for row in rows]
+    trained = [100 * float(row["val_top1"]) for row in rows]
+    axes.plot(sizes, trained, "o-", label="trained after pruning")
+    pruned = [100 * float(row["val_top1_before"]) for row in rows[1:]]
+    axes.plot(sizes[1:], pruned, "x:", label="pruned")
+    for row, *point in zip(rows, sizes, trained, strict=True):
+        axes.annotate(str(row["round"]), point, xytext=(0, 6), textcoords="offset points", ha="center")
     if max(sizes) > 3 * min(sizes):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))

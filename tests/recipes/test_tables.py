@@ -126,3 +126,34 @@ def test_what_is_not_measured_and_what_is_not_a_table(results):
         tables.main([str(page(results, "plots r.csv"))])
     with pytest.raises(UsageError, match="^no page at 'nothing.md': check the path$"):
         tables.main(["nothing.md"])
+
+
+def test_plots_of_the_pages_are_drawn_anew_from_their_tables(results, capsys):
+    write(results / "paper-published.csv", [{"name": "baseline", "dataset": "mnist", "epochs": 2, "epoch_seconds": 3}])
+    write(results / "p.csv", [
+        {"name": "baseline", "dataset": "mnist", "seconds_to_best": 4, "seconds_to_baseline": 4, "saving": 0},
+    ])  # fmt: skip
+    write(results / "p-epochs.csv", [{"name": "baseline", "seed": 0, "epoch": 1, "seconds": 2, "accuracy": 0.5}])
+    step = {"subject": "routing", "model": "capsnet", "batch_size": 4, "precision": "float32", "graph": 0}
+    write(results / "b.csv", [
+        {**step, "variant": "fused", "median_ms": 3, "ratio_to_fused": 1, "peak_mib": 7},
+        {**step, "variant": "plain", "median_ms": 6, "ratio_to_fused": 2, "peak_mib": 9},
+    ])  # fmt: skip
+    pruned = {"float32_bytes": 4e6, "val_top1": 0.9, "val_top1_before": ""}
+    write(results / "pruned.csv", [
+        {**pruned, "round": 0}, {**pruned, "round": 1, "float32_bytes": 1e6, "val_top1_before": 0.4},
+    ])  # fmt: skip
+    names = ["p", "p-accuracy", "b-speedup", "b-memory", "pruned"]
+    path = results / "page.md"
+    path.write_text("".join(f"![words](../recipes/results/{name}.png)\n" for name in names))
+    assert tables.main([str(path)]) == 0 and not list(results.glob("*.png")), "only where they are asked for"
+    assert tables.main([str(path), "--plots"]) == 0
+    assert sorted(png.stem for png in results.glob("*.png")) == sorted(names)
+    path.write_text("![words](recipes/results/other.png) ![words](recipes/results/b-layers.png)")
+    capsys.readouterr()
+    assert tables.main([str(path), "--plots"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "other.png is not drawn: recipes/results has no table of other.png: name a plot by its table" in out
+    assert "b-layers.png is not drawn: there is nothing to draw" in out
+    with pytest.raises(UsageError, match="--check changes nothing, and --plots draws"):
+        tables.main([str(path), "--check", "--plots"])
