@@ -7,7 +7,6 @@ code of it.
 import contextlib
 import json
 import logging
-import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from .contract import Resizable, auxiliary_modules
 from .errors import CheckpointError, UnreadableError, WriteError, first_line
 from .files import write_atomically
 from .layers import unfold_scales
+from .pretrained_cfg import cfg_of_model, class_names_in, read_normalisation
 
 _logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def load_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, 
     file = read_file(path)
     fitting = check_weights(model, file)
     fitting = _resized(model, fitting, file)
-    normalisation = _read_normalisation(file.path, file.metadata, getattr(model, "in_chans", 1))
+    normalisation = read_normalisation(file.path, file.metadata, getattr(model, "in_chans", 1))
     model.load_state_dict(fitting)
     _describe(model, file, normalisation)
     return file.metadata
@@ -200,31 +200,6 @@ def _resized(model: Any, tensors: dict[str, Tensor], file: "WeightsFile") -> dic
         return tensors
 
 
-# Of timm's configuration, what is said of weights, and where they come from.
-_SAID_OF_WEIGHTS = ("description", "label_descriptions", "label_names", "notes", "tag")
-_SOURCE_OF_WEIGHTS = ("file", "hf_hub_filename", "hf_hub_id", "license", "origin_url", "paper_name", "source",
-                      "state_dict", "url")  # fmt: skip
-
-
-def cfg_of_model(model: Any, cfg: Mapping[str, Any], same_source: bool) -> dict[str, Any]:
-    """The configuration of a model that is not as the weights that it names: their names, hash and accuracy are left
-    out, classes and images are the model's.
-
-    Args:
-        model: The model.
-        cfg: Its `pretrained_cfg`.
-        same_source: Whether the model's weights were made from those; else where they come from is left out, too.
-    """
-    left_out = _SAID_OF_WEIGHTS if same_source else _SAID_OF_WEIGHTS + _SOURCE_OF_WEIGHTS
-    cfg = {key: value for key, value in cfg.items() if key not in left_out}
-    if len(cfg.get("mean") or (0.0,)) not in (1, model.in_chans):
-        # One for all channels: which of them stand for which colours is not known.
-        cfg |= {key: (round(sum(cfg[key]) / len(cfg[key]), 4),) for key in ("mean", "std")}
-    if hasattr(model, "grid_size"):
-        cfg["pool_size"] = tuple(model.grid_size)
-    return {**cfg, "num_classes": model.num_classes, "input_size": (model.in_chans, *model.img_size)}
-
-
 def _describe(model: Any, file: "WeightsFile", normalisation: dict[str, tuple[float, ...]]) -> None:
     """Let the `pretrained_cfg` of a model describe the weights of a file."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
@@ -239,35 +214,6 @@ def _describe(model: Any, file: "WeightsFile", normalisation: dict[str, tuple[fl
     if file.metadata.get("dataset"):
         cfg["description"] = f"trained on {file.metadata['dataset']}"
     model.pretrained_cfg = model.default_cfg = cfg
-
-
-def class_names_in(metadata: Mapping[str, str]) -> list[str]:
-    """The names of the classes that a header has; none where it has no list of texts."""
-    try:
-        names = json.loads(metadata.get("class_names", "null"))
-    except (ValueError, RecursionError):
-        return []
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
-
-
-def _read_normalisation(path: str | Path, header: dict[str, str], in_chans: int) -> dict[str, tuple[float, ...]]:
-    """Read `mean` and `std` from the header of a model's file: for each channel, or one number for all."""
-    found: dict[str, tuple[float, ...]] = {}
-    for key in ("mean", "std"):
-        if key not in header:
-            continue
-        try:
-            values = json.loads(header[key])
-        except (ValueError, RecursionError):
-            values = None
-        numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)
-        if not numbers or len(values) not in (1, in_chans) or (key == "std" and min(values) <= 0):
-            raise CheckpointError(
-                f"{str(path)!r} is damaged (its {key!r} is {reprlib.repr(header[key])}, not a number for each "
-                "channel): use another checkpoint"
-            )
-        found[key] = tuple(float(value) for value in values)
-    return found
 
 
 def check_weights(model: nn.Module, path: str | Path | WeightsFile) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from timm.models import is_model as timm_is_model
 from torch import nn
 
-from .contract import HasPrimaryCapsules
+from .contract import HasPrimaryCapsules, keeps_contract
+from .errors import UsageError
 from .kernels.gaussian_routing.ops import mixture_moments_op
 from .kernels.inverted_attention.ops import forward_op as inverted_attention_op
 from .kernels.ops import dynamic_routing_op
@@ -67,12 +68,22 @@ def model_info(model: str | nn.Module, **kwargs: Any) -> ModelInfo:
     Args:
         model: A name, or a model made by `create_model`.
         **kwargs: Keywords of `create_model`, where a name is given.
+
+    Raises:
+        ValueError: If `create_model` refuses the name or a keyword, or the model is none of the zoo's, such as the
+            feature extractor that `features_only` makes.
     """
     # Not at the top: where Triton is not installed, its import logs a warning that helps nobody.
     from torch.utils.flop_counter import FlopCounterMode
 
     if isinstance(model, str):
+        # The numbers do not depend on weights, which have no place on this device.
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("pretrained", "checkpoint_path")}
         model = create_model(model, device="meta", **kwargs)
+    if not keeps_contract(type(model)):
+        raise UsageError(
+            f"{type(model).__name__} is no model of capszoo's zoo: give a name, or what create_model makes"
+        )
     name = model.pretrained_cfg["architecture"]
     input_size = (model.in_chans, *model.img_size)
     parameter = next(model.parameters())

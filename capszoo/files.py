@@ -65,18 +65,35 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], previous: s
             temporary.unlink(missing_ok=True)
 
 
+def check_target(path: str | Path, option: str) -> None:
+    """Check that a file can be written, before minutes are spent on what goes into it.
+
+    Args:
+        path: The file.
+        option: What names it, for the message.
+
+    Raises:
+        UsageError: If its folder is not there, or may not be written to.
+    """
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"{option} {str(path)!r} is in a folder that is not there: make it first")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {str(path)!r} is in a folder that may not be written to: choose another")
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as CSV, atomically; None and missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8", newline=""))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

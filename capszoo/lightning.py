@@ -40,8 +40,9 @@ __all__ = ["CapsuleModule"]
 class CapsuleModule(LightningModule):
     """A capsule network with its losses, optimizer and learning rate, for Lightning's Trainer.
 
-    Batches are what :class:`capszoo.engine.CapsuleTask` takes: (images, labels), or (images, labels, parts). Images are
-    normalised by the `mean` and `std` of the model's `pretrained_cfg`, which are 0 and 1 in a fresh model of the zoo.
+    Batches are (images, labels), or (images, labels, parts), see :class:`capszoo.engine.CapsuleTask`. Images are pixels
+    in [0, 1]: the module normalises them by the `mean` and `std` of the model's `pretrained_cfg`, which are 0 and 1 in
+    a fresh model of the zoo, so that `capszoo.predict` of what it saves gives the same answers.
     Logged are `loss`, `margin_loss`, `reconstruction_loss` and `top1`, each after `train_`, `val_` or `test_`.
 
     A checkpoint of the Trainer holds all arguments but a criterion: `CapsuleModule.load_from_checkpoint(path)` needs no
@@ -117,8 +118,8 @@ class CapsuleModule(LightningModule):
         return self.task.model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``[B, C, H, W]`` to class scores ``[B, J]``."""
-        scores: Tensor = self.model(images)
+        """Map images, pixels in [0, 1] ``[B, C, H, W]``, to class scores ``[B, J]``."""
+        scores: Tensor = self.model(self.task.normalization(images))
         return scores
 
     def on_train_epoch_start(self) -> None:
@@ -145,7 +146,7 @@ class CapsuleModule(LightningModule):
 
     def _measure(self, stage: str, batch: tuple[Tensor, ...]) -> Tensor:
         images, labels, *parts = batch
-        found = self.task(images, labels, *parts)
+        found = self.task(self.task.normalization(images), labels, *parts)
         values = {f"{stage}_{name}": found[name] for name in ("loss", "margin_loss", "reconstruction_loss")}
         values[f"{stage}_top1"] = right_answers(found["output"].detach(), labels).float().mean()
         self.log_dict(values, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)

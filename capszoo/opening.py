@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import read_metadata
 from .data import DataSplits, Split, list_datasets, load_data, load_test_folder
+from .data.sets import VAL_FRACTION
 from .errors import UsageError
 from .pretrained import image_statistics, read_table, weights_path
 from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
@@ -37,6 +38,16 @@ class OpenedModel:
     file: Path
     header: dict[str, str]
     dataset: str | None
+
+    def val_fraction(self, dataset: str, given: float | None = None) -> float:
+        """The part of the training images to take as the validation split.
+
+        Args:
+            dataset: The data set; where the weights were trained on it, their own validation split is the default.
+            given: What the user asks for instead; see :func:`warn_of_split`.
+        """
+        own = _trained_with(self.header) if self.dataset == dataset else None
+        return next(part for part in (given, own, VAL_FRACTION) if part is not None)
 
 
 def open_model(
@@ -151,7 +162,7 @@ def load_split_for(
     data_dir: str | Path,
     split: str,
     *,
-    val_fraction: float = 0.1,
+    val_fraction: float = VAL_FRACTION,
     download: bool = False,
     follow_links: bool = False,
 ) -> tuple[Split, list[str]]:
@@ -215,19 +226,26 @@ def _compare_classes(dataset: str, names: list[str], of_weights: list[str]) -> N
 
 
 def warn_of_split(header: Mapping[str, str], dataset: str, val_fraction: float) -> None:
-    """Say in the log if a validation split has images that weights were trained on.
+    """Say in the log if a validation split may have images that weights were trained on: it is not their own.
+
+    Splits of other sizes are not parts of each other.
 
     Args:
         header: The header of the weights.
         dataset: The data set that the split is of.
         val_fraction: Its part of the training images.
     """
-    try:
-        trained = float(header.get("val_fraction", "inf"))
-    except ValueError:
-        return
-    if header.get("dataset") == dataset and trained < val_fraction:
+    trained = _trained_with(header)
+    if trained is not None and header.get("dataset") == dataset and trained != val_fraction:
         _logger.warning(
-            f"the weights were trained with --val-fraction {trained:g}: of the validation split of {val_fraction} they "
-            f"know images; give --val-fraction {trained:g}"
+            f"the weights were trained with --val-fraction {trained:g}: of the validation split of {val_fraction:g} "
+            f"they know images; give --val-fraction {trained:g}"
         )
+
+
+def _trained_with(header: Mapping[str, str]) -> float | None:
+    """The part of the training images that was kept for validation, where a header says it."""
+    try:
+        return float(header["val_fraction"])
+    except (KeyError, ValueError):
+        return None

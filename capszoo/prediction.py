@@ -77,13 +77,18 @@ def to_pixels(image: Any, model: Any) -> Tensor:
         except Exception as error:
             raise not_an_image(path, error) from error
     if isinstance(image, Image.Image):
-        return decode(image.copy(), model.in_chans, size).float() / 255
+        try:
+            return decode(image.copy(), model.in_chans, size).float() / 255
+        except Exception as error:
+            raise DataError(f"a PIL image of mode {image.mode!r} cannot be used ({one_line(error)})") from error
     if isinstance(image, Tensor):
         if image.ndim != 3:
             raise DataError(
                 f"a tensor of shape {list(image.shape)} is not an image: give [C, H, W], or a batch of them"
             )
-        array = image.detach().cpu().permute(1, 2, 0).numpy()
+        image = image.detach().cpu()
+        # NumPy lacks some types of floats.
+        array = (image.float() if image.is_floating_point() else image).permute(1, 2, 0).numpy()
     elif isinstance(image, np.ndarray):
         array = image[:, :, None] if image.ndim == 2 else image
         if array.ndim == 3 and array.shape[2] not in possible and array.shape[0] in possible:
@@ -178,6 +183,8 @@ def predict(model: nn.Module, images: Any, batch_size: int = 256) -> Prediction 
     """
     if not getattr(model, "num_classes", 0):
         raise DataError("this model has no classes to predict: make it with num_classes above 0")
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size} is out of range: give 1 or more")
     is_one = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) < 4
     if isinstance(images, (str, os.PathLike)) and Path(images).is_dir():
         images, is_one = _images_of(images), False

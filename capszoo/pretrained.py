@@ -15,7 +15,8 @@ from typing import Any
 from timm.models import resolve_pretrained_cfg
 from torch import nn
 
-from .checkpoint import fit_weights
+from .checkpoint import fit_weights, read_metadata
+from .pretrained_cfg import overlay_of_file
 
 __all__ = [
     "check_shipped",
@@ -160,6 +161,8 @@ def check_source(
             if cfg.custom_load or not str(cfg.file).endswith(".safetensors"):
                 raise ValueError(f"{str(cfg.file)!r} is no safetensors file: {remedy}")
             check_shipped(variant, pretrained_cfg, pretrained_cfg_overlay)
+            if overlay.get("file"):  # which the tag's configuration says nothing of
+                overlay = {**overlay_of_file(cfg.file, read_metadata(cfg.file)), **overlay}
         elif cfg.url:
             raise ValueError(f"{str(cfg.url)!r} would be read as a pickle, which may run code: {remedy}")
     return overlay

@@ -22,6 +22,7 @@ from .arguments import check_value
 from .checkpoint import WeightsFile, check_weights, computing_arguments, load_weights, read_file, save_weights
 from .contract import keeps_contract
 from .errors import CheckpointError, UsageError, WriteError, first_line
+from .pretrained_cfg import header_facts
 
 __all__ = [
     "check_arguments",
@@ -189,7 +190,7 @@ def save_model(path: str | Path, model: nn.Module, /, **metadata: Any) -> None:
         path: File to write; its folder must exist.
         model: A model made by `create_model`, pruned or not, on any device; wrappers of DDP and torch.compile are
             taken off. Weights keep their dtype.
-        **metadata: More facts for the header, such as `class_names`, `dataset` or an accuracy; `mean` and `std` take
+        **metadata: More facts for the header, such as `dataset` or an accuracy; `class_names`, `mean` and `std` take
             the place of those in the model's `pretrained_cfg`. Other values than strings become JSON.
 
     Raises:
@@ -233,8 +234,8 @@ def model_header(model: nn.Module, /, **metadata: Any) -> dict[str, Any]:
                 f"{name!r} could not be made again: its {key!r} is not that of create_model, as after "
                 "prune_intermediate_layers; write its state_dict with capszoo.checkpoint.save_tensors"
             )
-    normalisation = {key: list(cfg[key]) for key in ("mean", "std") if cfg.get(key) is not None}
-    return {"capszoo_version": __version__, "model": name, "model_args": arguments, **normalisation, **metadata}
+    facts = {"model": name, "model_args": arguments, **header_facts(model)}
+    return {"capszoo_version": __version__, **facts, **metadata}
 
 
 def load_model(path: str | Path | WeightsFile, **kwargs: Any) -> nn.Module:

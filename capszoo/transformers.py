@@ -57,6 +57,17 @@ class CapsuleImageProcessor(TimmWrapperImageProcessor):
         return super().preprocess(images, return_tensors)
 
 
+def _said_of_images(config: TimmWrapperConfig) -> dict[str, Any]:
+    """What a folder's configuration says of images and classes."""
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    cfg = config.pretrained_cfg or {}
+    said = {key: tuple(value) if isinstance(value := cfg[key], list) else value for key in keys if key in cfg}
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    if names != [f"LABEL_{index}" for index in range(len(names))]:  # of which transformers knows nothing
+        said["label_names"] = tuple(names)
+    return said
+
+
 class CapsuleForImageClassification(TimmWrapperForImageClassification):
     """A timm model in transformers; one of capszoo's has its own loss and initialisation.
 
@@ -68,6 +79,10 @@ class CapsuleForImageClassification(TimmWrapperForImageClassification):
         super().__init__(config)
         model = self.timm_model
         if keeps_contract(type(model)):
+            # transformers makes the model by its arguments alone; without these, what is saved of it would be used with
+            # images that are normalised otherwise.
+            cfg = {**model.pretrained_cfg, **_said_of_images(config)}
+            model.pretrained_cfg = model.default_cfg = cfg
             self.criterion = model.default_criterion() if isinstance(model, HasCriterion) else MarginLoss()
             self.loss_function = self._loss
 

@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset = options.training.dataset or opened.dataset
     if dataset is None:
         raise UsageError(f"{options.weights!r} does not say what data set it was trained on: give --dataset")
-    options = replace(options, training=replace(options.training, dataset=dataset))
+    fraction = opened.val_fraction(dataset, options.training.val_fraction)
+    options = replace(options, training=replace(options.training, dataset=dataset, val_fraction=fraction))
     plan = schedule(options, opened.model)
     data = open_data(options, opened)
     if options.training.policy == "lr_finder":

@@ -21,7 +21,8 @@ from capszoo.data.sources import check_data_dir
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import DataError, UsageError
-from capszoo.opening import OpenedModel, is_shipped_name, load_split_for, open_model
+from capszoo.files import check_target
+from capszoo.opening import OpenedModel, is_shipped_name, load_split_for, open_model, warn_of_split
 from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
 from capszoo.report import Findings, find, first_batches, sections_of, training_section, write_sheet
@@ -40,7 +41,11 @@ def build_parser() -> OptionParser:
     add("--download", action="store_true", help="let torchvision download the data set into --data-dir")
     add("--follow-links", action="store_true", help="read what links out of an image folder lead to")
     add("--split", default="test", choices=["train", "val", "test"], help="images to look at")
-    add("--val-fraction", type=float, default=0.1, help="part of the training images that is the validation split")
+    add(
+        "--val-fraction",
+        type=float,
+        help="part of the training images that is the validation split; default that of the weights' training, or 0.1",
+    )
     add("--limit", type=int, default=2000, help="images of the data set to look at, at most")
     add("--output", metavar="FILE.html", help="the report; default show.html in the run folder, or NAME.html")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -80,12 +85,15 @@ def look_at_data(opened: OpenedModel, args: Any, device: torch.device) -> tuple[
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset, or images")
     model = opened.model
     check_data_dir(dataset, args.data_dir)
+    fraction = opened.val_fraction(dataset, args.val_fraction)
+    if args.split == "val":
+        warn_of_split(opened.header, dataset, fraction)
     split, names = load_split_for(
         model,
         dataset,
         args.data_dir,
         args.split,
-        val_fraction=args.val_fraction,
+        val_fraction=fraction,
         download=args.download,
         follow_links=args.follow_links,
     )
@@ -112,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(args.output or (folder / "show.html" if folder else f"{opened.file.stem}.html"))
     if output.suffix.lower() != ".html":
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {str(output)!r} is in a folder that is not there: make it first")
+    check_target(output, "--output")
     console = make_console()
     if args.images:
         found = find(model, batches_of_images(model, args.images, device), class_names_of(model))

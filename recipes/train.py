@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capszoo.checkpoint import class_names_in, read_metadata
+from capszoo.checkpoint import read_metadata
 from capszoo.command_line import (
     StopSignal,
     add_result,
@@ -48,6 +48,7 @@ from capszoo.opening import weights_in
 from capszoo.policies import Policy, suggest_lr
 from capszoo.policies.finder import WINDOW
 from capszoo.precision import choose_device
+from capszoo.pretrained_cfg import class_names_in
 from capszoo.registry import is_model
 
 

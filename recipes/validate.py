@@ -37,7 +37,7 @@ from capszoo.engine import CapsuleTask, Evaluation, evaluate
 from capszoo.engine.criteria import read_criterion
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.errors import UsageError
-from capszoo.files import write_csv, write_json
+from capszoo.files import check_target, write_csv, write_json
 from capszoo.opening import OpenedModel, load_split_for, open_model, warn_of_split
 from capszoo.precision import autocast, choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
@@ -82,7 +82,11 @@ def build_parser() -> OptionParser:
     add("--download", action="store_true", help="let torchvision download the data set into --data-dir")
     add("--follow-links", action="store_true", help="read what links out of an image folder lead to")
     add("--split", default="test", choices=["train", "val", "test"], help="images to measure on")
-    add("--val-fraction", type=float, default=0.1, help="part of the training images that is the validation split")
+    add(
+        "--val-fraction",
+        type=float,
+        help="part of the training images that is the validation split; default that of the weights' training, or 0.1",
+    )
     add("--batch-size", type=int, default=256, help="images a step")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--amp", default="none", choices=["auto", "none", "bf16", "fp16"], help="precision of the computation")
@@ -210,10 +214,13 @@ def measure(
     return evaluation, row
 
 
-def open_data(model: torch.nn.Module, dataset: str, args: argparse.Namespace) -> tuple[Split, list[str]]:
+def open_data(opened: OpenedModel, dataset: str, args: argparse.Namespace) -> tuple[Split, list[str]]:
     """The images to measure on in the model's size, and the names of their classes."""
-    more = {"download": args.download, "follow_links": args.follow_links, "val_fraction": args.val_fraction}
-    return load_split_for(model, dataset, args.data_dir, args.split, **more)
+    fraction = opened.val_fraction(dataset, args.val_fraction)
+    if args.split == "val":
+        warn_of_split(opened.header, dataset, fraction)
+    more = {"download": args.download, "follow_links": args.follow_links, "val_fraction": fraction}
+    return load_split_for(opened.model, dataset, args.data_dir, args.split, **more)
 
 
 def measure_one(args: argparse.Namespace, console: Console) -> None:
@@ -221,13 +228,11 @@ def measure_one(args: argparse.Namespace, console: Console) -> None:
     device = choose_device(args.device)
     resolve_amp(args.amp, device)  # says what is impossible before anything is read
     opened = open_model(args.weights, model_name=args.model)
-    model, name, dataset = opened.model, opened.name, args.dataset or opened.dataset
+    name, dataset = opened.name, args.dataset or opened.dataset
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset")
     check_data_dir(dataset, args.data_dir)
-    split, class_names = open_data(model, dataset, args)
-    if args.split == "val":
-        warn_of_split(opened.header, dataset, args.val_fraction)
+    split, class_names = open_data(opened, dataset, args)
     result, row = measure(opened, name, split, args, device, bool(args.robustness))
     reconstruction = result.reconstruction_error
     accuracy = f"top1 {result.top1:.4f}"
@@ -309,7 +314,7 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
         model = opened.model
         key = dataset, model.in_chans, model.img_size, model.num_classes
         if key not in splits:
-            splits[key] = open_data(model, dataset, args)[0]
+            splits[key] = open_data(opened, dataset, args)[0]
     folder = Path(args.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in dict.fromkeys(dataset for _, _, dataset in loaded):
@@ -334,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     for key in sorted(wrong):
         does = "does not go with --all" if args.all else "needs --all"
         raise UsageError(f"--{key.replace('_', '-')} {does}: see --help")
+    if args.json:
+        check_target(args.json, "--json")
     console = make_table_console()
     if args.all:
         measure_all(args, console)

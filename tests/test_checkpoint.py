@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -232,3 +234,15 @@ def test_files_have_the_permissions_of_the_umask(mask, tmp_path):
         os.umask(before)
     for name in ("a.safetensors", "a.json"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_tables_are_utf_8_in_any_locale(tmp_path):
+    code = "import sys; from pathlib import Path; from capszoo.files import read_rows, write_csv; "
+    code += (
+        "path = Path(sys.argv[1]); write_csv(path, ['a'], [{'a': 'm\\u00fcsli'}]); print(ascii(read_rows(path, '')))"
+    )
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = [sys.executable, "-c", code, str(tmp_path / "t.csv")]
+    done = subprocess.run(command, env={**os.environ, **locale}, capture_output=True, text=True)
+    assert (done.stderr, done.stdout) == ("", "[{'a': 'm\\xfcsli'}]\n")
+    assert (tmp_path / "t.csv").read_bytes() == "a\nmüsli\n".encode()

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import os
 from functools import partial
 
@@ -16,10 +17,11 @@ from capszoo.engine import Trainer, evaluate, find_lr, graphs
 from capszoo.engine.distributed import ALONE, Ranks
 from capszoo.engine.optimizers import FusedSGD
 from capszoo.engine.run_folder import SUMMARY_COLUMNS
-from capszoo.engine.run_state import load_state
+from capszoo.engine.run_state import load_state, save_state
 from capszoo.engine.task import CapsuleTask
 from capszoo.engine.warm_up import warm_up
-from capszoo.errors import TrainingError
+from capszoo.errors import CheckpointError, TrainingError
+from capszoo.files import read_rows
 from capszoo.losses import MarginLoss, margin_loss, reconstruction_loss
 from capszoo.policies import create_policy
 from capszoo.precision import resolve_amp
@@ -671,3 +673,51 @@ def test_images_normalised_otherwise_than_the_model_takes_them_are_refused(digit
     train = type(digits.train)(images=digits.train.images[:20], labels=digits.train.labels[:20], mean=(0.5,))
     with pytest.raises(TrainingError, match=r"normalised by mean=\(0.5,\), the model takes those of mean=\(0.0,\)"):
         make_trainer((train, None))
+
+
+def test_a_policy_for_another_number_of_images_is_refused(few):
+    train, val = few
+    for images, steps in ((100, 7), (30, 2)):
+        policy = create_policy("one_cycle", lr=1e-3, batch_size=16, epochs=2, num_images=images)
+        model = capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2)
+        with pytest.raises(TrainingError, match=f"{steps} steps of 16 images in epoch 1, and there are 50 .*=50$"):
+            Trainer(CapsuleTask(model, verbose=False), torch.optim.Adam(model.parameters()), policy, train, val)
+
+
+def test_a_run_does_not_go_on_with_other_images(few, tmp_path):
+    train, val = few
+    stopped = make_trainer(few, tmp_path, should_stop=lambda: True)
+    assert not stopped.fit() and stopped.position.step == 1
+    more = type(train)(images=train.images.repeat(2, 1, 1, 1), labels=train.labels.repeat(2))
+    with pytest.raises(CheckpointError, match="has 50 images to train on and 20 to validate, .* has 100 and 20: give"):
+        make_trainer((more, val), tmp_path).resume()
+    other = type(train)(images=train.images, labels=train.labels.flip(0))
+    with pytest.raises(CheckpointError, match="has 50 images .* the data set at hand has as many with other labels"):
+        make_trainer((other, val), tmp_path).resume()
+    with pytest.raises(CheckpointError, match="has 50 images to train on and 20 to validate, .* has 50 and 0"):
+        make_trainer((train, None), tmp_path).resume()
+    state = load_state(tmp_path / "resume.safetensors")
+    del state["data"]  # of an earlier version
+    save_state(tmp_path / "resume.safetensors", state)
+    assert make_trainer(few, tmp_path).resume()
+
+
+class Endless(torch.nn.Module):
+    """A loss that is never finite."""
+
+    def forward(self, lengths, target):
+        return lengths.sum() * torch.inf
+
+
+def test_means_of_no_step_are_no_numbers(few, tmp_path):
+    trainer = make_trainer(few, tmp_path, nonfinite="skip", epochs=1)
+    assert all(math.isnan(value) for value in trainer.running_means().values())
+    trainer.task.criterion = Endless()
+    assert trainer.fit()
+    (row,) = read_rows(tmp_path / "summary.csv", "")
+    assert (row["train_loss"], row["train_top1"], row["skipped_steps"]) == ("nan", "nan", "4")
+    with torch.no_grad():
+        next(trainer.task.model.parameters()).fill_(torch.nan)
+    trainer.position.epoch = 0
+    with pytest.raises(TrainingError, match="weights are not finite .*: lower --lr, or compute in float32 with"):
+        trainer.fit()

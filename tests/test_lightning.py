@@ -160,6 +160,23 @@ def test_logged_values_are_those_of_the_task(make, trainer):
     assert found["test_top1"] == pytest.approx(right)
 
 
+def test_pixels_are_normalised_in_the_module(make, trainer):
+    model = capszoo.create_model(
+        "capsnet_tiny", conv_dim=8, num_types=4, img_size=20, num_classes=3, decoder=True,
+        pretrained_cfg_overlay={"mean": (0.5,), "std": (0.25,)},
+    )  # fmt: skip
+    module = make(model)
+    (found,) = trainer().validate(module, loader(), verbose=False)
+    images, labels = loader(batch_size=10).dataset.tensors
+    with torch.no_grad():
+        expected = CapsuleTask(model.eval(), verbose=False)((images - 0.5) / 0.25, labels)
+        capsules, scores = model.forward_capsules((images - 0.5) / 0.25)
+        drawn = model.decoder(capsules, labels)
+    assert found["val_margin_loss"] == pytest.approx(expected["margin_loss"].item(), rel=1e-4)
+    pixels = (drawn - images).square().sum() / len(images)
+    assert found["val_reconstruction_loss"] == pytest.approx(pixels.item(), rel=1e-4)
+
+
 def test_saved_file_and_checkpoint(make, trainer, tmp_path):
     model = capszoo.create_model(
         "efficient_capsnet", conv_dims=[4, 5, 6], img_size=20, num_classes=3,
@@ -172,7 +189,9 @@ def test_saved_file_and_checkpoint(make, trainer, tmp_path):
     images = loader().dataset.tensors[0]
     expected = module.eval()(images)
     loaded = capszoo.load_model(tmp_path / "model.safetensors").eval()
-    assert torch.equal(loaded(images), expected)
+    torch.testing.assert_close(loaded((images - 0.5) / 0.25), expected)
+    answers = torch.tensor([answer.scores for answer in capszoo.predict(loaded, images)])
+    torch.testing.assert_close(answers, torch.cat(run.predict(module, loader())))  # of the same pixels
     assert loaded.pretrained_cfg["label_names"] == ("a", "b", "c") and loaded.pretrained_cfg["mean"] == (0.5,)
 
     run.save_checkpoint(tmp_path / "last.ckpt")

@@ -1,12 +1,15 @@
 """Models with their weights, from a name or a file."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 import capszoo
 from capszoo.errors import DataError, UsageError
-from capszoo.opening import load_data_for, load_split_for, open_model, warn_of_split
+from capszoo.opening import OpenedModel, load_data_for, load_split_for, open_model, warn_of_split
 
 
 def test_shipped_weights():
@@ -81,12 +84,23 @@ def test_classes_of_other_names_or_order(caplog):
 
 def test_a_split_that_has_images_of_the_training(caplog):
     header = {"dataset": "digits", "val_fraction": "0.05"}
-    for dataset, fraction in (("mnist", 0.1), ("digits", 0.05), ("digits", 0.02)):
+    for dataset, fraction in (("mnist", 0.1), ("digits", 0.05)):
         warn_of_split(header, dataset, fraction)
     warn_of_split({"dataset": "digits"}, "digits", 0.1)
+    warn_of_split({"dataset": "digits", "val_fraction": "null"}, "digits", 0.1)
     assert not caplog.records
-    warn_of_split(header, "digits", 0.1)
-    assert "trained with --val-fraction 0.05: of the validation split of 0.1 they know images" in caplog.text
+    for fraction in (0.1, 0.02):  # a smaller split is no part of a larger one
+        caplog.clear()
+        warn_of_split(header, "digits", fraction)
+        text = f"trained with --val-fraction 0.05: of the validation split of {fraction} they know images; give --val"
+        assert text in caplog.text
+
+
+def test_the_validation_split_is_that_of_the_training():
+    opened = OpenedModel(torch.nn.Identity(), "net", Path("net"), {"val_fraction": "0.3"}, "digits")
+    assert [opened.val_fraction("digits"), opened.val_fraction("digits", 0.2)] == [0.3, 0.2]
+    assert opened.val_fraction("mnist") == 0.1 and replace(opened, header={}).val_fraction("digits") == 0.1
+    assert replace(opened, header={"val_fraction": "0.0"}).val_fraction("digits") == 0
 
 
 def test_a_run_folder_that_is_named_like_a_model(tmp_path, monkeypatch):

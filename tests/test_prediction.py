@@ -119,12 +119,25 @@ def test_reconstructions(model, digits):
         (np.zeros((5, 5), np.int64), "pixels of type int64"),
         (np.full((5, 5), 1.5), "pixels beyond 0 to 1"),
         (np.full((5, 5), np.nan), "pixels beyond 0 to 1"),
+        (Image.new("F", (5, 5)), "a PIL image of mode 'F' cannot be used"),
     ],
 )
 def test_what_is_not_an_image(model, image, expected):
     with pytest.raises(DataError, match=expected) as caught:
         capszoo.predict(model, image)
     assert "\n" not in str(caught.value)
+
+
+def test_floats_that_numpy_lacks(model, digits):
+    pixels = digits[0][0].float() / 255
+    expected = capszoo.predict(model, pixels.bfloat16().float())
+    assert capszoo.predict(model, pixels.bfloat16()) == expected
+    assert capszoo.predict(model, pixels.bfloat16()[None]) == [expected]
+
+
+def test_no_images_at_a_time(model, digits):
+    with pytest.raises(DataError, match="batch_size=0 is out of range: give 1 or more"):
+        capszoo.predict(model, digits[0], batch_size=0)
 
 
 def test_a_model_without_classes():

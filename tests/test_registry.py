@@ -321,6 +321,14 @@ def test_model_info_of_half_precision_and_other_sizes():
 def test_model_info_of_unknown_models():
     assert "unknown model" in refused(capszoo.model_info, "capsnt")
     assert "unknown keyword" in refused(capszoo.model_info, "capsnet", num_clases=3)
+    says = "is no model of capszoo's zoo: give a name, or what create_model makes"
+    assert says in refused(capszoo.model_info, "capsnet_tiny", features_only=True)
+    assert says in refused(capszoo.model_info, timm.create_model("resnet18", num_classes=3))
+
+
+def test_model_info_needs_no_weights(recwarn):
+    assert capszoo.model_info("capsnet_tiny", pretrained=True) == capszoo.model_info("capsnet_tiny")
+    assert not recwarn.list
 
 
 @every_model
@@ -478,6 +486,42 @@ def test_features_only_with_a_checkpoint_says_what_to_do(tmp_path):
         "capsnet_tiny", conv_dim=4, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
     )
     assert torch.equal(features.model.conv1.weight, model.conv1.weight)
+
+
+def test_a_file_in_the_configuration_is_described_by_its_header(tmp_path):
+    model = capszoo.create_model("capsnet_tiny", conv_dim=4)
+    names = list("abcdefghij")
+    capszoo.save_model(tmp_path / "w.safetensors", model, mean=[0.3], std=[0.2], class_names=names)
+    overlay = {"file": str(tmp_path / "w.safetensors")}
+    kwargs = {"conv_dim": 4, "pretrained": True}
+    found = capszoo.create_model("capsnet_tiny", pretrained_cfg_overlay=overlay, **kwargs)
+    assert found.pretrained_cfg["mean"] == (0.3,) and found.pretrained_cfg["label_names"] == tuple(names)
+    assert not found.pretrained_cfg.get("description") and not found.pretrained_cfg.get("notes")
+    features = capszoo.create_model("capsnet_tiny", features_only=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert timm.data.resolve_model_data_config(features)["std"] == (0.2,)
+    given = capszoo.create_model("capsnet_tiny", pretrained_cfg_overlay={**overlay, "mean": (0.1,)}, **kwargs)
+    assert given.pretrained_cfg["mean"] == (0.1,) and given.pretrained_cfg["std"] == (0.2,)
+    capszoo.save_model(tmp_path / "w.safetensors", model, mean=[])
+    assert "its 'mean' is '[]'" in refused(
+        capszoo.create_model, "capsnet_tiny", pretrained_cfg_overlay=overlay, **kwargs
+    )
+
+
+def test_names_of_classes_go_with_the_head_that_learnt_them(tmp_path):
+    names = capszoo.create_model("capsnet_tiny.fashion_mnist", pretrained=True).pretrained_cfg["label_names"]
+    assert names[8] == "Bag"
+    for kwargs in ({}, {"in_chans": 3}, {"img_size": 32}):
+        model = capszoo.create_model("capsnet_tiny.fashion_mnist", pretrained=True, **kwargs)
+        capszoo.save_model(tmp_path / "w.safetensors", model)
+        for found in (model, capszoo.load_model(tmp_path / "w.safetensors")):
+            assert tuple(found.pretrained_cfg["label_names"]) == tuple(names), kwargs
+    model.reset_classifier(10)
+    fresh = capszoo.create_model("capsnet_tiny.fashion_mnist")
+    other = capszoo.create_model("capsnet_tiny.fashion_mnist", pretrained=True, num_classes=3)
+    for found in (model, fresh, other):
+        assert not found.pretrained_cfg.get("label_names")
+    capszoo.save_model(tmp_path / "w.safetensors", fresh)
+    assert "class_names" not in read_metadata(tmp_path / "w.safetensors")
 
 
 def test_single_capsules_belong_to_their_image_size(tmp_path):

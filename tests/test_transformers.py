@@ -116,6 +116,22 @@ def test_fine_tuning(modelling, grey, tmp_path):
     assert capszoo.predict(tuned, images[:1])[0].class_name in names.values()
 
 
+def test_what_is_saved_of_a_model_keeps_images_and_classes(modelling, colour, tmp_path):
+    model = transformers.AutoModelForImageClassification.from_pretrained(colour)
+    capszoo.save_model(tmp_path / "saved.safetensors", model.timm_model)
+    saved = capszoo.load_model(tmp_path / "saved.safetensors")
+    source = capszoo.create_model(f"local-dir:{colour}", pretrained=True)
+    for key in ("mean", "std", "label_names"):
+        assert tuple(saved.pretrained_cfg[key]) == tuple(source.pretrained_cfg[key])
+    assert saved.pretrained_cfg["mean"] == (0.4, 0.5, 0.6)
+    for picture in pictures():
+        assert capszoo.predict(saved, picture) == capszoo.predict(source, picture)
+    other = transformers.AutoModelForImageClassification.from_pretrained(
+        colour, num_labels=2, ignore_mismatched_sizes=True
+    )
+    assert "label_names" not in other.timm_model.pretrained_cfg and other.timm_model.pretrained_cfg["std"][0] == 0.2
+
+
 def test_single_capsules_are_kept(modelling, export, make_run, tmp_path):
     """The index of the capsules that a pruned network keeps is in no file."""
     file = make_run("capsnet_tiny", keep_capsules=[5, 9, 200])

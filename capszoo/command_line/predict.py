@@ -16,7 +16,7 @@ from torch import Tensor
 
 from capszoo.contract import decoder_of
 from capszoo.errors import DataError, UsageError, WriteError, first_line
-from capszoo.files import write_atomically
+from capszoo.files import check_target, write_atomically
 from capszoo.opening import open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import Prediction, class_names_of, named_images, predict_pixels, reconstruct, to_pixels
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--reconstruct {args.reconstruct!r} is not the name of a PNG file: let it end in .png")
     if args.reconstruct and Path(args.reconstruct).exists():
         raise UsageError(f"--reconstruct {args.reconstruct!r} is there already: give a new name, or delete it")
-    if args.reconstruct and not Path(args.reconstruct).absolute().parent.is_dir():
-        raise UsageError(f"--reconstruct {args.reconstruct!r} is in a folder that is not there: make it first")
+    if args.reconstruct:
+        check_target(args.reconstruct, "--reconstruct")
     threshold = args.threshold
     if threshold is None and opened.header.get("several_classes") == "true":
         threshold = 0.5

@@ -31,7 +31,7 @@ from .splits import DataSplits, Split, stratified
 
 _logger = logging.getLogger(__name__)
 
-_VAL_FRACTION = 0.1
+VAL_FRACTION = 0.1
 _MAX_BYTES = 4 << 30
 
 __all__ = [
@@ -52,7 +52,7 @@ def load_data(
     *,
     img_size: int | Size | None = None,
     in_chans: int | None = None,
-    val_fraction: float = _VAL_FRACTION,
+    val_fraction: float = VAL_FRACTION,
     seed: int = 0,
     download: bool = False,
     follow_links: bool = False,
@@ -116,7 +116,7 @@ def _make_splits(name: str, source: Source, val_fraction: float, seed: int, max_
     count = sum(len(part[1]) for part in (source.train, source.val, source.test) if part)
     in_memory = count * int(np.prod(image_shape)) <= max_bytes or source.compose is not None
     split = partial(_split, in_memory=in_memory)
-    if source.val is not None and val_fraction not in (0, _VAL_FRACTION):
+    if source.val is not None and val_fraction not in (0, VAL_FRACTION):
         _logger.warning(
             f"data set {name!r} has validation images of its own: val_fraction {val_fraction} has no effect"
         )

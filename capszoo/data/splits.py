@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from .seeding import seeded_generator
 
 # Mean and standard deviation over so many images are those of all to a percent or so.
 _STATISTICS_IMAGES = 2048
+_IMAGES_AT_ONCE = 64
 
 
 @dataclass(eq=False, repr=False)
@@ -127,15 +128,23 @@ class DataSplits:
         standard deviation.
         """
         train = self.train
-        images = train.images
-        if images is None:
-            assert train.reader is not None and train.indices is not None
+        parts: Iterable[Tensor]
+        if train.images is not None:
+            parts = [train.images]
+        else:
+            reader, indices = train.reader, train.indices
+            assert reader is not None and indices is not None
             some = torch.randperm(len(train), generator=seeded_generator(0))[:_STATISTICS_IMAGES].sort().values
-            images = train.reader.read(train.indices[some].tolist())
+            # Together they might not fit into the memory.
+            parts = (reader.read(part.tolist()) for part in indices[some].split(_IMAGES_AT_ONCE))
+        counts = torch.zeros(self.in_chans, 256, dtype=torch.int64, device="cpu")
+        for images in parts:
+            for count, channel in zip(counts, images.unbind(1), strict=True):
+                count += torch.bincount(channel.flatten(), minlength=256).cpu()
         values = torch.arange(256, dtype=torch.float64, device="cpu") / 255
         mean, std = [], []
-        for channel in images.unbind(1):
-            share = torch.bincount(channel.flatten(), minlength=256).double().cpu() / channel.numel()
+        for count in counts:
+            share = count.double() / count.sum()
             mean.append(float(share @ values))
             std.append(float((share @ (values - mean[-1]).square()).sqrt()) or 1.0)
         return tuple(mean), tuple(std)

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from capszoo.contract import HasCriterion
 from capszoo.errors import CheckpointError, UsageError, first_line
+from capszoo.fields import words
 from capszoo.losses import CrossEntropyLoss, MarginLoss, SpreadLoss
 
-__all__ = ["class_weights", "criterion_header", "read_criterion", "weigh_classes", "without_weights"]
+from .options import DEFAULTS, OPTIONS, TrainingOptions
+
+__all__ = ["class_weights", "criterion_header", "make_criterion", "read_criterion", "weigh_classes", "without_weights"]
 
 # By the name that a header has, what it says of a criterion: its keys, and the keywords and attributes that they are.
 _CRITERIA: dict[str, tuple[type[nn.Module], dict[str, str]]] = {
@@ -73,6 +76,48 @@ def read_criterion(path: str | Path, header: Mapping[str, str], model: nn.Module
             f"{str(path)!r} is damaged (its 'criterion' is {reprlib.repr(header['criterion'])}: {first_line(error)}): "
             "use another checkpoint"
         ) from None
+
+
+def make_criterion(options: TrainingOptions, model: nn.Module, labels: Tensor | None = None) -> nn.Module:
+    """Make the loss of the class scores: the model's own, or the margin loss of the options.
+
+    Args:
+        options: The options.
+        model: The model.
+        labels: Labels of the training images, from which --class-weights balanced takes its weights.
+
+    Raises:
+        UsageError: If an option of the margin loss is given for a model that trains on another loss, label smoothing
+            for one that does not train on the cross-entropy, or class weights that do not fit.
+    """
+    criterion: Any = MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
+    if isinstance(model, HasCriterion):
+        for key in ("m_plus", "m_minus", "margin_lambda"):
+            if getattr(options, key) != getattr(DEFAULTS, key):
+                raise UsageError(
+                    f"{_given(options, key)} is for the margin loss, and {options.model!r} trains on its own: leave it "
+                    "out"
+                )
+        criterion = model.default_criterion()
+    if options.smoothing is not None:
+        if not isinstance(criterion, CrossEntropyLoss):
+            # Its margins are what smoothing is to the cross-entropy: beyond them nothing is asked for.
+            raise UsageError(
+                f"{_given(options, 'smoothing')} is for the cross-entropy, and {options.model!r} trains on the "
+                f"{type(criterion).__name__}: leave it out"
+                + (", or give a smaller --m-plus and a larger --m-minus" if isinstance(criterion, MarginLoss) else "")
+            )
+        criterion.label_smoothing = options.smoothing
+    if labels is not None:
+        weight = class_weights(options.class_weights, labels, model.num_classes)
+        if weight is not None:
+            weigh_classes(criterion, weight)
+    return criterion
+
+
+def _given(options: TrainingOptions, key: str) -> str:
+    """The words that give an option its value."""
+    return " ".join(words(key, getattr(options, key), OPTIONS[key]))
 
 
 def class_weights(choice: Sequence[Any] | None, labels: Tensor, num_classes: int) -> Tensor | None:

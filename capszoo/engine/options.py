@@ -12,6 +12,7 @@ from typing import Any
 
 from capszoo import _moved
 from capszoo.data import Augmentation
+from capszoo.data.sets import VAL_FRACTION
 from capszoo.errors import UsageError
 from capszoo.fields import (
     BELOW_1,
@@ -84,7 +85,7 @@ class TrainingOptions(Augmentation):
     follow_links: bool = option(
         False, "read what links out of an image folder lead to", "what", flag=True, may_change=True
     )
-    val_fraction: float = option(0.1, "part of the training images kept for validation", "what", read=float)
+    val_fraction: float | None = option(VAL_FRACTION, "part of training images kept for validation", "what", read=float)
     output: str | None = option(
         None, "run folder; default runs/MODEL-DATASET-POLICY-TIME", "what", metavar="RUN_DIR", saved=False
     )
@@ -326,7 +327,7 @@ def options_text(options: TrainingOptions, folder: Path) -> str:
 def write_options(options: TrainingOptions, folder: Path) -> None:
     """Write the options into the run folder as args.yaml."""
     text = options_text(options, folder)
-    write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+    write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def fill_in(options: TrainingOptions, num_images: int, num_values: int = 1) -> TrainingOptions:

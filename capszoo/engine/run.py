@@ -15,13 +15,11 @@ from timm.layers import to_2tuple
 
 from capszoo._version import __version__
 from capszoo.checkpoint import computing_arguments, load_weights, read_metadata
-from capszoo.contract import HasCriterion
 from capszoo.data import DataSplits, Loader, default_translate, load_data
 from capszoo.data.sources import check_data_dir
-from capszoo.errors import UsageError
+from capszoo.errors import CheckpointError, UsageError
 from capszoo.fields import words
 from capszoo.files import write_json
-from capszoo.losses import CrossEntropyLoss, MarginLoss
 from capszoo.opening import weights_in
 from capszoo.policies import Policy
 from capszoo.precision import resolve_amp
@@ -35,7 +33,7 @@ from capszoo.registry import (
     model_keywords,
 )
 
-from .criteria import class_weights, criterion_header, weigh_classes
+from .criteria import criterion_header, make_criterion
 from .distributed import ALONE, Ranks
 from .evaluate import evaluate, until_stopped
 from .memory import keep_freed_memory
@@ -68,7 +66,7 @@ def load_splits(options: TrainingOptions) -> DataSplits:
         options.data_dir,
         img_size=options.img_size,
         in_chans=options.in_chans,
-        val_fraction=options.val_fraction,
+        val_fraction=DEFAULTS.val_fraction if options.val_fraction is None else options.val_fraction,
         download=options.download,
         follow_links=options.follow_links,
     )
@@ -110,7 +108,11 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
     model's `pretrained_cfg` has them.
     """
     kwargs = model_arguments(options, data)
-    if options.checkpoint:
+    begun = _begun(options)
+    if begun is not None:
+        name, kwargs = begun
+        model = create_model(name, **kwargs)
+    elif options.checkpoint:
         model = _with_weights(options.model, weights_in(options.checkpoint), kwargs)
     else:
         model = create_model(options.model, pretrained=options.pretrained, **kwargs)
@@ -123,6 +125,22 @@ def make_model(options: TrainingOptions, data: DataSplits) -> torch.nn.Module:
     data.normalize(mean, std)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "mean": mean, "std": std}
     return model
+
+
+def _begun(options: TrainingOptions) -> tuple[str, dict[str, Any]] | None:
+    """Name and keywords of the model of a run that goes on, where it began with weights that may be gone by now.
+
+    None of any other run; and of one that has saved nothing yet, or nothing whole: it begins with those weights.
+    """
+    file = Path(options.resume or "", "last.safetensors")
+    from_weights = options.checkpoint or options.pretrained or options.backbone_pretrained or ":" in options.model
+    if not (options.resume and from_weights and file.is_file()):
+        return None
+    try:
+        header = read_metadata(file)
+        return header["model"], header_arguments(file, header["model"], header)
+    except (CheckpointError, KeyError):
+        return None
 
 
 # What follows from the size of the images where it is not given.
@@ -213,50 +231,6 @@ def make_trainer(
     options = replace(options, mean=list(cfg["mean"]), std=list(cfg["std"]))
     criterion = make_criterion(options, model, data.train.labels)
     return trainer_of(model, criterion, options, data, device, folder=folder, ranks=ranks, **kwargs)
-
-
-def make_criterion(
-    options: TrainingOptions, model: torch.nn.Module, labels: torch.Tensor | None = None
-) -> torch.nn.Module:
-    """Make the loss of the class scores: the model's own, or the margin loss of the options.
-
-    Args:
-        options: The options.
-        model: The model.
-        labels: Labels of the training images, from which --class-weights balanced takes its weights.
-
-    Raises:
-        UsageError: If an option of the margin loss is given for a model that trains on another loss, label smoothing
-            for one that does not train on the cross-entropy, or class weights that do not fit.
-    """
-    criterion: Any = MarginLoss(options.m_plus, options.m_minus, options.margin_lambda)
-    if isinstance(model, HasCriterion):
-        for key in ("m_plus", "m_minus", "margin_lambda"):
-            if getattr(options, key) != getattr(DEFAULTS, key):
-                raise UsageError(
-                    f"{_given(options, key)} is for the margin loss, and {options.model!r} trains on its own: leave it "
-                    "out"
-                )
-        criterion = model.default_criterion()
-    if options.smoothing is not None:
-        if not isinstance(criterion, CrossEntropyLoss):
-            # Its margins are what smoothing is to the cross-entropy: beyond them nothing is asked for.
-            raise UsageError(
-                f"{_given(options, 'smoothing')} is for the cross-entropy, and {options.model!r} trains on the "
-                f"{type(criterion).__name__}: leave it out"
-                + (", or give a smaller --m-plus and a larger --m-minus" if isinstance(criterion, MarginLoss) else "")
-            )
-        criterion.label_smoothing = options.smoothing
-    if labels is not None:
-        weight = class_weights(options.class_weights, labels, model.num_classes)
-        if weight is not None:
-            weigh_classes(criterion, weight)
-    return criterion
-
-
-def _given(options: TrainingOptions, key: str) -> str:
-    """The words that give an option its value."""
-    return " ".join(words(key, getattr(options, key), OPTIONS[key]))
 
 
 def trainer_of(

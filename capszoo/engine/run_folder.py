@@ -205,7 +205,7 @@ def start_folder(folder: Path, text: str) -> None:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text))
+        write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except (OSError, WriteError) as error:
         if is_new:
             with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from capszoo.checkpoint import load_tensors, save_tensors, storable
+from capszoo.data import Split
 from capszoo.errors import CheckpointError
 
 _FORMAT = "capszoo.resume.v1"
@@ -119,6 +120,8 @@ def check_resume_state(state: dict[str, Any], path: str | Path) -> None:
         and _list_of_dicts(groups)
         and all(isinstance(group.get("params"), list) and _is_rate(group.get("lr")) for group in groups),
         "scaler": isinstance(state.get("scaler"), dict),
+        "data": "data" not in state  # of earlier versions
+        or (isinstance(images := _dict(state["data"]).get("images"), list) and list(map(type, images)) == [int, int]),
         "random": "cpu" in random
         and all(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in random.values()),
     }
@@ -151,6 +154,34 @@ def _checksum(tensors: dict[str, Tensor], tree: str) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def data_facts(*splits: Split | None) -> dict[str, Any]:
+    """What a state says of the images of a run: how many each split has, and a checksum of all their labels."""
+    digest = hashlib.sha256()
+    for split in splits:
+        if split is not None:
+            digest.update(split.labels.cpu().contiguous().view(torch.uint8).numpy().data)
+    return {"images": [0 if split is None else len(split) for split in splits], "labels": digest.hexdigest()}
+
+
+def check_data_facts(state: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Check that a state is of a run on the same images, as far as it says so.
+
+    With others, a validation split would have images that were trained on, and a step within an epoch another meaning.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    of_run = state.get("data", facts)
+    if of_run == facts:
+        return
+    (train, val), (train_now, val_now) = of_run["images"], facts["images"]
+    now = f"{train_now:,} and {val_now:,}" if of_run["images"] != facts["images"] else "as many with other labels"
+    raise CheckpointError(
+        f"the run has {train:,} images to train on and {val:,} to validate, and the data set at hand has {now}: give "
+        "the images of the run, or start a new one with --checkpoint RUN_DIR"
+    )
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ from capszoo.data import Augmentation, Loader, Split, seeded_generator
 from capszoo.errors import CheckpointError, DataError, Stopped, TrainingError
 
 from .batch_norm import check_batch_norm
+from .checks import check_policy, check_shares
 from .distributed import ALONE, Ranks, StopVote
 from .evaluate import check_statistics, evaluate, until_stopped
 from .options import TrainingOptions
 from .run_folder import Position, RunFolder, share_state
-from .run_state import random_state, restore_strides, set_random_state
+from .run_state import check_data_facts, data_facts, random_state, restore_strides, set_random_state
 from .step import TrainingStep
 from .task import CapsuleTask
 from .warm_up import warm_up
@@ -108,6 +110,7 @@ class Trainer:
         self.augmentation.check_batches(policy.batch_size(epoch) for epoch in range(policy.epochs))
         batch_sizes = {policy.batch_size(epoch) for epoch in range(policy.epochs)}
         on_cpu = self.device.type == "cpu"
+        check_policy(policy, len(train))
         check_batch_norm(task.model, ranks, micro_batch, batch_sizes, len(train), on_cpu)
         self.metadata, self.options = metadata or {}, options
         self.folder = None if folder is None else Path(folder)
@@ -174,15 +177,13 @@ class Trainer:
         return self.position.epoch >= self.policy.epochs
 
     def running_means(self, sums: Tensor | None = None) -> dict[str, float]:
-        """Means over the epoch so far: loss, margin_loss, reconstruction_loss, top1. Waits for the device."""
-        loss, margin, reconstruction, right, count = (self.step.sums if sums is None else sums).tolist()
-        count = max(count, 1.0)
-        return {
-            "loss": loss / count,
-            "margin_loss": margin / count,
-            "reconstruction_loss": reconstruction / count,
-            "top1": right / count,
-        }
+        """Means over the epoch so far: loss, margin_loss, reconstruction_loss, top1. Waits for the device.
+
+        They are not a number while no step has counted.
+        """
+        *values, count = (self.step.sums if sums is None else sums).tolist()
+        means = (value / count if count else math.nan for value in values)
+        return dict(zip(("loss", "margin_loss", "reconstruction_loss", "top1"), means, strict=True))
 
     def fit(self) -> bool:
         """Train until the policy's last epoch; return False if `should_stop` ended it before, with all of it saved.
@@ -193,7 +194,7 @@ class Trainer:
             DataError: If the images cannot be read any more; the state is saved.
             WriteError: If the run folder cannot be written; what was saved before stays.
         """
-        self._check_ranks()
+        check_shares(self.policy, self.ranks, self.position.epoch)
         if not self.ranks.is_first:
             # Random numbers of layers (dropout) must differ between ranks.
             key = self.seed, self.ranks.rank, self.position.epoch, self.position.step
@@ -215,15 +216,6 @@ class Trainer:
                 self.save()
                 return False
         return True
-
-    def _check_ranks(self) -> None:
-        """A batch below the number of ranks would leave some of them without work, waiting."""
-        for epoch in range(self.position.epoch, self.policy.epochs):
-            if (size := self.policy.batch_size(epoch)) < self.ranks.count:
-                raise TrainingError(
-                    f"batches of {size} in epoch {epoch + 1} cannot be shared by {self.ranks.count} processes: give "
-                    f"--batch-size or --warm-batch {self.ranks.count} or more, or start fewer processes"
-                )
 
     def _train_epoch(self) -> bool:
         """Train to the end of the current epoch; False if stopped before."""
@@ -337,6 +329,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.step.scaler.state_dict(),
                 "random": random_state(),
+                "data": data_facts(self.train_split, self.val_split),
             }
             if self.task.has_ema():
                 state["ema"] = self.task.kept_model.state_dict()
@@ -350,7 +343,7 @@ class Trainer:
         A last state that is damaged is passed over for the one before it, with a warning in the log.
 
         Raises:
-            CheckpointError: If the states are damaged or those of another model.
+            CheckpointError: If the states are damaged or those of another model or of other images.
         """
         if self.run_folder is not None:
             self.run_folder.remove_leftovers()
@@ -358,6 +351,7 @@ class Trainer:
         state = share_state(*found, self.ranks, self.device)
         if state is None:
             return False
+        check_data_facts(state, data_facts(self.train_split, self.val_split))
         try:
             self.task.model.load_state_dict(state["model"])
             if self.task.has_ema():

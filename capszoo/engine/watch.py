@@ -192,7 +192,9 @@ class Watch:
             facts = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "loss": str(loss), "images": images}
             where = f", see {trainer.run_folder.write_nonfinite(facts)}"
         named = ", ".join(map(str, images[:4])) + (", ..." if len(images) > 4 else "")
+        remedies = ["lower --lr", "compute in float32 with --amp none"]
+        remedies += [] if trainer.step.skips else ["leave such steps out with --nonfinite skip"]
         raise TrainingError(
             f"{what} at step {step + 1} of epoch {epoch + 1} (lr={lr:g}, training images {named}{where}); {kept}: "
-            f"lower --lr, compute in float32 with --amp none, or leave such steps out with --nonfinite skip"
+            f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
         )

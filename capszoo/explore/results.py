@@ -46,7 +46,7 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
     if chosen is not None:
         command = f"python recipes/train.py --config {folder / 'chosen.yaml'}"
         text = f"# {command}\n" + yaml.safe_dump(chosen.options, sort_keys=False)
-        write_atomically(folder / "chosen.yaml", lambda temporary: temporary.write_text(text))
+        write_atomically(folder / "chosen.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     facts = exploration.study.user_attrs["facts"]
     shown = {
         "model": str(facts["model"]),

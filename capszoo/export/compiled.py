@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from capszoo.errors import UsageError, first_line
-from capszoo.files import write_atomically
+from capszoo.files import check_target, write_atomically
 from capszoo.layers import set_fused_routing
 from capszoo.modes import evaluation_mode
 
@@ -37,8 +37,8 @@ def compile_package(path: str | Path, model: nn.Module, /, *, plain: bool = Fals
         The largest difference between scores of the package and of the model, for three random batches.
 
     Raises:
-        UsageError: If the file is not named .pt2, there is no C++ compiler that works, or scores differ by more than
-            1e-4.
+        UsageError: If the file is not named .pt2, its folder is not there or may not be written to, there is no C++
+            compiler that works, or scores differ by more than 1e-4.
         WriteError: If the file cannot be written.
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package
@@ -46,6 +46,7 @@ def compile_package(path: str | Path, model: nn.Module, /, *, plain: bool = Fals
 
     if Path(path).suffix != ".pt2":
         raise UsageError(f"{str(path)!r} is no name of a package: end it with .pt2")
+    check_target(path, "package")
     parameter = next(model.parameters())
     network: Any = model
     shape = (network.in_chans, *network.img_size)

@@ -14,10 +14,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from capszoo.arguments import SearchedArgument
-from capszoo.checkpoint import cfg_of_model
 from capszoo.layers import capsule_lengths
 from capszoo.models import _stem
 from capszoo.pretrained import check_source
+from capszoo.pretrained_cfg import cfg_of_model, forget_classes, trained_otherwise
 
 __all__ = [
     "arguments",
@@ -306,6 +306,7 @@ def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None
         check_pool(global_pool, self._pooled)
         self.global_pool = global_pool
     replace_head(self, self._heads, lambda **dd: self._build_head(num_classes, **dd))
+    forget_classes(self)
 
 
 def searched_decoder(decoder_dims: Sequence[int]) -> list[SearchedArgument]:
@@ -316,17 +317,6 @@ def searched_decoder(decoder_dims: Sequence[int]) -> list[SearchedArgument]:
         SearchedArgument("small_decoder", [False, True], needs="decoder"),
         SearchedArgument("decoder_dims", widths, name="decoder_width", needs="decoder"),
     ]
-
-
-def trained_otherwise(model: nn.Module) -> tuple[bool, bool, bool]:
-    """Whether the weights of a configuration are of other classes, other channels and another image size."""
-    cfg = model.pretrained_cfg
-    source_chans, *source_size = cfg["input_size"]
-    return (
-        model.num_classes != cfg["num_classes"],
-        model.in_chans != source_chans,
-        tuple(model.img_size) != tuple(source_size),
-    )
 
 
 def digits_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -395,4 +385,6 @@ def build_model(
     has_backbone = getattr(model, "backbone", None) is not None
     if cfg and hasattr(model, "img_size") and (has_backbone or any(trained_otherwise(model))):
         model.pretrained_cfg = model.default_cfg = cfg_of_model(model, cfg, same_source=True)
+    if not pretrained:
+        forget_classes(model)
     return model

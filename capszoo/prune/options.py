@@ -15,7 +15,7 @@ from .parts import PARTS, SCORES
 __all__ = ["FINE_TUNING", "PRUNE_OPTIONS", "PruneOptions", "flat_prune_values", "prune_options_text"]
 
 # None where the weights tell.
-FINE_TUNING = replace(DEFAULTS, dataset=None, decoder=None, epochs=5, lr=1e-4)
+FINE_TUNING = replace(DEFAULTS, dataset=None, val_fraction=None, decoder=None, epochs=5, lr=1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ _OF_TRAINING = (
 # What help says otherwise than that of train.py.
 _HELP = {
     "dataset": "data set; default the one that the weights were trained on",
+    "val_fraction": "part of the training images kept for validation; default that of the weights' training, or 0.1",
     "decoder": "train with the decoder; default where the weights hold one",
     "output": "run folder; default runs/prune-WEIGHTS-DATASET-TIME",
     "policy": ", ".join(policy for policy in list_policies() if policy != "lr_finder"),

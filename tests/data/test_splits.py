@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capszoo.data import Loader, load_data
+from capszoo.data import Loader, load_data, splits
 from capszoo.data.splits import stratified
 
 
@@ -141,7 +141,8 @@ def test_warning_of_several_classes(write_tables, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("max_bytes", [4 << 30, 0])
-def test_statistics_are_those_of_the_training_images(write_folder, tmp_path, max_bytes):
+def test_statistics_are_those_of_the_training_images(write_folder, tmp_path, max_bytes, monkeypatch):
+    monkeypatch.setattr(splits, "_IMAGES_AT_ONCE", 2)
     data = load_data(write_folder(tmp_path), val_fraction=0.25, max_bytes=max_bytes)
     assert (data.train.images is None) == (max_bytes == 0)
     pixels = torch.cat([images for images, _ in Loader(data.train, 4, "cpu")]).double()

@@ -1,5 +1,7 @@
 """A run from its options: the parts that they name, and the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,6 +73,27 @@ def test_a_checkpoint_of_a_backbone_goes_to_larger_images(digits, tmp_path):
     model = make_model(options_from(options), load_splits(options_from({"img_size": 96})))
     assert model.img_size == (96, 96)
     assert torch.equal(model.primary_caps.conv.weight, trained.primary_caps.conv.weight)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(digits, tmp_path):
+    file = tmp_path / "trained.safetensors"
+    capszoo.save_model(file, capszoo.create_model("capsnet_tiny", conv_dim=8, num_routing=1), mean=[0.25], std=[0.5])
+    (tmp_path / "run").mkdir()
+    options = options_from({"model_kwargs": {"conv_dim": 8}, "checkpoint": str(file), "decoder": False, "epochs": 1})
+    begun = make_trainer(options, digits, torch.device("cpu"), tmp_path / "run", should_stop=lambda: True)
+    assert not begun.fit()
+    resumed = replace(begun.options, resume=str(tmp_path / "run"))
+    file.unlink()
+    trainer = make_trainer(resumed, digits, torch.device("cpu"), tmp_path / "run")
+    assert trainer.resume() and trainer.position.step == 1
+    model = trainer.task.model
+    assert model.arguments()["num_routing"] == 1 and trainer.options.mean == [0.25] and trainer.options.std == [0.5]
+    assert trainer.metadata == begun.metadata
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, begun.task.model.state_dict()[key]), key
+    (tmp_path / "run/last.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint at .*trained.safetensors': check the path"):
+        make_trainer(resumed, digits, torch.device("cpu"), tmp_path / "run")
 
 
 def test_options_reach_what_they_name(digits):

@@ -66,6 +66,8 @@ def test_command_makes_plain_packages_for_processes_without_capszoo(recipe, make
 def test_other_names_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"'model.onnx' is no name of a package: end it with .pt2"):
         compile_package("model.onnx", small())
+    with pytest.raises(UsageError, match="model.pt2' is in a folder that is not there: make it first"):
+        compile_package(tmp_path / "no/model.pt2", small())
 
 
 @pytest.fixture

@@ -127,6 +127,16 @@ def test_the_loss_is_that_of_the_training(validate, digits, tmp_path):
     assert losses["old"] != losses["new"]
 
 
+def test_the_validation_split_is_that_of_the_training(validate, tmp_path, caplog):
+    file, model = tmp_path / "w.safetensors", capszoo.create_model("capsnet_tiny", conv_dim=4, num_types=2)
+    capszoo.save_model(file, model, dataset="digits", val_fraction=0.3)
+    own = load_data("digits", val_fraction=0.3).val
+    out = validate(file, "--split", "val", "--device", "cpu")
+    assert f"on digits val ({len(own)} images)" in out and not caplog.records
+    validate(file, "--split", "val", "--val-fraction", "0.1", "--device", "cpu")
+    assert "trained with --val-fraction 0.3: of the validation split of 0.1 they know images" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["null", "[]", '{"name": "spread"}', '{"name": "margin"}', "{", '"margin"',
                                   '{"name": "margin", "m_plus": "a", "m_minus": 0.1, "lambda": 0.5}',
                                   '{"name": "margin", "m_plus": 0.1, "m_minus": 0.9, "lambda": 0.5}'])  # fmt: skip
@@ -145,6 +155,7 @@ def test_damaged_criterion(validate, text, tmp_path):
         (["x.safetensors", "--results-dir", "y"], "--results-dir needs --all"),
         (["--all", "--json", "y"], "--json does not go with --all"),
         (["--all", "--split", "val"], "--split does not go with --all"),
+        (["capsnet_tiny.mnist", "--json", "no/v.json"], "--json 'no/v.json' is in a folder that is not there: make it"),
         (["--all", "--model", "capsnet"], "--model does not go with --all"),
         (["capsnet_tiny", "--model", "capsnet"], "'capsnet_tiny' says what model it is, --model capsnet is for files"),
         (["--all"], "no weights are shipped yet: give files with --also"),
