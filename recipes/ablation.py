@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"{path} has all of these rows")
         return 0
     check_results(path)
-    data = load_splits(options_from({"dataset": args.dataset, "data_dir": args.data_dir}))
+    data = load_splits(options_from({**dict(args.set), "dataset": args.dataset, "data_dir": args.data_dir}, "--set"))
     with StopSignal() as stop:
         for row in missing:
             result = measure(row, args, dataclasses.replace(data), device, stop)

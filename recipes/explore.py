@@ -218,7 +218,9 @@ def save_args(values: Mapping[str, Any], folder: Path) -> None:
 
     values = {key: value for key, value in values.items() if key not in NOT_SAVED}
     values["set"] = dict(values["set"])
-    text = f"# python recipes/explore.py --resume {folder}\n" + yaml.safe_dump(values, sort_keys=False)
+    text = f"# python recipes/explore.py --resume {shlex.quote(str(folder))}\n" + yaml.safe_dump(
+        values, sort_keys=False
+    )
     start_folder(folder, text)  # the study may be in it by now
 
 
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         args.grid = list(dict.fromkeys([*saved["grid"], *args.grid]))  # what is given comes on top
     for name, value in (("trials", args.trials), ("results", args.results), ("retime", args.retime)):
-        if value and bool(args.grid) == (name == "trials") and not args.resume:
+        if value and bool(args.grid) == (name == "trials") and not (args.resume and name == "trials"):
             raise UsageError(
                 f"--{name} is of no use {'to' if args.grid else 'without'} a --grid: leave it out"
                 + (", the trials are its rows times --seeds" if args.grid else "")
@@ -332,9 +334,9 @@ def main(argv: list[str] | None = None) -> int:
             f"chosen ({args.choose}): trial {chosen.number}, {percent(chosen.accuracy)}, "
             f"{seconds_text(chosen.seconds)}, {chosen.parameters:,} parameters"
         )
-        console.print(f"train it: python recipes/train.py --config {folder / 'chosen.yaml'}")
+        console.print(f"train it: python recipes/train.py --config {shlex.quote(str(folder / 'chosen.yaml'))}")
     if not completed:
-        console.print(f"stopped and saved: go on with --resume {folder}")
+        console.print(f"stopped and saved: go on with --resume {shlex.quote(str(folder))}")
         return stop.exit_code
     return 0
 

@@ -14,6 +14,7 @@ classes, top1 is the exact-match accuracy everywhere: the fraction of images of 
 """
 
 import math
+import shlex
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             say("images show several classes: top1 is the part of them with all classes right (exact match)")
         work.start(opened.model)
         if not work.train():
-            console.print(f"stopped and saved: go on with --resume {folder}")
+            console.print(f"stopped and saved: go on with --resume {shlex.quote(str(folder))}")
             return stop.exit_code
     result = work.finish()
     if training.results:

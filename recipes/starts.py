@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import capszoo
-from capszoo.command_line import OptionParser, make_console, results_folder, run
+from capszoo.command_line import OptionParser, check_results, make_console, results_folder, run
 from capszoo.data import DataSplits, Split, load_data
 from capszoo.data.loader import Loader, seeded_generator
 from capszoo.engine import evaluate
@@ -213,29 +213,34 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, batch, start, lr, seed in itertools.product(
         args.sets, args.batch_sizes, args.starts, args.lrs, range(args.seeds)
     ):
-        steps = args.steps or STEPS.get(batch, 200)
-        images = 360 if name == "shapes" else steps * batch
+        images = (args.steps or STEPS.get(batch, 200)) * batch
         rows.append(
             {
                 **common, "set": name, "start": start, "policy": "fixed", "lr": f"{lr:g}", "batch_size": batch,
-                "images": images, "epochs": max(1, round(steps * batch / images)), "seed": seed,
+                "images": images, "epochs": 1, "seed": seed,
             }
         )  # fmt: skip
     return rows
+
+
+def of_set(row: dict[str, Any], num_images: int) -> dict[str, Any]:
+    """A row for a set of so many training images: of fewer than its steps take, more epochs."""
+    images = min(num_images, row["images"])
+    epochs = row["epochs"] if row["lr"] == "default" else max(1, round(row["images"] / images))
+    return {**row, "images": images, "epochs": epochs}
 
 
 def main(argv: list[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     console = make_console()
     device, path = choose_device(args.device), Path(args.results)
+    check_results(path)
     done = read_rows(path, "mend or delete it") if path.exists() else []
     keys = {tuple(str(row[key]) for key in KEYS) for row in done}
     for name, rows in itertools.groupby(plan(args), key=lambda row: row["set"]):
-        missing = [row for row in rows if tuple(str(row[key]) for key in KEYS) not in keys]
-        if not missing:
-            continue
         data = open_set(name, args.data_dir)
-        for row in missing:
+        rows = [of_set(row, len(data.train)) for row in rows]
+        for row in (row for row in rows if tuple(str(row[key]) for key in KEYS) not in keys):
             done.append(measure(row, dataclasses.replace(data), device))
             write_csv(path, COLUMNS, done)
             console.print(" ".join(f"{key}={done[-1][key]}" for key in COLUMNS[:12]))

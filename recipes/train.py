@@ -286,11 +286,11 @@ def train(
                 return 0 if completed else stop.exit_code
             result = measure_test(trainer, options, data) if completed else None
         except (DataError, WriteError) as error:
-            raise type(error)(f"{error} (the run: --resume {folder})") from error
+            raise type(error)(f"{error} (the run: --resume {shlex.quote(str(folder))})") from error
         except Stopped:
             result = None
     if result is None:
-        console.print(f"stopped and saved: go on with --resume {folder}")
+        console.print(f"stopped and saved: go on with --resume {shlex.quote(str(folder))}")
         return stop.exit_code
     if options.results:
         launch = "python" if ranks.count == 1 else f"torchrun --nproc-per-node {ranks.count}"

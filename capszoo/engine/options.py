@@ -5,6 +5,7 @@ and :mod:`capszoo.engine.run` makes the parts of a run from it.
 """
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -321,7 +322,9 @@ def options_text(options: TrainingOptions, folder: Path) -> str:
     import yaml
 
     values = {name: value for name, value in flat_values(options).items() if OPTIONS[name].saved}
-    return f"# python recipes/train.py --config {folder / 'args.yaml'}\n" + yaml.safe_dump(values, sort_keys=False)
+    return f"# python recipes/train.py --config {shlex.quote(str(folder / 'args.yaml'))}\n" + yaml.safe_dump(
+        values, sort_keys=False
+    )
 
 
 def write_options(options: TrainingOptions, folder: Path) -> None:

@@ -37,10 +37,11 @@ def cautions(solutions: Sequence[Solution], num_val: int, searched: bool, seeds:
     if not complete:
         return []
     lines = []
-    if searched and len(complete) < RANDOM_TRIALS:
-        are = "trials are" if len(complete) > 1 else "trial is"
+    own = sum(solution.repeat_of is None for solution in complete)
+    if searched and own < RANDOM_TRIALS:
+        are = "trials are" if own > 1 else "trial is"
         lines.append(
-            f"{len(complete)} {are} complete: the search begins to learn from them at {RANDOM_TRIALS}, until then its "
+            f"{own} {are} complete: the search begins to learn from them at {RANDOM_TRIALS}, until then its "
             "options are random; give a larger budget"
         )
     without = [name for name in _names(complete) if not _has_begun([s for s in complete if s.name == name])]
@@ -108,13 +109,15 @@ def _alike(complete: Sequence[Solution], num_val: int, asked: int) -> str:
         runs = [s for s in complete if s.name == name]
         best = max(runs, key=lambda run: (run.accuracy, -run.number))
         same = [run for run in runs if {**run.options, "seed": None} == {**best.options, "seed": None}]
-        seeds[name] = [run.accuracy for run in same]
+        # The run by which a search found it does not count: of many the best were also the luckiest.
+        repeated = [run for run in same if run.repeat_of is not None]
+        seeds[name] = [run.accuracy for run in repeated or same]
     if len(seeds) < 2:
         return ""
-    repeated = [values for values in seeds.values() if len(values) > 1]
-    degrees = sum(len(values) - 1 for values in repeated)
+    several = [values for values in seeds.values() if len(values) > 1]
+    degrees = sum(len(values) - 1 for values in several)
     # Of all rows together: of two or three seeds alone it is hardly known.
-    spread = math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in repeated) / degrees) if repeated else None
+    spread = math.sqrt(sum(statistics.variance(v) * (len(v) - 1) for v in several) / degrees) if several else None
 
     def mean(name: str) -> float:
         return statistics.fmean(seeds[name])

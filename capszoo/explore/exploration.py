@@ -97,6 +97,7 @@ class Exploration:
         self.storage = storage or f"sqlite:///{self.folder / 'study.db'}"
         self._deadline: float | None = None
         self._end_of_search: float | None = None
+        self._searches_on = False
         self._asked_to_stop: Callable[[], bool] = lambda: False
         is_grid = not isinstance(plan, Space)
         models = {row.options.get("model", "") for row in plan} if is_grid else {plan.model}
@@ -322,6 +323,7 @@ class Exploration:
         if budget is not None and isinstance(self.plan, Space) and self.seeds > 1:
             self._end_of_search = time.monotonic() + _SHARE_OF_THE_SEARCH * budget
         with storage_errors(self.storage):
+            self._searches_on = budget is not None and self._repeating()
             if self._repeating() and all(trial.state.name != "WAITING" for trial in trials_seen(self.study)):
                 self._search_on()
         if budget is not None and isinstance(self.plan, Space) and "most_seconds" not in self.study.user_attrs:
@@ -364,7 +366,13 @@ class Exploration:
                 if self._asked_to_stop():
                     return False
             elif not self._repeat():
-                return False
+                if not self._searches_on:
+                    return False
+                # This call began with repetitions that the one before had left, and has time to go on searching.
+                self._searches_on = False
+                self._search_on()
+                now = time.monotonic()
+                self._end_of_search = now + _SHARE_OF_THE_SEARCH * max(0.0, (self._deadline or now) - now)
         return False
 
     def _out_of_time(self) -> bool:

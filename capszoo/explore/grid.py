@@ -148,7 +148,8 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
 
     Returns:
         Means, and standard deviations (`_std`) over seeds: a dictionary a row, in the order of their first trials.
-        Missing are times where no seed got there; `reached` counts the seeds that did. `gain`, a
+        Missing are times where no seed got there; `reached` counts the seeds that did. `share` and `share_to_best` are
+        the whole training, and that to its own best, over the baseline's to its best with the same seeds. `gain`, a
         :class:`capszoo.explore.solution.Difference`, is what its accuracy has over the baseline's, on the test set
         where all runs were measured on it.
     """
@@ -158,10 +159,8 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
     for name in dict.fromkeys(solution.name for solution in complete):
         runs = [solution for solution in complete if solution.name == name]
         times, savings = [], []
-        for run in runs:
-            reference = references.get(run.seed)
-            if reference is None:
-                continue
+        pairs = [(run, references[run.seed]) for run in runs if run.seed in references]
+        for run, reference in pairs:
             at = next((seconds for _, seconds, accuracy in run.history if accuracy >= reference.accuracy), None)
             if at is not None:
                 times.append(at)
@@ -180,6 +179,10 @@ def compare(solutions: Sequence[Solution], baseline: str = "baseline") -> list[d
             row[key] = statistics.fmean(values) if values else None
             row[key + "_std"] = statistics.stdev(values) if len(values) > 1 else None
         row["reached"] = len(times)
+        # Means over the same seeds: the baseline is at its best sooner with some than with others.
+        best = statistics.fmean(reference.seconds_to_best for _, reference in pairs) if pairs else None
+        for key, name_of_time in (("share", "seconds"), ("share_to_best", "seconds_to_best")):
+            row[key] = statistics.fmean(getattr(run, name_of_time) for run, _ in pairs) / best if best else None
         key = "test_top1" if all(run.test_top1 is not None for run in [*runs, *references.values()]) else "accuracy"
         by_seed = {run.seed: getattr(run, key) for run in runs}
         row["gain"] = paired_difference(by_seed, {seed: getattr(run, key) for seed, run in references.items()})

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -44,9 +45,11 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
     write_solutions(folder / "front.csv", front)
     command = ""
     if chosen is not None:
-        command = f"python recipes/train.py --config {folder / 'chosen.yaml'}"
+        command = shlex.join(["python", "recipes/train.py", "--config", str(folder / "chosen.yaml")])
         text = f"# {command}\n" + yaml.safe_dump(chosen.options, sort_keys=False)
         write_atomically(folder / "chosen.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    else:
+        (folder / "chosen.yaml").unlink(missing_ok=True)  # of a call that chose
     facts = exploration.study.user_attrs["facts"]
     shown = {
         "model": str(facts["model"]),
@@ -57,6 +60,9 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
         "capszoo": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+    # Where solutions were repeated the front is one of means, and single runs lie elsewhere.
+    candidates = exploration.candidates()
+    compared = candidates if any(candidate.runs > 1 for candidate in candidates) else None
     title = f"{facts['model']} on {facts['dataset']}"
     doubts = cautions(solutions, facts["images"][1], searched=facts["grid"] is None, seeds=exploration.seeds)
     if facts["grid"] is None and front and exploration.baseline() is None:
@@ -65,13 +71,13 @@ def write_reports(exploration: Exploration, folder: Path, chosen: Solution | Non
     try:
         write_report(
             folder / "report.html", solutions, front, title=title, facts=shown, objectives=exploration.objectives,
-            study=exploration.study, command=command, cautions=doubts,
+            study=exploration.study, command=command, cautions=doubts, compared=compared,
         )  # fmt: skip
     except ImportError as error:
         missing.append(f"report.html: {error}")
     for name, draw in (
-        ("front", lambda path: plot_front(solutions, front, path, exploration.objectives)),
-        ("tradeoff", lambda path: plot_tradeoff(solutions, front, path)),
+        ("front", lambda path: plot_front(solutions, front, path, exploration.objectives, compared)),
+        ("tradeoff", lambda path: plot_tradeoff(solutions, front, path, compared)),
         ("accuracy", lambda path: plot_accuracy(solutions, path)),
         ("time_to_best", lambda path: plot_time_to_best(solutions, path)),
     ):

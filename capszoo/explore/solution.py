@@ -140,8 +140,8 @@ def over_seeds(solutions: Sequence[Solution], of_rows: bool = False) -> list[Sol
 
     The means of a search are those of the repetitions alone. The run by which a trial was found does not count: of many
     single runs the best ones were also the luckiest. Until every trial that is to be repeated has been, once, the
-    single runs are compared. Left out are trials of which a run failed, and those that were found later and have no
-    repetition yet where others have several. The baseline stays in any case.
+    single runs are compared. Left out are trials of which a run failed, and those that were found later and have less
+    than half of the repetitions that others have. The baseline stays in any case.
 
     Args:
         solutions: Trials, repetitions among them.
@@ -157,6 +157,9 @@ def over_seeds(solutions: Sequence[Solution], of_rows: bool = False) -> list[Sol
             groups[key].add(solution)
     baseline = next((group for group in groups.values() if group.first.name == "baseline"), None)
     compared = [group for group in groups.values() if group.runs and (group is baseline or not group.failed)]
+    if not of_rows:  # what was found late must not take the repetitions of all others away
+        most = max((len(group.runs) for group in compared), default=0)
+        compared = [group for group in compared if group is baseline or 2 * len(group.runs) >= most]
     late = [group for group in groups.values() if group.repeated and not group.runs and not group.failed]
     seeds = set.intersection(*(set(group.runs) for group in compared)) if compared else set()
     if not seeds or (late and max(len(group.runs) for group in compared) < 2):
@@ -245,12 +248,13 @@ def choose(
     }
     if mode not in keys:
         raise ExplorationError(unknown_name("choice", mode, list(keys), f"choose from {', '.join(keys)}"))
-    complete = [s for s in solutions if s.state == "complete" and (within is None or s.seconds <= within)]
+    complete = [s for s in solutions if s.state == "complete"]
+    in_time = [s for s in complete if within is None or s.seconds <= within]
     if mode == "accurate":
-        fitting = complete
+        fitting = in_time
     else:
         has_baseline = baseline is not None and baseline.accuracy is not None
         reference = baseline.accuracy if has_baseline else max((s.accuracy for s in complete), default=0.0)
         # Accuracies are ratios of whole numbers: a drop of exactly what is allowed must pass.
-        fitting = [s for s in complete if s.accuracy >= reference - (max_drop if loss is None else loss) - 1e-9]
+        fitting = [s for s in in_time if s.accuracy >= reference - (max_drop if loss is None else loss) - 1e-9]
     return min(fitting, key=keys[mode], default=None)

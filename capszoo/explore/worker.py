@@ -103,11 +103,28 @@ class Worker:
             drop_state(self._finished_folder)
         return self._repeated
 
+    def _has_twin(self, trial: "optuna.Trial") -> bool:
+        """Whether this repetition was enqueued before by another worker, in the same moment."""
+        import optuna
+
+        keys = ("repeat_of", "seed")
+        if keys[0] not in trial.user_attrs:
+            return False
+        own = [trial.user_attrs.get(key) for key in keys]
+        states = (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.COMPLETE)
+        return any(
+            other.number < trial.number and [other.user_attrs.get(key) for key in keys] == own
+            for other in self.study.get_trials(deepcopy=False, states=states)
+        )
+
     def _objective(self, trial: "optuna.Trial") -> tuple[float, ...]:
         import optuna
 
         if is_limited(self.study) and not trial.user_attrs.get("queued"):
             # Another worker took the last one between our look at the queue and our turn.
+            trial.set_user_attr("surplus", True)
+            raise optuna.TrialPruned
+        if self._has_twin(trial):
             trial.set_user_attr("surplus", True)
             raise optuna.TrialPruned
         if self.study.user_attrs.get("repeating") and "repeat_of" not in trial.user_attrs:

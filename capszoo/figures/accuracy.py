@@ -84,14 +84,23 @@ def _small_multiples(
                 axes.plot(getattr(other, over), other.mean, color="0.8", linewidth=0.8, zorder=1)
         x = getattr(curve, over)
         marker = "o" if len(x) == 1 else ""
-        axes.plot(x, curve.mean, color=colors[name], linewidth=1.8, marker=marker, markersize=4, label=name, zorder=3)
+        axes.plot(
+            x,
+            curve.mean,
+            color=colors[name],
+            linewidth=1.8,
+            marker=marker,
+            markersize=4,
+            label=style.literal(name),
+            zorder=3,
+        )
         if curve.runs > 1:
             axes.fill_between(x, curve.low, curve.high, color=colors[name], alpha=0.25, linewidth=0, zorder=2)
         below = [place for place, value in zip(x, curve.mean, strict=True) if value < bottom]
         if below:
             axes.plot(below, [bottom] * len(below), "v", color=colors[name], markersize=5, clip_on=False, zorder=4)
         seeds = f", {curve.runs} seeds" if curve.runs > 1 else ""
-        axes.set_title(f"{name or '(no name)'}{seeds}", fontsize=8, color=colors[name])
+        axes.set_title(f"{style.literal(name)}{seeds}", fontsize=8, color=colors[name])
         best = max(curve.mean)
         text = f"best {percent(best)}" + (", below the axis" if best < bottom else "")
         axes.annotate(text, (0.96, 0.06), xycoords="axes fraction", ha="right", fontsize=7, zorder=5,
@@ -157,7 +166,7 @@ def plot_time_to_best(solutions: Sequence["Solution"], path: str | Path) -> None
         color=[colors[name] for name in names],
         alpha=0.55,
         height=0.62,
-        tick_label=[name or "(no name)" for name in names],
+        tick_label=[style.literal(name) for name in names],
     )
     ends = [max(times[name]) for name in names]
     for place, (name, bar) in enumerate(zip(names, bars, strict=True)):

@@ -40,7 +40,7 @@ def plot_comparison(rows: Iterable[dict[str, Any]], published: Iterable[dict[str
         saving = style.number(row, "saving")
         values = (
             (None if paper is None or "baseline" not in theirs else paper / theirs["baseline"], None),
-            (ours[row["name"]] / ours["baseline"], None),
+            (_share_to_best(row, ours), None),
             (None if saving is None else 1 - saving, style.number(row, "saving_std")),
         )
         for (_, times, spreads, _), (time, spread) in zip(series, values, strict=True):
@@ -50,6 +50,8 @@ def plot_comparison(rows: Iterable[dict[str, Any]], published: Iterable[dict[str
     figure = style.make_figure(width=8.5, height=1.4 + 0.62 * len(rows))
     axes = figure.subplots()
     for index, (label, times, spreads, color) in enumerate(series):
+        if not any(time is not None for time in times):
+            continue
         drawn = [(place, time, spread or 0.0) for place, (time, spread) in enumerate(zip(times, spreads, strict=True))
                  if time is not None]  # fmt: skip
         places = [place + 0.26 * (index - 1) for place, _, _ in drawn]
@@ -67,13 +69,19 @@ def plot_comparison(rows: Iterable[dict[str, Any]], published: Iterable[dict[str
                 axes.annotate("not reached by any run", (0, place + 0.26), xytext=(4, 0), textcoords="offset points",
                               va="center", fontsize=7)  # fmt: skip
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_yticks(range(len(rows)), [style.literal(row["name"]) for row in rows])
     axes.invert_yaxis()
+    axes.margins(x=0.2)  # for the texts behind the bars
     axes.set_xlim(left=0)
-    axes.margins(x=0.08)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_xlabel("training time, of the baseline's to its best accuracy")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     style.save(figure, path)
+
+
+def _share_to_best(row: dict[str, Any], ours: dict[str, Any]) -> float | None:
+    """Time to the best of a row over the baseline's with the same seeds."""
+    share, time = style.number(row, "share_to_best"), ours[row["name"]]
+    return share if share is not None or time is None else time / ours["baseline"]

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def plot_front(
-    solutions: Sequence["Solution"], front: Sequence["Solution"], path: str | Path, objectives: Sequence[str]
+    solutions: Sequence["Solution"],
+    front: Sequence["Solution"],
+    path: str | Path,
+    objectives: Sequence[str],
+    compared: Sequence["Solution"] | None = None,
 ) -> None:
     """Draw accuracy against each cost that was an objective, with the Pareto front marked and numbered.
 
@@ -25,6 +29,8 @@ def plot_front(
         front: Those of them that are Pareto-optimal.
         path: PNG file to write; its folder must exist.
         objectives: Names of the objectives; training time is drawn if no cost is among them.
+        compared: What the front was found among, where it is drawn in place of the trials: means over seeds, with their
+            standard deviation.
 
     Raises:
         ValueError: If no trial is complete.
@@ -32,7 +38,7 @@ def plot_front(
     """
     labels = {"seconds": "training time, s", "parameters": "parameters"}
     costs = [name for name in labels if name in objectives] or ["seconds"]
-    drawn = style.complete_with(solutions, "accuracy", *costs)
+    drawn = style.complete_with(solutions if compared is None else compared, "accuracy", *costs)
     if not drawn:
         raise ValueError(f"there is nothing to draw: no complete trial with accuracy and {' and '.join(costs)}")
 
@@ -59,12 +65,17 @@ def plot_front(
     style.save(figure, path)
 
 
-def plot_tradeoff(solutions: Sequence["Solution"], front: Sequence["Solution"], path: str | Path) -> None:
+def plot_tradeoff(
+    solutions: Sequence["Solution"],
+    front: Sequence["Solution"],
+    path: str | Path,
+    compared: Sequence["Solution"] | None = None,
+) -> None:
     """Draw the three-way trade-off: training time, accuracy and, as area, parameters; the front is outlined.
 
     Arguments and errors as `plot_front`.
     """
-    drawn = style.complete_with(solutions, "accuracy", "seconds", "parameters")
+    drawn = style.complete_with(solutions if compared is None else compared, "accuracy", "seconds", "parameters")
     if not drawn:
         raise ValueError("there is nothing to draw: no complete trial with accuracy, seconds and parameters")
 
@@ -101,7 +112,12 @@ def _scatter(
     """A point for each trial, those of the front strong and outlined; a triangle where it is below the axis."""
     from matplotlib.colors import to_rgba
 
-    bottom = axes.get_ylim()[0]
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(top=max(top, *(s.accuracy + 1.2 * (s.accuracy_std or 0) for s in solutions)))
+    for solution in solutions:
+        if solution.accuracy_std:
+            place = getattr(solution, cost), solution.accuracy
+            axes.errorbar(*place, yerr=solution.accuracy_std, color=colors[solution.name], linewidth=1, zorder=2)
     order = sorted(solutions, key=lambda solution: (solution.number in marked, -area(solution)))
     for marker, is_below in (("o", False), ("v", True)):
         points = [solution for solution in order if (solution.accuracy < bottom) == is_below]

@@ -31,6 +31,7 @@ def draw_figures(
     front: Sequence["Solution"],
     objectives: Sequence[str],
     study: "optuna.Study | None",
+    compared: Sequence["Solution"] | None = None,
 ) -> dict[str, tuple[str, str, "go.Figure"]]:
     """The figures with something to show, each with a heading and a line of explanation."""
     complete = [solution for solution in solutions if solution.state == "complete"]
@@ -39,16 +40,18 @@ def draw_figures(
     colors = {solution.name: "" for solution in sorted(solutions, key=lambda solution: solution.number)}
     colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(colors)}
     found = {}
-    if study is not None and len(objectives) in (2, 3):
+    if study is not None and len(objectives) in (2, 3) and compared is None:  # Optuna knows of single runs alone
         measured = [(s.name, s.accuracy) for s in complete if is_number(s.accuracy)]
         note = "Optuna's figure of the study." + (
             _below(measured, "Below the axis") if "accuracy" in objectives else ""
         )
         found["pareto"] = "The front over all objectives", note, _pareto(study, solutions, objectives)
-    points = [s for s in complete if is_number(s.accuracy) and is_number(s.seconds) and s.seconds > 0]
+    shown_points = complete if compared is None else compared
+    points = [s for s in shown_points if is_number(s.accuracy) and is_number(s.seconds) and s.seconds > 0]
     if points:
         note = (
             "The area of a point is the number of parameters; points with an outline are on the front."
+            f"{'' if compared is None else ' They are means over the runs of different seeds.'}"
             f"{_below([(point.name, point.accuracy) for point in points], _MARKED)}"
         )
         found["tradeoff"] = "Accuracy, time and size", note, _tradeoff(points, front, colors)

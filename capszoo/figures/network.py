@@ -54,7 +54,7 @@ def draw_training(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         return [value for value in values if value is not None]
 
     shown = line(accuracy, "eval_top1", "validation", color="C0")
-    line(accuracy, "train_top1", "training", color="C1", alpha=0.7)
+    shown += line(accuracy, "train_top1", "training", color="C1", alpha=0.7)
     if shown:
         style.accuracy_axis(accuracy, shown)
     accuracy.set_title("accuracy", loc="left", fontsize=10)
@@ -108,7 +108,7 @@ def draw_images(shown: Sequence["Shown"]) -> "Figure":
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "\u2026"
+    return style.literal(name if len(name) <= 14 else name[:13] + "\u2026")
 
 
 def draw_sweep(drawn: Tensor, values: Sequence[float]) -> "Figure":
@@ -204,6 +204,7 @@ def draw_calibration(bins: Sequence[tuple[float, float, int]]) -> "Figure":
     axes.grid(alpha=0.3)
     counts.bar(scores, numbers, width=0.06, color="C0", alpha=0.6)
     counts.set_yscale("log")
+    counts.set_ylim(bottom=0.5)  # so that a single image shows
     counts.set_ylabel("images")
     counts.set_xlabel("score of the predicted class")
     counts.set_xlim(0, 1.02)

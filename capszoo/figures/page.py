@@ -42,6 +42,7 @@ def write_report(
     study: "optuna.Study | None" = None,
     command: str = "",
     cautions: Sequence[str] = (),
+    compared: Sequence["Solution"] | None = None,
 ) -> None:
     """Write what an exploration found as one HTML file: the front, interactive figures, every trial.
 
@@ -56,6 +57,7 @@ def write_report(
         command: What trains the chosen solution.
         cautions: Why the trials may be too few, too short or too alike to compare, from
             :func:`capszoo.explore.cautions`.
+        compared: What the front was found among, where these are means over seeds; None for the trials themselves.
 
     Raises:
         ImportError: If plotly is not installed.
@@ -66,7 +68,7 @@ def write_report(
     except ImportError:
         raise ImportError('reports need plotly: pip install "capszoo[explore]"') from None
 
-    figures = draw_figures(solutions, front, objectives, study)
+    figures = draw_figures(solutions, front, objectives, study, compared)
     common = _common(solutions)
     parts = [_head(title, solutions, front, facts, objectives, common)]
     if cautions:

@@ -52,6 +52,11 @@ def number(row: dict[str, Any], key: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def literal(name: str) -> str:
+    """A name as matplotlib shows it: what stands between two dollar signs would be typeset as mathematics."""
+    return (name or "(no name)").replace("$", r"\$")
+
+
 def complete_with(solutions: Iterable["Solution"], *keys: str) -> list["Solution"]:
     """The complete trials that have all these values."""
     return [s for s in solutions if s.state == "complete" and all(number(vars(s), key) is not None for key in keys)]
@@ -66,7 +71,7 @@ def colors_of(solutions: Iterable["Solution"]) -> dict[str, str]:
 def accuracy_axis(axes: "Axes", values: Sequence[float]) -> float:
     """Set up the axis of accuracies; return its lower end."""
     axes.set_ylim(*accuracy_limits(values))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
     axes.grid(alpha=0.3)
     return axes.get_ylim()[0]
 
@@ -95,7 +100,7 @@ def plainly(value: float) -> str:
 
 def in_millions(value: float) -> str:
     """A count for a tick, in thousands or millions."""
-    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value / 1e3:.3g} k" if value >= 1e3 else f"{value:.3g}"
+    return f"{value / 1e6:.4g} M" if value >= 1e6 else f"{value / 1e3:.4g} k" if value >= 1e3 else f"{value:.4g}"
 
 
 def name_legend(solutions: Sequence["Solution"], colors: dict[str, str], marked: set[int], bottom: float) -> list:
@@ -104,7 +109,7 @@ def name_legend(solutions: Sequence["Solution"], colors: dict[str, str], marked:
 
     used = {solution.name for solution in solutions}
     spot = {"marker": "o", "linestyle": "", "markersize": 6}
-    handles = [Line2D([], [], color=colors[name], label=name or "(no name)", **spot) for name in colors if name in used]
+    handles = [Line2D([], [], color=colors[name], label=literal(name), **spot) for name in colors if name in used]
     if any(solution.number in marked for solution in solutions):
         handles.append(Line2D([], [], color="none", markeredgecolor="black", label="Pareto front", **spot))
     if any(solution.accuracy < bottom for solution in solutions):

@@ -1,5 +1,6 @@
 """The options of a run of pruning: what to keep, and those of the training in each round."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,4 +99,4 @@ def prune_options_text(options: PruneOptions, folder: Path) -> str:
 
     values = {name: value for name, value in flat_prune_values(options).items() if PRUNE_OPTIONS[name].saved}
     text = yaml.safe_dump({**values, "keep": dict(options.keep)}, sort_keys=False)
-    return f"# python recipes/prune.py --config {folder / 'args.yaml'}\n{text}"
+    return f"# python recipes/prune.py --config {shlex.quote(str(folder / 'args.yaml'))}\n{text}"

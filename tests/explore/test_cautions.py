@@ -34,6 +34,9 @@ def test_few_trials_are_random(run):
     assert line.startswith("9 trials are complete: the search begins to learn from them at 10")
     assert cautions(trials, 100, searched=False) == []
     assert cautions([*trials, run()], 100, searched=True) == []
+    again = [replace(run(), repeat_of=trials[0].number) for _ in range(9)]
+    (line,) = cautions([*trials, *again], 100, searched=True, seeds=2)
+    assert line.startswith("9 trials are complete"), "with repetitions nothing more was searched"
 
 
 def test_the_sampler_begins_to_learn_there(tmp_path):
@@ -106,6 +109,17 @@ def test_differences_within_the_spread_of_seeds(run):
     assert "seeds, whose standard deviation is 0.20 points; give more seeds" in line
     far = [*rows("one_cycle", 0.990, 0.992, 0.994), *rows("fixed", 0.979, 0.981, 0.983)]
     assert cautions(far, 10, searched=False) == [], "seeds say more than the number of images"
+
+
+def test_the_run_by_which_a_solution_was_found_does_not_count(run):
+    found = [run("one_cycle", 0.999), run("fixed", 0.95)]
+    again = [
+        replace(run(one.name, accuracy, seed=seed), repeat_of=one.number)
+        for one, accuracies in zip(found, ((0.981, 0.983), (0.980, 0.982)), strict=True)
+        for seed, accuracy in enumerate(accuracies, 1)
+    ]
+    line = cautions([*found, *again], 10_000, searched=True, seeds=3)[-1]
+    assert line.startswith("the order of one_cycle 98.20 % and fixed 98.10 % may be chance")
 
 
 def test_unfinished_and_failed_trials_do_not_count(run, solution):

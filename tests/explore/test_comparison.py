@@ -10,6 +10,7 @@ import torch
 from capszoo.errors import UsageError
 from capszoo.explore import Solution, compare
 from capszoo.explore.comparison import draw_epochs, draw_rows, write_comparison
+from capszoo.explore.results import write_reports
 from capszoo.figures import plot_accuracy, plot_comparison
 from capszoo.precision import device_name
 
@@ -88,3 +89,14 @@ def test_what_is_no_table_of_epochs(tmp_path, text, message):
     with pytest.raises(UsageError, match=f"p-epochs.csv' {message}.*: write it anew with recipes/explore.py --results"):
         draw_epochs(tmp_path / "p.csv", tmp_path / "p-accuracy.png")
     assert not (tmp_path / "p-accuracy.png").exists()
+
+
+def test_what_was_chosen_before_does_not_stay(digits, tmp_path, explore, small_space):
+    exploration = explore(small_space(digits, 1), digits, tmp_path / "a study", trials=1)
+    assert exploration.run()
+    (chosen,) = exploration.solutions()
+    write_reports(exploration, tmp_path / "a study", chosen)
+    first, *_ = (tmp_path / "a study/chosen.yaml").read_text().splitlines()
+    assert first == f"# python recipes/train.py --config '{tmp_path / 'a study/chosen.yaml'}'"
+    write_reports(exploration, tmp_path / "a study", None)
+    assert not (tmp_path / "a study/chosen.yaml").exists()

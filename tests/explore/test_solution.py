@@ -52,6 +52,7 @@ def test_the_three_ways_to_choose(solution):
     assert choose(all_of_them, "smallest", loss=0.001, baseline=baseline) == small, "as it was called before"
     assert choose(all_of_them, "fastest") == best, "without a baseline nothing may be lost of the best"
     assert choose(all_of_them, "accurate", within=1) is None and choose([], "fastest") is None
+    assert choose(all_of_them, "fastest", within=10) is None, "nor of the best that takes longer"
     with pytest.raises(ExplorationError, match="did you mean 'fastest'"):
         choose(all_of_them, "fasttest")
 
@@ -83,6 +84,12 @@ def test_comparison_with_the_baseline_of_the_same_seed(solution):
     assert baseline["gain"].mean == baseline["gain"].low == 0 and str(poor["gain"]) == "-70.00"
     assert str(quick["gain"]) == "+3.00 (-22.41 to +28.41)"
     assert poor["reached"] == 0 and poor["seconds_to_baseline"] is poor["saving"] is poor["accuracy_std"] is None
+    # Over the baseline's 20 and 40 s of the same seeds; of a row with one seed, over 20 s alone.
+    assert (baseline["share"], baseline["share_to_best"]) == pytest.approx((35 / 30, 1))
+    assert (quick["share"], quick["share_to_best"]) == pytest.approx((16 / 30, 16 / 30))
+    assert poor["share"] == poor["share_to_best"] == 0.5
+    alone = compare([run(0, "quick", 0, (5, 0.85))])
+    assert alone[0]["share"] is alone[0]["share_to_best"] is None
 
 
 def test_times_measured_at_rest_replace_those_of_the_trials(solution):
@@ -150,6 +157,12 @@ def test_repetitions_that_are_not_done_drop_no_solution(solution):
     second[1:] = [run(8, 0.60, 2, 1), run(9, 0.80, 2, 2)]
     late = [run(10, 0.99, 0), run(11, None, 0, 10, state="waiting")]
     assert [s.number for s in over_seeds(own + first + second + late)] == [0, 1, 2], "found later, not repeated yet"
+    third = [run(20 + n, 0.8, 3, n) for n in range(3)]
+    late[1:] = [run(11, 0.95, 1, 10), run(12, None, 0, 10, state="waiting")]
+    found = over_seeds(own + first + second + third + late)
+    assert [(s.number, s.runs) for s in found] == [(0, 3), (1, 3), (2, 3)], "one repetition of three is too few"
+    found = over_seeds(own + first + second + third + late + [run(13, 0.95, 2, 10)])
+    assert [(s.number, s.runs) for s in found] == [(0, 2), (1, 2), (2, 2), (10, 2)]
     failed = [run(7, None, 2, 0, state="failed"), run(8, None, 2, 1, state="failed"), second[2]]
     means = over_seeds(own + first + failed)
     assert [(s.number, s.runs) for s in means] == [(0, 1), (2, 1)], "the baseline stays, what failed does not"

@@ -113,6 +113,29 @@ def test_a_trial_that_ends_its_workers_is_left_alone(digits, tmp_path, explore):
     assert last.state == "failed" and "died 4 times in one epoch: memory may be too small" in last.reason
 
 
+def test_what_was_put_off_is_searched_after_the_repetitions(digits, tmp_path, explore, small_space):
+    exploration = explore(small_space(digits, 1), digits, tmp_path / "study", trials=2, seeds=2)
+    exploration.study.set_user_attr("repeating", True)  # as a call leaves it that ended among them
+    assert exploration.run(budget=300)
+    done = [(s.state, s.repeat_of is None) for s in exploration.solutions() if s.state == "complete"]
+    assert done.count(("complete", True)) == 2 and ("complete", False) in done
+
+
+def test_of_a_repetition_that_two_workers_enqueued_one_is_run(digits, tmp_path, explore, small_space):
+    exploration = explore(small_space(digits, 2), digits, tmp_path / "study", trials=1, seeds=2)
+    study = exploration.study
+    assert exploration.run()
+    (own, again) = exploration.solutions()
+    assert (again.repeat_of, again.state) == (own.number, "complete")
+    exploration._enqueue_again(own, repeat_of=own.number, seed=again.seed, name=own.name)
+    exploration._enqueue_again(own, repeat_of=own.number, seed=again.seed + 1, name=own.name)
+    assert exploration.run()
+    assert [(s.repeat_of, s.seed, s.state) for s in exploration.solutions()[1:]] == [
+        (own.number, again.seed, "complete"), (own.number, again.seed + 1, "complete"),
+    ]  # fmt: skip
+    assert len(study.trials) == 4
+
+
 def test_processes_are_told_apart():
     from capszoo.explore.reclaim import is_dead, process_identity
 

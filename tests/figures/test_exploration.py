@@ -1,5 +1,7 @@
 """Figures of an exploration: the front, accuracy over time, time to the best, rows against the published ones."""
 
+from dataclasses import replace
+
 import pytest
 
 from capszoo import figures
@@ -240,3 +242,26 @@ def test_comparison_needs_a_baseline(tmp_path):
     with pytest.raises(ValueError, match="no row named 'baseline'"):
         figures.plot_comparison(comparison()[1:], PUBLISHED, tmp_path / "figure.png")
     assert not any(tmp_path.iterdir())
+
+
+def test_means_over_seeds_are_drawn_in_place_of_single_runs(monkeypatch):
+    """The front is one of means: a lucky run must not stand beside it as if it were better."""
+    lucky = [trial(0, "fixed", 0.999, 10.0, 1_000_000), trial(1, "one_cycle", 0.9, 5.0, 1_000_000)]
+    means = [replace(lucky[0], accuracy=0.95), replace(lucky[1], accuracy=0.94)]
+    means = [replace(mean, accuracy_std=0.01, runs=3) for mean in means]
+    kept = []
+    monkeypatch.setattr(figures.style, "save", lambda figure, path: kept.append(figure))
+    figures.plot_front(lucky, means, "unused.png", ("accuracy", "seconds"), means)
+    figures.plot_tradeoff(lucky, means, "unused.png", means)
+    for figure in kept:
+        offsets = [c for c in figure.axes[0].collections if hasattr(c, "get_sizes") and len(c.get_offsets()) == 2]
+        drawn = sorted(tuple(map(float, place)) for place in offsets[0].get_offsets())
+        assert drawn == [(5.0, 0.94), (10.0, 0.95)]
+
+
+@pytest.mark.parametrize("name", ["$x_$", "co$t $_{^", "$"])
+def test_dollar_signs_are_no_mathematics(explored, name):
+    trials = [replace(one, name=name) for one in TRIALS]
+    for kind in EXPLORED:
+        explored(kind, trials).draw_without_rendering()
+    assert any(axes.get_title().startswith(name.replace("$", r"\$")) for axes in explored("accuracy", trials).axes)

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 import capszoo
-from capszoo.errors import UsageError
+from capszoo.errors import DataError, UsageError
 from capszoo.recipes import ablation
 from capszoo.registry import uniform_arguments
 
@@ -50,11 +50,12 @@ def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
         (["--models", "cnn_baseline"], "^'cnn_baseline' has no form with uniform couplings: choose a model with"),
         (["--set", "epochs=3"], r"^--set epochs=\.\.\. is an option of this recipe: give it as --epochs$"),
         (["--set", "nothing=3"], "nothing"),
+        (["--set", "val_fraction=2"], "val_fraction=2.0 is out of range"),
     ],
 )
 def test_refused(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, DataError), match=message):
         ablation.main([*SMALL[:8], *arguments, "--results", "gain.csv"])
 
 

@@ -69,8 +69,7 @@ def test_without_plotly_all_but_the_page_is_written(tmp_path, monkeypatch, capsy
     from capszoo.recipes import explore
 
     monkeypatch.setitem(sys.modules, "plotly", None)
-    rows, folder = grid(tmp_path / "rows", 1, epochs=1), tmp_path / "run[red]"
-    results = tmp_path / "table.csv"
+    rows, folder, results = grid(tmp_path / "rows", 1, epochs=1), tmp_path / "run[red]", tmp_path / "table.csv"
     assert not explore.main(
         ["--grid", str(rows), *SMALL, "dataset=digits", "--output", str(folder), "--results", str(results)]
     )
@@ -116,13 +115,14 @@ def test_it_goes_on_by_the_command_that_began_it(searched, recipe):
     ):
         with pytest.raises(ValueError, match=re.escape(expected)):
             parse(*words)
+    with pytest.raises(ValueError, match="--results is of no use without a --grid: leave it out"):
+        explore.main([*alone, "--results", "rows.csv"])
 
 
 def test_a_grid_that_is_resumed_takes_more_seeds_and_rows(searched, recipe, tmp_path):
-    explore, folder = recipe("explore"), tmp_path / "grid"
+    explore, folder, results = recipe("explore"), tmp_path / "grid", tmp_path / "table.csv"
     rows, other = grid(tmp_path / "rows", 1, epochs=1), grid(tmp_path / "other", 2, epochs=1)
     run("--grid", rows, *SMALL, "dataset=digits", "--output", folder)
-    results = tmp_path / "table.csv"
     run("--resume", folder, "--grid", other / "1-row1.yaml", "--seeds", 2, "--results", results)
     assert [(row["name"], row["runs"]) for row in table(results)] == [("row0", "2"), ("row1", "2")]
     assert not explore.main(["--resume", str(folder)]), "it says by itself what it grew to"

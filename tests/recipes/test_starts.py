@@ -68,3 +68,17 @@ def test_the_table_has_a_row_for_each_and_goes_on_where_it_ended(starts, tmp_pat
     assert again[:2] == rows and [row["policy"] for row in again] == ["fixed"] * 2 + ["one_cycle"] * 2
     monkeypatch.setattr(starts, "measure", lambda *args: pytest.fail("measured a row again"))
     assert starts.main(command) == 0
+
+
+def test_rows_say_on_how_many_images_they_train(starts):
+    row = {"images": 7680, "epochs": 1, "lr": "0.001"}
+    assert starts.of_set(row, 60_000) == row
+    assert starts.of_set(row, 360) == {**row, "images": 360, "epochs": 21}
+    policy = {"images": 1000, "epochs": 6, "lr": "default"}
+    assert starts.of_set(policy, 360) == {**policy, "images": 360}
+
+
+def test_a_table_that_cannot_be_written_is_told_first(starts, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="no table can be made at .*file/starts.csv'"):
+        starts.main(["--sets", "shapes", "--results", str(tmp_path / "file/starts.csv")])

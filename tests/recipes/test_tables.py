@@ -87,6 +87,18 @@ def test_rows_without_published_ones_and_over_pairs_of_seeds(results):
     ]
 
 
+def test_what_a_row_saves_is_told_over_the_same_seeds(results):
+    write(results / "paper-published.csv", [{"name": "baseline", "dataset": "mnist"}])
+    row = {"test_top1": 0.99, "seconds": 100, "seconds_to_best": 100, "runs": 1}
+    write(results / "p.csv", [
+        {**row, "name": "baseline", "seconds_to_best": 80, "runs": 2, "share": 1.25},
+        {**row, "name": "decay", "share": 1.0},
+    ])  # fmt: skip
+    path = page(results, "paper p.csv digits")
+    tables.main([str(path)])
+    assert body(path)[-1] == "| decay | 1 | 99.00 % | 100 s | 100 s | 0 % |"
+
+
 def test_rows_of_the_paper(results):
     published = {"name": "exp_decay", "accuracy": 0.99404, "epochs": 12, "epoch_seconds": 300}
     write(results / "paper-published.csv", [
