@@ -153,7 +153,7 @@ def paper(rows: Rows, columns: Sequence[str]) -> str:
         is_other = baseline is not None and row["name"] != "baseline"
         # Of equal seeds; tables of before they were told have the same seeds in all rows.
         share = float(row["share"]) if row.get("share") else float(row["seconds"]) / (baseline or math.nan)
-        saved = f"{100 * (1 - share):.0f} %" if is_other else "-"
+        saved = f"{round(100 * (1 - share))} %" if is_other else "-"
         cells = [row["name"].replace("_", " "), row["runs"], with_deviation(row, "test_top1", 100, 2, " %")]
         if is_paired and is_other and row["gain"]:
             between = " to ".join(f"{100 * float(row[key]):+.2f}" for key in ("gain_low", "gain_high") if row[key])
