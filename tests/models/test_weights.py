@@ -61,7 +61,10 @@ def test_names_and_configuration(ship):
     assert cfg["tag"] == "mnist" and cfg["file"] == str(pretrained.weights_path("capsnet_tiny.mnist"))
     assert cfg["notes"][0] == f"sha256 {entry['sha256']}"
     assert cfg["num_classes"] == 10 and cfg["input_size"] == (1, 28, 28) and cfg["pool_size"] == (6, 6)
-    assert cfg["label_names"] == tuple(f"class {i}" for i in range(10)) and cfg["license"] == "mit"
+    classes = tuple(f"class {i}" for i in range(10))
+    assert tuple(timm.get_pretrained_cfg("capsnet_tiny.mnist").label_names) == classes and cfg["license"] == "mit"
+    assert "label_names" not in cfg, "it has not learnt these classes"
+    assert capszoo.create_model("capsnet_tiny", pretrained=True).pretrained_cfg["label_names"] == classes
     assert timm.get_pretrained_cfg("capsnet.untrained").tag == "untrained"  # as before, where there is nothing
     assert "capsnet_tiny.untrained" not in timm.models.get_arch_pretrained_cfgs("capsnet_tiny")
 
