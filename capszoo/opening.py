@@ -44,7 +44,7 @@ class OpenedModel:
 
         Args:
             dataset: The data set; where the weights were trained on it, their own validation split is the default.
-            given: What the user asks for instead; see :func:`warn_of_split`.
+            given: What the user asks for instead; see `warn_of_split`.
         """
         own = _trained_with(self.header) if self.dataset == dataset else None
         return next(part for part in (given, own, VAL_FRACTION) if part is not None)
