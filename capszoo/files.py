@@ -7,6 +7,7 @@ import json
 import math
 import os
 import reprlib
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def yaml_text(command: Sequence[str], values: Mapping[str, Any]) -> str:
+    """Options as the text of a YAML file, whose first line is the command, by its words, that takes them from there."""
+    import yaml
+
+    return f"# {shlex.join(command)}\n" + yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -49,6 +49,23 @@ class OpenedModel:
         own = _trained_with(self.header) if self.dataset == dataset else None
         return next(part for part in (given, own, VAL_FRACTION) if part is not None)
 
+    def load_split(
+        self, dataset: str, data_dir: str | Path, split: str, val_fraction: float | None = None, **kwargs: Any
+    ) -> tuple[Split, list[str]]:
+        """Load the images to measure the model on: `load_split_for`, with the weights' own validation split.
+
+        Args:
+            dataset: Name or folder of the data set.
+            data_dir: Folder that has it.
+            split: 'train', 'val' or 'test'.
+            val_fraction: As `val_fraction` above takes it; the log says if it is another than that of the training.
+            **kwargs: More for `load_split_for`, which also has what is returned and raised.
+        """
+        fraction = self.val_fraction(dataset, val_fraction)
+        if split == "val":
+            warn_of_split(self.header, dataset, fraction)
+        return load_split_for(self.model, dataset, data_dir, split, val_fraction=fraction, **kwargs)
+
 
 def open_model(
     name_or_file: str | Path, *, model_name: str | None = None, decoder: bool | None = None, **kwargs: Any

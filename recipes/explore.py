@@ -46,7 +46,7 @@ from capszoo.explore.grid import check_rows, plan_grid
 from capszoo.explore.results import write_reports
 from capszoo.explore.space import plan_space
 from capszoo.explore.timing import retime_at_rest
-from capszoo.files import read_yaml
+from capszoo.files import read_yaml, yaml_text
 from capszoo.precision import choose_device
 
 # What may change when a search goes on.
@@ -214,13 +214,9 @@ def claim_folder(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[
 
 def save_args(values: Mapping[str, Any], folder: Path) -> None:
     """Write the options from which --resume goes on."""
-    import yaml
-
     values = {key: value for key, value in values.items() if key not in NOT_SAVED}
     values["set"] = dict(values["set"])
-    text = f"# python recipes/explore.py --resume {shlex.quote(str(folder))}\n" + yaml.safe_dump(
-        values, sort_keys=False
-    )
+    text = yaml_text(["python", "recipes/explore.py", "--resume", str(folder)], values)
     start_folder(folder, text)  # the study may be in it by now
 
 

@@ -22,7 +22,7 @@ from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import DataError, UsageError
 from capszoo.files import check_target
-from capszoo.opening import OpenedModel, is_shipped_name, load_split_for, open_model, warn_of_split
+from capszoo.opening import OpenedModel, is_shipped_name, open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
 from capszoo.report import Findings, find, first_batches, sections_of, training_section, write_sheet
@@ -83,23 +83,12 @@ def look_at_data(opened: OpenedModel, args: Any, device: torch.device) -> tuple[
     dataset = args.dataset or opened.dataset
     if dataset is None:
         raise UsageError(f"{args.weights!r} does not say what data set it was trained on: give --dataset, or images")
-    model = opened.model
     check_data_dir(dataset, args.data_dir)
-    fraction = opened.val_fraction(dataset, args.val_fraction)
-    if args.split == "val":
-        warn_of_split(opened.header, dataset, fraction)
-    split, names = load_split_for(
-        model,
-        dataset,
-        args.data_dir,
-        args.split,
-        val_fraction=fraction,
-        download=args.download,
-        follow_links=args.follow_links,
-    )
+    more = {"download": args.download, "follow_links": args.follow_links, "val_fraction": args.val_fraction}
+    split, names = opened.load_split(dataset, args.data_dir, args.split, **more)
     if split.multi_label:
         raise UsageError(f"images of {dataset!r} show several classes: give single images to look at")
-    found = find(model, first_batches(split, args.limit, device), names)
+    found = find(opened.model, first_batches(split, args.limit, device), names)
     return found, f"{found.count:,} of the {len(split):,} {args.split} images of {dataset}"
 
 

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from capszoo.benchmark.reporting import PLOTS as benchmark_plots
 from capszoo.command_line import OptionParser, make_console, results_folder, run
 from capszoo.errors import UsageError, first_line
 from capszoo.explore.comparison import draw_epochs, draw_rows
-from capszoo.figures import plot_layers, plot_memory, plot_speedup
 from capszoo.files import read_rows, write_atomically
 from capszoo.pretrained import read_table
 from capszoo.prune.pareto import plot_pareto
@@ -189,9 +189,7 @@ def of_rows(plot: Callable[[Rows, Path], None]) -> Draw:
 
 # By the ends of their names, and a column of their files where it takes that to tell them apart.
 PLOTS: dict[tuple[str, str], Draw] = {
-    ("-speedup", ""): of_rows(plot_speedup),
-    ("-memory", ""): of_rows(plot_memory),
-    ("-layers", ""): of_rows(plot_layers),
+    **{(f"-{name}", ""): of_rows(plot) for name, plot in benchmark_plots.items()},
     ("-accuracy", ""): draw_epochs,
     ("", "val_top1_before"): of_rows(plot_pareto),
     ("", "seconds_to_baseline"): draw_rows,

@@ -38,7 +38,7 @@ from capszoo.engine.criteria import read_criterion
 from capszoo.engine.robustness import ROBUSTNESS_COLUMNS, measure_robustness
 from capszoo.errors import UsageError
 from capszoo.files import check_target, write_csv, write_json
-from capszoo.opening import OpenedModel, load_split_for, open_model, warn_of_split
+from capszoo.opening import OpenedModel, open_model
 from capszoo.precision import autocast, choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
 
@@ -216,11 +216,8 @@ def measure(
 
 def open_data(opened: OpenedModel, dataset: str, args: argparse.Namespace) -> tuple[Split, list[str]]:
     """The images to measure on in the model's size, and the names of their classes."""
-    fraction = opened.val_fraction(dataset, args.val_fraction)
-    if args.split == "val":
-        warn_of_split(opened.header, dataset, fraction)
-    more = {"download": args.download, "follow_links": args.follow_links, "val_fraction": fraction}
-    return load_split_for(opened.model, dataset, args.data_dir, args.split, **more)
+    more = {"download": args.download, "follow_links": args.follow_links, "val_fraction": args.val_fraction}
+    return opened.load_split(dataset, args.data_dir, args.split, **more)
 
 
 def measure_one(args: argparse.Namespace, console: Console) -> None:

@@ -17,6 +17,8 @@ COLUMNS = (
     "p80_ms", "ratio_to_fused", "images_per_second", "peak_mib", "peak_ratio_to_fused", "note", "device", "threads",
     "torch", "triton", "capszoo",
 )  # fmt: skip
+# By what follows the name of their table.
+PLOTS = {"speedup": plot_speedup, "memory": plot_memory, "layers": plot_layers}
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -78,7 +80,7 @@ def draw(rows: list[dict], folder: Path, stem: str) -> int:
     """Draw all figures that the rows are enough for; return their number."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for name, plot in {"speedup": plot_speedup, "memory": plot_memory, "layers": plot_layers}.items():
+    for name, plot in PLOTS.items():
         path = folder / f"{stem}-{name}.png"
         try:
             plot(rows, path)

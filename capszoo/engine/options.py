@@ -5,7 +5,6 @@ and :mod:`capszoo.engine.run` makes the parts of a run from it.
 """
 
 import math
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from capszoo.fields import (
     read_size,
     read_values,
 )
-from capszoo.files import write_atomically
+from capszoo.files import write_atomically, yaml_text
 from capszoo.losses import default_reconstruction_weight
 from capszoo.policies import Policy, create_policy, list_policies, policy_options
 
@@ -319,12 +318,8 @@ def flat_values(options: TrainingOptions) -> dict[str, Any]:
 
 def options_text(options: TrainingOptions, folder: Path) -> str:
     """The options as the text of a run folder's args.yaml, from which `--config` and `--resume` read them."""
-    import yaml
-
     values = {name: value for name, value in flat_values(options).items() if OPTIONS[name].saved}
-    return f"# python recipes/train.py --config {shlex.quote(str(folder / 'args.yaml'))}\n" + yaml.safe_dump(
-        values, sort_keys=False
-    )
+    return yaml_text(["python", "recipes/train.py", "--config", str(folder / "args.yaml")], values)
 
 
 def write_options(options: TrainingOptions, folder: Path) -> None:

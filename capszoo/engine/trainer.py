@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,11 @@ class Trainer:
     @folder.setter
     def folder(self, path: Path | None) -> None:
         self.run_folder = RunFolder(path, self.metadata) if path is not None and self.ranks.is_first else None
+
+    @cached_property
+    def _data_facts(self) -> dict[str, Any]:
+        """What states say of the images; the checksum of their labels is made once."""
+        return data_facts(self.train_split, self.val_split)
 
     @property
     def mixed_labels(self) -> bool:
@@ -329,7 +335,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.step.scaler.state_dict(),
                 "random": random_state(),
-                "data": data_facts(self.train_split, self.val_split),
+                "data": self._data_facts,
             }
             if self.task.has_ema():
                 state["ema"] = self.task.kept_model.state_dict()
@@ -351,7 +357,7 @@ class Trainer:
         state = share_state(*found, self.ranks, self.device)
         if state is None:
             return False
-        check_data_facts(state, data_facts(self.train_split, self.val_split))
+        check_data_facts(state, self._data_facts)
         try:
             self.task.model.load_state_dict(state["model"])
             if self.task.has_ema():

@@ -12,7 +12,7 @@ import torch
 
 from capszoo._version import __version__
 from capszoo.figures import plot_accuracy, plot_front, plot_time_to_best, plot_tradeoff, write_report
-from capszoo.files import write_atomically, write_csv
+from capszoo.files import write_atomically, write_csv, yaml_text
 
 from .caution import cautions
 from .comparison import columns_of
@@ -38,15 +38,13 @@ def write_solutions(path: str | Path, solutions: Sequence[Solution]) -> None:
 
 def write_reports(exploration: Exploration, folder: Path, chosen: Solution | None) -> tuple[list[str], list[str]]:
     """Write tables, figures and the page; return what could not be drawn, and why the trials may not compare."""
-    import yaml
-
     solutions, front = exploration.solutions(), exploration.front()
     write_solutions(folder / "trials.csv", solutions)
     write_solutions(folder / "front.csv", front)
     command = ""
     if chosen is not None:
-        command = shlex.join(["python", "recipes/train.py", "--config", str(folder / "chosen.yaml")])
-        text = f"# {command}\n" + yaml.safe_dump(chosen.options, sort_keys=False)
+        words = ["python", "recipes/train.py", "--config", str(folder / "chosen.yaml")]
+        command, text = shlex.join(words), yaml_text(words, chosen.options)
         write_atomically(folder / "chosen.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     else:
         (folder / "chosen.yaml").unlink(missing_ok=True)  # of a call that chose

@@ -1,6 +1,5 @@
 """The options of a run of pruning: what to keep, and those of the training in each round."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from capszoo.data import Augmentation
 from capszoo.engine.options import DEFAULTS, OPTIONS, TrainingOptions, flat_values, policy_option_fields, with_values
 from capszoo.fields import Option, option, options_of, read_pair
+from capszoo.files import yaml_text
 from capszoo.policies import list_policies
 
 from .parts import PARTS, SCORES
@@ -95,8 +95,6 @@ def flat_prune_values(options: PruneOptions) -> dict[str, Any]:
 
 def prune_options_text(options: PruneOptions, folder: Path) -> str:
     """The options as the text of a run folder's args.yaml, from which `--config` and `--resume` read them."""
-    import yaml
-
     values = {name: value for name, value in flat_prune_values(options).items() if PRUNE_OPTIONS[name].saved}
-    text = yaml.safe_dump({**values, "keep": dict(options.keep)}, sort_keys=False)
-    return f"# python recipes/prune.py --config {shlex.quote(str(folder / 'args.yaml'))}\n{text}"
+    words = ["python", "recipes/prune.py", "--config", str(folder / "args.yaml")]
+    return yaml_text(words, {**values, "keep": dict(options.keep)})
