@@ -12,9 +12,17 @@ from torch import nn
 from .checkpoint import read_metadata
 from .data import DataSplits, Split, list_datasets, load_data, load_test_folder
 from .data.sets import VAL_FRACTION
-from .errors import UsageError
+from .errors import UsageError, nearest
 from .pretrained import image_statistics, read_table, weights_path
-from .registry import create_model, header_arguments, is_model, list_pretrained, load_model, model_keywords
+from .registry import (
+    create_model,
+    header_arguments,
+    is_model,
+    list_models,
+    list_pretrained,
+    load_model,
+    model_keywords,
+)
 
 __all__ = ["OpenedModel", "is_shipped_name", "load_data_for", "load_split_for", "open_model", "warn_of_split"]
 
@@ -102,8 +110,10 @@ def open_model(
             "has saved weights, or a model folder"
         )
     if not Path(source).is_file():
+        near = nearest(source, [*list_models(), *list_pretrained()])
         known = ", ".join(list_pretrained()) or "none yet"
-        raise UsageError(f"{source!r} is no file and no shipped weights (there are: {known}): check the path")
+        rest = f", did you mean {near!r}?" if near else f" (there are: {known}): check the path"
+        raise UsageError(f"{source!r} is no file and no shipped weights{rest}")
     header, kwargs = read_metadata(source), _with_decoder(decoder, kwargs)
     if model_name is None:
         name = f"{header.get('model', '')} {source}".strip()

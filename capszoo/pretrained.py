@@ -8,7 +8,7 @@ the models check it here before timm reads it. Files of users have no entry, and
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,14 @@ def _fields(entry: dict[str, Any]) -> dict[str, Any]:
         "description": entry["description"],
         "notes": notes,
     }
+
+
+def no_weights_for(name: str, known: Sequence[str]) -> str:
+    """Say that no weights are shipped for a name, and which of the known ones may have been meant."""
+    own = [weights for weights in known if weights.partition(".")[0] == name]
+    if own:
+        return f"no weights are shipped for {name!r} alone, did you mean {own[0]!r}?"
+    return f"no weights are shipped for {name!r} (there are: {', '.join(known) or 'none yet'}): use others, or none"
 
 
 def image_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

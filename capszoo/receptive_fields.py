@@ -106,11 +106,13 @@ def pixel_windows(profile: Tensor) -> Tensor:
     """Weights ``[places, pixels]`` of the pixels along an axis, which add up to 1 for each place.
 
     They are those of a Hann window over the receptive field. Where padding lets borders cut fields off, what is left
-    of them is no longer around the place, and may be the whole image for all: then the derivatives are the weights.
+    of them is no longer around the place; and places have one and the same field where padding widens each to the whole
+    image, or routing lets them compete. Then the derivatives are the weights.
     """
     first, end = _extents(profile)
-    sizes, pixels = end - first, profile.shape[1]
-    if len(profile) > 1 and (bool((sizes != sizes[0]).any()) or int(sizes[0]) == pixels):
+    sizes = end - first
+    differ = len(torch.stack((first, end)).unique(dim=1).T) == len(profile)
+    if not differ or bool((sizes != sizes[0]).any()):
         weights = profile + (profile.sum(dim=1, keepdim=True) == 0)
     else:
         weights = torch.zeros(profile.shape)

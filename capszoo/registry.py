@@ -22,6 +22,7 @@ from .arguments import check_value
 from .checkpoint import WeightsFile, check_weights, computing_arguments, load_weights, read_file, save_weights
 from .contract import keeps_contract
 from .errors import CheckpointError, UsageError, WriteError, first_line
+from .pretrained import no_weights_for
 from .pretrained_cfg import header_facts
 
 __all__ = [
@@ -169,10 +170,7 @@ def create_model(
         raise
     except Exception as error:
         if pretrained and "No pretrained weights exist" in str(error):
-            known = ", ".join(list_pretrained()) or "none yet"
-            raise ValueError(
-                f"no weights are shipped for {name!r} (there are: {known}): use pretrained=False"
-            ) from None
+            raise ValueError(no_weights_for(name, list_pretrained())) from None
         if pretrained:  # a damaged file shows as any exception
             raise ValueError(f"the weights of {name!r} cannot be loaded ({first_line(error)}): use others") from error
         if isinstance(error, (RuntimeError, TypeError, OverflowError)):  # no such device, no memory, sizes beyond it

@@ -26,7 +26,7 @@ from capszoo.explorer import (
     runtime_from_registry,
     write_static,
 )
-from capszoo.explorer.static import check_folder
+from capszoo.explorer.static import check_export
 from capszoo.opening import open_model
 from capszoo.precision import choose_device
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     # A graph is traced on the CPU.
     device = choose_device("cpu" if args.export is not None else args.device)
     if args.export is not None:
-        check_folder(Path(args.export))
+        check_export(Path(args.export))
     networks = [Network(open_model(name), device) for name in args.weights or ["capsnet_tiny.mnist"]]
     if args.export is None:
         serve(ExplorerServer(networks, args.host, args.port, args.open_to_network), console, not args.no_browser)

@@ -21,11 +21,10 @@ from capszoo.data.sources import check_data_dir
 from capszoo.engine.run_folder import read_summary
 from capszoo.engine.task import Normalization
 from capszoo.errors import DataError, UsageError
-from capszoo.files import check_target
 from capszoo.opening import OpenedModel, is_shipped_name, open_model
 from capszoo.precision import choose_device
 from capszoo.prediction import class_names_of, named_images, to_pixels
-from capszoo.report import Findings, find, first_batches, sections_of, training_section, write_sheet
+from capszoo.report import Findings, check_sheet, find, first_batches, sections_of, training_section, write_sheet
 
 # Options that say nothing of images given by name.
 OF_DATA_SETS = {"dataset", "data_dir", "download", "follow_links", "split", "val_fraction", "limit"}
@@ -35,7 +34,7 @@ def build_parser() -> OptionParser:
     parser = OptionParser(description="Look into a trained network: one HTML report, and its pictures.")
     add = parser.add_argument
     add("weights", help="a run folder, a safetensors file, or shipped weights such as capsnet_ws.mnist")
-    add("images", nargs="*", metavar="IMAGE", help="image files and folders; default images of the data set")
+    add("images", nargs="*", default=[], metavar="IMAGE", help="image files, folders; default images of the data set")
     add("--dataset", help="data set; default the one that the weights were trained on")
     add("--data-dir", default="data", help="folder that has the data set")
     add("--download", action="store_true", help="let torchvision download the data set into --data-dir")
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(args.output or (folder / "show.html" if folder else f"{opened.file.stem}.html"))
     if output.suffix.lower() != ".html":
         raise UsageError(f"--output {str(output)!r} is not the name of an HTML file: let it end in .html")
-    check_target(output, "--output")
+    check_sheet(output, "--output")
     console = make_console()
     if args.images:
         found = find(model, batches_of_images(model, args.images, device), class_names_of(model))

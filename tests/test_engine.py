@@ -4,6 +4,7 @@ import csv
 import itertools
 import math
 import os
+import types
 from functools import partial
 
 import pytest
@@ -397,6 +398,29 @@ def test_find_lr_raises_the_rate_and_stops_on_divergence(digits):
     assert rates == [10 ** (step / 100 - 6) for step in range(40)]
     assert trainer.should_stop is before
     assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_find_lr_looks_at_means_of_losses():
+    """At batch 1 one image soon has four times the loss of another."""
+
+    class Run:
+        finished, lr, position = False, 1e-6, types.SimpleNamespace(epoch=0, step=0)
+        calm, wild = [0.2, 0.9] * 40, [5.0] * 40
+
+        def should_stop(self):
+            return False
+
+        def _train_epoch(self):
+            for loss in self.calm + self.wild:
+                self.loss = loss
+                if self.should_stop():
+                    return False
+            self.finished = True
+            return True
+
+    _, losses = find_lr(Run())
+    # 4 * 0.53 is passed by a mean of 21 that has 8 of the new losses: (8 * 5 + 13 * 0.55) / 21.
+    assert len(losses) == 80 + 8
 
 
 def test_resolve_amp():

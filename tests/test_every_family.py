@@ -259,6 +259,17 @@ def test_scripted_without_classes(case):
     assert torch.equal(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.parametrize("feature_cls", ["list", "dict"])
+@pytest.mark.parametrize("name", ["efficient_capsnet", "deepcaps"])
+def test_levels_of_the_outermost_modules_are_features_of_timms_lists(name, feature_cls):
+    plain = make(name, features_only=True)
+    extractor = make(name, features_only=True, feature_cls=feature_cls).eval()
+    names = plain.feature_info.module_name()
+    assert extractor.feature_info.module_name() == [name for name in names if "." not in name] != []
+    found = extractor(images().float() / 255)
+    assert len(found) == len(extractor.feature_info.module_name())
+
+
 @pytest.mark.parametrize("feature_cls", ["hook", "fx"])
 def test_all_levels_are_features_of_timms_other_extractors(feature_cls):
     extractor = make("deepcaps", features_only=True, feature_cls=feature_cls).eval()

@@ -183,6 +183,17 @@ def test_centers_of_places():
         inspect.place_centers(capszoo.create_model("cnn_baseline_tiny", img_size=20))
 
 
+@pytest.mark.parametrize("name", ["capsnet_em_mini", "capsnet_vb_mini"])
+def test_places_of_networks_whose_parts_compete(name):
+    """Each part depends on the whole image, by its competitors: derivatives tell where it looks most."""
+    torch.manual_seed(0)
+    model = capszoo.create_model(name, img_size=28).eval()
+    centers = inspect.place_centers(model).unflatten(0, (3, 3))
+    assert (centers[1:, :, 0] - centers[:-1, :, 0]).min() > 1 and (centers[:, 1:, 1] - centers[:, :-1, 1]).min() > 1
+    maps = inspect.part_maps(model, images(2, 28))
+    assert (maps.amax(dim=(2, 3)) > 1.01 * maps.amin(dim=(2, 3))).any()
+
+
 def test_attribution_adds_up():
     model, x = make(), images()
     found = inspect.attribution(model, x, steps=64)

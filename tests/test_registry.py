@@ -97,7 +97,7 @@ def test_no_weights(weights):
     cfg = dict(num_classes=10, input_size=(1, 28, 28), fixed_input_size=True)
     message = refused(capszoo.create_model, "capsnet", pretrained=True, pretrained_cfg=cfg)
     assert message.startswith("no weights are shipped for 'capsnet' (there are: capsnet_ws.fashion_mnist,")
-    assert message.endswith("use pretrained=False")
+    assert message.endswith("use others, or none")
 
 
 @pytest.mark.parametrize(

@@ -73,13 +73,13 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def make_console(quiet: bool = False, width: int | None = None) -> Console:
-    """Make a console that prints text as it is: no word in brackets is taken for markup, and no line is broken.
+    """Make a console that prints text as it is: no markup, no `:names:` of emoji, and no line is broken.
 
     Args:
         quiet: Print nothing.
         width: Columns that tables get; None for the terminal's.
     """
-    return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet, width=width)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet, width=width)
 
 
 def make_table_console() -> Console:

@@ -142,6 +142,8 @@ def info(name: str, kwargs: Mapping[str, Any]) -> None:
         print(f"  {opened.file}: " + ", ".join(f"{key} {opened.header[key]}" for key in facts if key in opened.header))
         return
     if not is_model(name):
+        if "/" in name and ":" not in name:
+            open_model(name)  # says that there is no such file
         create_model(name)  # says what is unknown, with near matches
     found = model_info(name, **kwargs)
     print(str(found), *filter(None, [found.warning()]), sep="\n")

@@ -2,6 +2,8 @@
 
 import math
 
+from capszoo.policies.finder import WINDOW
+
 from .trainer import Trainer
 
 
@@ -9,7 +11,8 @@ def find_lr(trainer: Trainer, max_steps: int | None = None) -> tuple[list[float]
     """Raise the learning rate step by step and record the loss of each step (FasTrCaps, learning-rate finder).
 
     Trains the trainer's model on its way; nothing is saved. Ends with the policy, after `max_steps`, or when the loss
-    is four times its least or no longer finite.
+    is no longer finite, or its mean over a window of `suggest_lr` four times the least such mean. (A single loss at
+    batch 1 is soon as large.)
 
     Args:
         trainer: A trainer whose policy is `lr_finder`.
@@ -20,12 +23,17 @@ def find_lr(trainer: Trainer, max_steps: int | None = None) -> tuple[list[float]
     """
     rates: list[float] = []
     losses: list[float] = []
+    lowest = math.inf
 
     def diverged() -> bool:
+        nonlocal lowest
         rates.append(trainer.lr)
         losses.append(float(trainer.loss))
-        over = max_steps is not None and len(losses) >= max_steps
-        return over or not math.isfinite(losses[-1]) or losses[-1] > 4 * min(losses)
+        if not math.isfinite(losses[-1]) or (max_steps is not None and len(losses) >= max_steps):
+            return True
+        mean = sum(losses[-WINDOW:]) / WINDOW if len(losses) >= WINDOW else math.inf
+        lowest = min(lowest, mean)
+        return mean > 4 * lowest
 
     asked_before, trainer.should_stop = trainer.should_stop, lambda: diverged() or asked_before()
     try:

@@ -17,7 +17,7 @@ from capszoo.layers import set_fourier_conv, set_fused_routing
 
 from .looking import OUTPUTS, Looking, Network
 
-__all__ = ["export_graphs"]
+__all__ = ["check_exporter", "export_graphs"]
 
 
 def export_graphs(network: Network, folder: Path, stem: str) -> dict[str, Any]:
@@ -56,12 +56,21 @@ def export_graphs(network: Network, folder: Path, stem: str) -> dict[str, Any]:
     return {**files, "centers": centers}
 
 
-def _write(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], path: Path) -> None:
+def check_exporter() -> None:
+    """Check that the exporter's packages are installed.
+
+    Raises:
+        UsageError: If one is not.
+    """
     for package in ("onnx", "onnxscript"):
         try:
             __import__(package)
         except ImportError:
             raise UsageError("graphs need ONNX: pip install onnx onnxscript") from None
+
+
+def _write(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], path: Path) -> None:
+    check_exporter()
     # Large graphs come with a second file unless told not to; its name is in the first.
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.no_grad():
         made = Path(folder) / "graph.onnx"

@@ -93,9 +93,13 @@ class Network:
         self.centers = _centers_of(model)
         self.looking = Looking(model, parts=bool(self.centers))
         capsules: Tensor | None = None
+        self.score = "probability" if getattr(model, "returns_logits", False) else "score"
         if self.looking.has_capsules:
             with torch.inference_mode():
-                capsules, _ = model.forward_capsules(torch.zeros(1, *self.shape, device=device))
+                capsules, scores = model.forward_capsules(torch.full((1, *self.shape), 0.5, device=device))
+            if self.score == "score":  # matrix capsules are poses, and their activations no lengths
+                is_length = torch.allclose(capsules.flatten(2).norm(dim=2).float(), scores.float(), atol=1e-3)
+                self.score = "length" if is_length else "activation"
         self.dims = 0 if capsules is None else capsules[0, 0].numel()
         decoder = decoder_of(model)
         self.drawing = None if decoder is None or capsules is None else Drawing(decoder, capsules.shape[2:])
@@ -107,7 +111,6 @@ class Network:
         a class capsule, 0 without; `draws`, whether it has a decoder; `centers` [row, column] in pixels of the parts
         that vote, none where the network has no couplings or they have no place; `score`, what a score is.
         """
-        logits = getattr(self.model, "returns_logits", False)
         return {
             "name": self.name,
             "dataset": self.dataset,
@@ -117,7 +120,7 @@ class Network:
             "dims": self.dims,
             "draws": self.drawing is not None,
             "centers": [[round(value, 2) for value in center] for center in self.centers],
-            "score": "probability" if logits else "length" if self.dims else "score",
+            "score": self.score,
         }
 
     @torch.inference_mode()

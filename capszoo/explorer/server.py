@@ -5,6 +5,7 @@ foreign page whose name is made to mean this machine could ask (DNS rebinding), 
 """
 
 import contextlib
+import errno
 import io
 import ipaddress
 import json
@@ -201,7 +202,9 @@ class ExplorerServer(ThreadingHTTPServer):
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
-            raise UsageError(f"--host {host} --port {port} cannot be served ({reason}): give another --port") from None
+            is_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+            other = "--host" if is_host else "--port"
+            raise UsageError(f"--host {host} --port {port} cannot be served ({reason}): give another {other}") from None
         self.names = {host, "localhost", "127.0.0.1", "::1"}
 
     @property

@@ -28,6 +28,10 @@ __all__ = [
 
 # More classes than this get no numbers in their confusion table, and only some names.
 _MOST_CELLS = 20
+# Of the largest coupling: what a picture of couplings shows at least on its scale.
+_LEAST_RANGE = 0.005
+# A name in the title of a small picture.
+_MOST_LETTERS = 14
 
 
 def draw_training(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -91,11 +95,11 @@ def _show(axes: "Axes", pixels: Tensor) -> None:
 def draw_images(shown: Sequence["Shown"]) -> "Figure":
     """Images with what the network says of them, and below each what it draws."""
     rows = 2 if any(item.drawn is not None for item in shown) else 1
-    figure = style.make_figure(width=max(3.0, 1.12 * len(shown)), height=0.7 + 1.1 * rows)
+    figure = style.make_figure(width=max(3.0, 1.12 * len(shown)), height=0.85 + 1.1 * rows)
     grid = figure.subplots(rows, len(shown), squeeze=False)
     for column, item in enumerate(shown):
         _show(grid[0, column], item.pixels)
-        answer = f"{_short(item.predicted)} {item.score:.2f}"
+        answer = f"{_short(item.predicted)}\n{item.score:.2f}"
         wrong = item.truth is not None and item.truth != item.predicted
         title = f"{_short(item.truth)}\n\u2192 {answer}" if wrong and item.truth is not None else answer
         grid[0, column].set_title(title, fontsize=8, color="C3" if wrong else "black")
@@ -108,7 +112,9 @@ def draw_images(shown: Sequence["Shown"]) -> "Figure":
 
 
 def _short(name: str) -> str:
-    return style.literal(name if len(name) <= 14 else name[:13] + "\u2026")
+    """A name, or its beginning and its end: such as `species 001` and `species 002` differ there alone."""
+    half = _MOST_LETTERS // 2
+    return style.literal(name if len(name) <= _MOST_LETTERS else f"{name[:half]}\u2026{name[1 - half :]}")
 
 
 def draw_sweep(drawn: Tensor, values: Sequence[float]) -> "Figure":
@@ -151,6 +157,8 @@ def draw_part_maps(shown: Sequence["Shown"], maps: Tensor, class_names: Sequence
     seen = torch.stack(of_classes)
     seen = seen[~seen.isnan()]
     low, high = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 1.0)
+    if high - low < _LEAST_RANGE * high:  # equal ones, of which rounding alone would fill the scale
+        low, high = high * (1 - _LEAST_RANGE), high * (1 + _LEAST_RANGE)
     drawn = None
     for number, item in enumerate(shown):
         _show(grid[number, 0], item.pixels)

@@ -1,6 +1,10 @@
 """What figures share: colours, axes, legends, and how they are written. matplotlib is imported when they are drawn."""
 
+import functools
+import io
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from capszoo.explore import Solution
+
+_logger = logging.getLogger(__name__)
 
 
 def accuracy_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -40,7 +46,50 @@ def make_figure(width: float, height: float = 4.0) -> "Figure":
 
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as a PNG file."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    data = png(figure, dpi=150)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def png(figure: "Figure", dpi: int) -> bytes:
+    """A figure as the bytes of a PNG file; its texts take what matplotlib's own font lacks from installed ones."""
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    texts: list[Any] = figure.findobj(Text)
+    lacking = {c for text in texts for c in text.get_text() if c.isprintable() and not known.get_char_index(ord(c))}
+    families = _families_with(frozenset(lacking)) if lacking else []
+    for text in texts:
+        if lacking.intersection(text.get_text()):
+            text.set_fontfamily([*text.get_fontfamily(), *families])
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # told by `_families_with`
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+@functools.cache
+def _families_with(characters: frozenset[str]) -> list[str]:
+    """Families of installed fonts that have these characters, as far as there are any."""
+    from matplotlib import font_manager
+
+    families, left = [], {ord(c) for c in characters}
+    for entry in font_manager.fontManager.ttflist:
+        if not left:
+            break
+        try:
+            font = font_manager.get_font(entry.fname)
+        except (OSError, RuntimeError):
+            continue
+        found = {c for c in left if font.get_char_index(c)}
+        if found and "last resort" not in entry.name.lower():  # which has a box for each
+            families.append(entry.name)
+            left -= found
+    if left:
+        shown = "".join(sorted(map(chr, left)))[:20]
+        _logger.warning(f"no font here has {shown}: figures show boxes; install one, such as Noto Sans CJK")
+    return families
 
 
 def number(row: dict[str, Any], key: str) -> float | None:

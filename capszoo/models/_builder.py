@@ -372,7 +372,10 @@ def build_model(
     if out_indices is None and kwargs.get("feature_cls", "getter") != "getter":  # others take no None for all
         of_features = ("features_only", "feature_cls", "backbone_pretrained")
         plain = {**{key: kwargs[key] for key in kwargs if key not in of_features}, "device": "meta"}
-        out_indices = tuple(range(len(build_model(cls, filter_fn, variant, **plain).feature_info)))
+        levels = [level["module"] for level in build_model(cls, filter_fn, variant, **plain).feature_info]
+        # timm's lists and dictionaries of features hold modules of the outermost level alone.
+        is_flat = kwargs["feature_cls"] in ("list", "dict")
+        out_indices = tuple(i for i, name in enumerate(levels) if not (is_flat and "." in name))
     model = build_model_with_cfg(
         cls,
         variant,

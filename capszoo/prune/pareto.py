@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capszoo.files import write_atomically
+from capszoo.figures import style
 
 PARETO_COLUMNS = (
     "round",
@@ -60,4 +60,4 @@ def plot_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    style.save(figure, path)

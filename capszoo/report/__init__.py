@@ -4,11 +4,12 @@ from capszoo.figures import write_report  # of an exploration, which stood here 
 
 from .findings import Findings, find, first_batches
 from .of_run import write_run_report
-from .sheet import Section, sections_of, training_section, write_sheet
+from .sheet import Section, check_sheet, sections_of, training_section, write_sheet
 
 __all__ = [
     "Findings",
     "Section",
+    "check_sheet",
     "find",
     "first_batches",
     "sections_of",

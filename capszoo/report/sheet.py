@@ -1,22 +1,23 @@
 """The page of a network: one HTML file that needs nothing else, and its pictures as PNG files."""
 
 import base64
-import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capszoo.figures import network
+from capszoo.errors import UsageError, WriteError
+from capszoo.figures import network, style
 from capszoo.figures.template import PAGE, STYLE
-from capszoo.files import write_atomically
+from capszoo.files import check_target, write_atomically
 
 from .findings import Findings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Section", "sections_of", "training_section", "write_sheet"]
+__all__ = ["Section", "check_sheet", "sections_of", "training_section", "write_sheet"]
 
 # Pictures have a white ground, on dark pages too.
 _STYLE = """
@@ -25,6 +26,10 @@ figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px
 figure.wide img { max-width: none; }
 .pairs td, .pairs th { padding: .1rem 1.2rem .1rem 0; text-align: left; }
 """
+
+
+# Of the sections below, and of `training_section`.
+_PICTURE = re.compile(r"(training|right|wrong|confusion|calibration|robustness|sweep-\d+|parts|entropy)\.png")
 
 
 class Section:
@@ -116,8 +121,26 @@ def sections_of(found: Findings) -> list[Section]:
     return sections
 
 
+def check_sheet(path: Path, option: str) -> None:
+    """Check that a page and its pictures can be written, before they are made.
+
+    Args:
+        path: Of the page.
+        option: What names it, for the message.
+
+    Raises:
+        UsageError: If its folder is not there or may not be written to, or that of the pictures is something else's.
+    """
+    check_target(path, option)
+    folder = path.with_suffix("")
+    if folder.exists() and not (folder.is_dir() and (path.is_file() or not any(folder.iterdir()))):
+        raise UsageError(
+            f"{option} {str(path)!r} keeps its pictures in {str(folder)!r}, which has others: choose another"
+        )
+
+
 def write_sheet(path: str | Path, title: str, facts: Mapping[str, object], sections: Sequence[Section]) -> list[Path]:
-    """Write the page, and beside it each picture in a folder of the page's name.
+    """Write the page, and beside it each picture in a folder of the page's name, in place of an earlier page's.
 
     Args:
         path: HTML file to write; its folder must exist.
@@ -133,17 +156,23 @@ def write_sheet(path: str | Path, title: str, facts: Mapping[str, object], secti
         ImportError: If matplotlib is not installed.
     """
     path = Path(path)
+    folder = path.with_suffix("")
+    if path.is_file() and folder.is_dir():
+        for picture in folder.iterdir():
+            if _PICTURE.fullmatch(picture.name):
+                picture.unlink()
     rows = [f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()]
     body = [f"<h1>{escape(title)}</h1><table class=facts>{''.join(rows)}</table>"]
     written = [path]
     for section in sections:
         data = None
         if section.figure is not None:
-            buffer = io.BytesIO()
-            section.figure.savefig(buffer, format="png", dpi=120)
-            data = buffer.getvalue()
-            picture = path.with_suffix("") / f"{section.name}.png"
-            picture.parent.mkdir(exist_ok=True)
+            data = style.png(section.figure, dpi=120)
+            picture = folder / f"{section.name}.png"
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise WriteError(f"folder {str(folder)!r} cannot be made ({error.strerror}): remove it") from None
             write_atomically(picture, lambda temporary, data=data: Path(temporary).write_bytes(data))
             written.append(picture)
         body.append(section.html(data))

@@ -35,6 +35,12 @@ def test_description(tiny):
     assert len(about["centers"]) == 36 and about["centers"][0] == [8.5, 8.5] and about["centers"][-1] == [18.5, 18.5]
 
 
+def test_activations_are_no_lengths():
+    about = Network(open_model("capsnet_vb_mini.mnist")).describe()
+    assert about["score"] == "activation" and not about["draws"]
+    assert len({tuple(center) for center in about["centers"]}) == 9
+
+
 def test_look_says_what_the_network_says(tiny):
     pixels = numbers(tiny.shape)
     x = torch.tensor(pixels).view(1, *tiny.shape) / 255

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import re
+import sys
 import tarfile
 import urllib.error
 from pathlib import Path
@@ -112,6 +113,45 @@ def test_the_page_needs_its_own_files_alone(page):
             address = "".join(address)
             assert not re.match(r"[a-z]+:|/", address), (path, address)  # in a sub-folder, too
             assert address.removeprefix("./").removeprefix("onnxruntime/") in names, (path, address)
+
+
+def test_networks_that_left_the_page_leave_the_folder(tmp_path, monkeypatch):
+    """It may be for anybody to read."""
+
+    def write(network, folder, stem):
+        (folder / f"{stem}.look.onnx").write_bytes(b"graph")
+        return {"look": f"{stem}.look.onnx", "draw": None}
+
+    monkeypatch.setattr("capszoo.explorer.static.export_graphs", write)
+    first, second = (fresh(name, img_size=20) for name in ("cnn_baseline_tiny", "capsnet_tiny"))
+    write_static(tmp_path, [first, second], RUNTIME)
+    (tmp_path / "models" / "notes.txt").touch()
+    write_static(tmp_path, [second], RUNTIME)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1-capsnet_tiny.look.onnx", "notes.txt"]
+
+
+def test_an_export_that_ended_early_is_repeated(tmp_path, monkeypatch):
+    def stop(network, folder, stem):
+        (folder / f"{stem}.look.onnx").write_bytes(b"graph")
+        (folder / f".{stem}.draw.onnx.17.tmp").write_bytes(b"gra")
+        raise KeyboardInterrupt
+
+    network = fresh("cnn_baseline_tiny", img_size=20)
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("capszoo.explorer.static.export_graphs", stop)
+            write_static(tmp_path, [network], RUNTIME)
+    (tmp_path / "models" / "weights.onnx").touch()
+    with pytest.raises(UsageError, match="holds other files"):
+        write_static(tmp_path, [network], RUNTIME)
+
+
+def test_without_the_exporter_nothing_is_begun(tmp_path, monkeypatch):
+    network = fresh("cnn_baseline_tiny", img_size=20)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UsageError, match="pip install onnx onnxscript"):
+        write_static(tmp_path / "site", [network], RUNTIME)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_a_page_may_be_written(page, tmp_path):

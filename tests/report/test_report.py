@@ -12,9 +12,10 @@ import capszoo
 from capszoo import report
 from capszoo.data import Loader, Split, load_data
 from capszoo.engine import evaluate
-from capszoo.errors import InspectionError
+from capszoo.errors import InspectionError, UsageError
+from capszoo.figures import network, style
 from capszoo.recipes import show, train
-from capszoo.report.findings import _measure
+from capszoo.report.findings import Shown, _measure
 from capszoo.report.of_run import write_run_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -184,6 +185,59 @@ def test_names_are_escaped(tmp_path):
     report.write_sheet(tmp_path / "page.html", "<title>", {"<a>": "<c>"}, [section])
     text = (tmp_path / "page.html").read_text()
     assert "<b>" not in text and "&lt;script&gt;" in text and "<script></script>" in text
+
+
+def test_pictures_of_an_earlier_page_are_replaced(tmp_path):
+    page, folder = tmp_path / "page.html", tmp_path / "page"
+    sections = [report.Section(name, "x", "y", style.make_figure(1, 1)) for name in ("right", "parts")]
+    report.write_sheet(page, "title", {}, sections)
+    (folder / "mine.png").touch()
+    report.check_sheet(page, "--output")
+    report.write_sheet(page, "title", {}, sections[:1])
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.png", "right.png"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_has_the_name_of_the_pictures_stays(tmp_path, kind):
+    taken = tmp_path / "page"
+    if kind == "file":
+        taken.touch()
+    else:
+        taken.mkdir()
+        (taken / "right.png").touch()
+    with pytest.raises(UsageError, match="^--output '.*page.html' .*'.*page', which has others: choose another"):
+        report.check_sheet(tmp_path / "page.html", "--output")
+
+
+def test_equal_couplings_are_drawn_as_equal():
+    """And not their rounding, over the whole scale of colours."""
+    item = Shown(torch.rand(1, 8, 8), None, None, "a", 0.5)
+    maps = 0.1 + 1e-7 * torch.rand(1, 1, 2, 8, 8)
+    figure = network.draw_part_maps([item], maps, ["a", "b"])
+    low, high = figure.axes[1].images[-1].get_clim()
+    assert low < 0.0996 and high > 0.1004
+
+
+def test_long_names_stay_apart():
+    names = [f"a species of number {number:03}" for number in range(3)]
+    items = [Shown(torch.rand(1, 8, 8), None, None, name, 0.5) for name in names]
+    titles = [axes.get_title() for axes in network.draw_images(items).axes]
+    assert len(set(titles)) == 3 and all(len(title.split("\n")[0]) == 14 for title in titles)
+
+
+def test_letters_that_no_font_has_cost_one_line(monkeypatch, caplog, recwarn):
+    from matplotlib import font_manager
+
+    own = [entry for entry in font_manager.fontManager.ttflist if entry.name.startswith("DejaVu")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    style._families_with.cache_clear()
+    for name in ("\u732b", "\u732b"):
+        figure = style.make_figure(2, 1)
+        figure.subplots().set_title(name)
+        assert style.png(figure, dpi=50).startswith(b"\x89PNG")
+    style._families_with.cache_clear()
+    (message,) = caplog.messages
+    assert "no font here has \u732b" in message and not recwarn.list
 
 
 def test_a_part_of_a_split_has_images_of_all_classes():

@@ -1,12 +1,15 @@
 // Lines from the parts of an image to the classes that they vote for.
 
+// Up to so many equal shares, a share is equal but for rounding.
+export const EVEN = 1.005;
+
 // How much each part votes for each class beyond an equal share, over the most that any does in any iteration.
 export function excesses(shares, presence, classes) {
-  const strongest = Math.max(...presence, 1e-9);
+  const strongest = Math.max(...presence, 1e-9), equal = 1 / classes;
   const found = shares.map(parts => parts.map((row, p) =>
-    row.map(share => Math.max(0, share - 1 / classes) * presence[p] / strongest)));
+    row.map(share => share < EVEN * equal ? 0 : (share - equal) * presence[p] / strongest)));
   const most = Math.max(...found.flat(2));
-  return most > 1e-6 ? found.map(parts => parts.map(row => row.map(value => value / most))) : found;
+  return most > 0 ? found.map(parts => parts.map(row => row.map(value => value / most))) : found;
 }
 
 // starts: [x, y] of each part; ends: [x, y] of each class, or null where it is not shown; colors: of a line.

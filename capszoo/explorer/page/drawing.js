@@ -16,9 +16,10 @@ export class Board extends EventTarget {
     this.settings = {rotate: 0, right: 0, down: 0, size: 1, fit: true, invert: false};
     this.cursor = [.5, .5];
     this.isDown = false;
+    this.pointer = null;
     canvas.addEventListener("pointerdown", event => this.begin(event));
     canvas.addEventListener("pointermove", event => this.move(event));
-    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => { this.stroke = null; });
+    for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, event => this.end(event));
     canvas.addEventListener("keydown", event => this.press(event));
     for (const name of ["focus", "blur"]) canvas.addEventListener(name, () => this.lift());
   }
@@ -31,19 +32,26 @@ export class Board extends EventTarget {
   begin(event) {
     if (event.button) return;
     event.preventDefault();
+    if (this.pointer !== null) return;  // a second finger, or the palm
     this.canvas.focus({preventScroll: true, focusVisible: false});
     try {
       this.canvas.setPointerCapture(event.pointerId);
+      this.pointer = event.pointerId;
     } catch {}  // of a pointer that is already gone
     this.stroke = this.add(this.place(event));
   }
 
   move(event) {
-    if (!this.stroke) return;
+    if (!this.stroke || event.pointerId !== this.pointer) return;
     // Browsers join the points of a frame into one event.
     const events = event.getCoalescedEvents?.() ?? [];
     for (const part of events.length ? events : [event]) this.stroke.points.push(this.place(part));
     this.changed();
+  }
+
+  end(event) {
+    if (event.pointerId !== this.pointer) return;
+    this.pointer = this.stroke = null;
   }
 
   add(point) {
@@ -142,7 +150,13 @@ export class Board extends EventTarget {
     const side = this.canvas.width, context = this.context;
     context.fillStyle = "#000";
     context.fillRect(0, 0, side, side);
-    this.drawContent(context, side, this.image ? this.image.width < side : false);
+    if (this.image) {  // in its own proportions; networks get it in theirs
+      const {width, height} = this.image, scale = side / Math.max(width, height);
+      const w = width * scale, h = height * scale;
+      this.drawImage(context, (side - w) / 2, (side - h) / 2, w, h, scale > 1);
+    } else {
+      this.drawStrokes(context, side);
+    }
     if (this.hasCursor) {
       context.strokeStyle = this.isDown ? "#ffb300" : "#6db3e8";
       context.lineWidth = 3;
@@ -152,22 +166,18 @@ export class Board extends EventTarget {
     }
   }
 
-  // Draw strokes or image on a square; images keep their proportions.
-  drawContent(context, side, isCoarse) {
-    if (this.image) {
-      const {width, height} = this.image, scale = side / Math.max(width, height);
-      context.imageSmoothingEnabled = !isCoarse;
-      context.imageSmoothingQuality = "high";
-      const w = width * scale, h = height * scale;
-      context.drawImage(this.image, (side - w) / 2, (side - h) / 2, w, h);
-      if (this.settings.invert) {  // the difference to white
-        context.globalCompositeOperation = "difference";
-        context.fillStyle = "#fff";
-        context.fillRect((side - w) / 2, (side - h) / 2, w, h);
-        context.globalCompositeOperation = "source-over";
-      }
-      return;
-    }
+  drawImage(context, x, y, width, height, isCoarse) {
+    context.imageSmoothingEnabled = !isCoarse;
+    context.imageSmoothingQuality = "high";
+    context.drawImage(this.image, x, y, width, height);
+    if (!this.settings.invert) return;
+    context.globalCompositeOperation = "difference";  // to white
+    context.fillStyle = "#fff";
+    context.fillRect(x, y, width, height);
+    context.globalCompositeOperation = "source-over";
+  }
+
+  drawStrokes(context, side) {
     context.strokeStyle = context.fillStyle = "#fff";
     context.lineCap = context.lineJoin = "round";
     for (const {points, width} of this.strokes) {
@@ -188,7 +198,7 @@ export class Board extends EventTarget {
     if (this.image || !this.settings.fit || !this.strokes.length) return {scale: 1, x: .5, y: .5};
     const context = this.source.getContext("2d", {willReadFrequently: true});
     context.clearRect(0, 0, SOURCE, SOURCE);
-    this.drawContent(context, SOURCE, false);
+    this.drawStrokes(context, SOURCE);
     const {data} = context.getImageData(0, 0, SOURCE, SOURCE);
     let left = SOURCE, right = -1, top = SOURCE, bottom = -1, mass = 0, sumX = 0, sumY = 0;
     for (let y = 0; y < SOURCE; y++) for (let x = 0; x < SOURCE; x++) {
@@ -207,20 +217,25 @@ export class Board extends EventTarget {
     return {scale: 20 / 28 * SOURCE / Math.max(longest, SOURCE / 8), x: sumX / mass / SOURCE, y: sumY / mass / SOURCE};
   }
 
-  // Whole numbers from 0 to 255, by channel, then row by row: the drawing fitted, turned, resized and shifted.
+  // Whole numbers from 0 to 255, by channel, then row by row: the drawing fitted, turned, resized and shifted. An image
+  // is stretched to the network's pixels, as its training images were; a drawing fills their middle square.
   pixels([channels, height, width]) {
     const over = Math.max(height, width) > 64 ? 2 : 4;  // samples of a pixel each way, of which it is the mean
-    const side = over * Math.max(height, width);
-    const work = new OffscreenCanvas(over * width, over * height);
+    const work = new OffscreenCanvas(over * width, over * height), side = Math.min(work.width, work.height);
     const context = work.getContext("2d", {willReadFrequently: true});
     context.fillStyle = "#000";
     context.fillRect(0, 0, work.width, work.height);
     const {rotate, right, down, size} = this.settings, {scale, x, y} = this.fitting();
-    context.translate(work.width / 2 + right * side, work.height / 2 + down * side);
+    context.translate((.5 + right) * work.width, (.5 + down) * work.height);
     context.rotate(rotate * Math.PI / 180);
     context.scale(scale * size, scale * size);
-    context.translate(-x * side, -y * side);
-    this.drawContent(context, side, this.image ? Math.max(this.image.width, this.image.height) <= side : false);
+    if (this.image) {
+      const isCoarse = this.image.width <= work.width && this.image.height <= work.height;
+      this.drawImage(context, -work.width / 2, -work.height / 2, work.width, work.height, isCoarse);
+    } else {
+      context.translate(-x * side, -y * side);
+      this.drawStrokes(context, side);
+    }
     const {data} = context.getImageData(0, 0, work.width, work.height);
     const pixels = new Uint8Array(channels * height * width);
     for (let row = 0; row < height; row++) for (let column = 0; column < width; column++) {

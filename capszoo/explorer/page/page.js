@@ -33,7 +33,10 @@ class Page {
     Object.assign(this, {engine, models});
     this.said = new Map();
     this.board = new Board(byId("board"));
-    this.board.addEventListener("change", () => this.update());
+    this.board.addEventListener("change", () => {
+      fail("file", null);
+      this.update();
+    });
     this.connectButtons();
     this.connectSliders();
     this.connectFiles();
@@ -136,12 +139,14 @@ class Page {
         const isLight = await this.board.open(file);
         byId("invert").checked = this.board.settings.invert = isLight && this.models.every(model => model.shape[0] === 1);
         this.board.changed();
-        fail("file", null);
       } catch {
         fail("file", new Error(`${file.name} is not an image that this browser can open.`));
       }
     };
-    byId("file").addEventListener("change", event => open(event.target.files[0]));
+    byId("file").addEventListener("change", event => {
+      open(event.target.files[0]);
+      event.target.value = "";  // else the same file could not be opened again
+    });
     const board = byId("board");
     addEventListener("dragover", event => {
       event.preventDefault();

@@ -1,5 +1,5 @@
 // One network: its classes, pictures, couplings, and the numbers of a class capsule.
-import {drawLines, excesses} from "./couplings.js";
+import {EVEN, drawLines, excesses} from "./couplings.js";
 
 const MOST_ROWS = 12;
 
@@ -14,6 +14,7 @@ const norm = values => Math.hypot(...values);
 function paint(canvas, pixels, [channels, height, width]) {
   canvas.width = width;
   canvas.height = height;
+  canvas.style.aspectRatio = `${width} / ${height}`;
   const context = canvas.getContext("2d"), image = context.createImageData(width, height), size = width * height;
   for (let i = 0; i < size; i++) {
     for (let c = 0; c < 3; c++) image.data[4 * i + c] = pixels[channels === 3 ? c * size + i : i];
@@ -111,7 +112,7 @@ export class Panel {
     const {model, parts} = this, {scores, target} = answer, isBlank = this.board.isBlank;
     this.root.classList.toggle("blank", isBlank);
     parts.column.textContent = isBlank ? "nothing is drawn yet"
-      : {length: "length of the capsule", probability: "probability", score: "score"}[model.score];
+      : {length: "length of the capsule"}[model.score] ?? model.score;
     this.best = scores.indexOf(Math.max(...scores));
     let shown = scores.map((_, j) => j);
     if (shown.length > MOST_ROWS) {  // the longest, and always the chosen
@@ -183,7 +184,7 @@ export class Panel {
     const colors = {chosen: answer.target, accent: color("--accent"), soft: color("--soft")};
     drawLines(parts.lines, starts, ends, strengths, answer.presence, colors);
     const largest = Math.max(...shares.flat()), equal = 1 / J;
-    parts.note.textContent = largest - equal < 5e-4
+    parts.note.textContent = largest < EVEN * equal
       ? `Each part divides its vote evenly: ${equal.toFixed(3)} for each class.`
       : `A line is a part's vote beyond an equal share of ${equal.toFixed(3)}; the largest share is ${largest.toFixed(3)}.`;
   }
@@ -216,6 +217,7 @@ export class Panel {
 
   // A number of the capsule was changed: the reconstruction follows, the last change first.
   async turn(d, value) {
+    if (!this.answer?.capsules) return;  // of another network, whose answer is on its way
     this.numbers[d] = value;
     this.isEdited = true;
     this.sliders[d].label.classList.add("edited");
