@@ -9,9 +9,11 @@ import threading
 import time
 
 import pytest
+import torch
 from browser import needs_chromium, open_browser
 from PIL import Image
 
+import capszoo
 from capszoo.errors import UsageError
 from capszoo.explorer import ExplorerServer, Network, runtime_from_folder, runtime_from_registry, write_static
 from capszoo.opening import open_model
@@ -197,6 +199,66 @@ def test_an_image_is_opened(browser, served, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     browser.press("#file", str(tmp_path / "broken.png"))
     browser.wait('return document.getElementById("problem").textContent.startsWith("broken.png is not an image")')
+    # What comes next ends the complaint, and the image can be opened again.
+    browser.click("#clear")
+    assert browser.run('return document.getElementById("problem").hidden')
+    browser.press("#file", str(tmp_path / "one.png"))
+    browser.wait(f'{BEST} === "1 - one" && !document.querySelector(".panel.blank")')
+
+
+def test_a_second_finger_does_not_draw(browser, served):
+    open_page(browser, served)
+    browser.click("#clear")
+    touch = """
+      const board = document.getElementById("board"), box = board.getBoundingClientRect();
+      const send = (kind, pointerId, x, y) => board.dispatchEvent(new PointerEvent(kind, {
+        pointerId, pointerType: "touch", clientX: box.left + x * box.width, clientY: box.top + y * box.height,
+      }));
+      board.setPointerCapture = () => {};  // of pointers that no hand moves
+      send("pointerdown", 7, .5, .2); send("pointermove", 7, .5, .8);
+      SECOND
+      send("pointermove", 7, .5, .5); send("pointerup", 7, .5, .5);
+    """
+    sums = []
+    for second in ("", 'send("pointerdown", 8, .1, .1); send("pointermove", 8, .9, .1); send("pointerup", 8, .9, .1);'):
+        browser.click("#clear")
+        browser.run(touch.replace("SECOND", second))
+        sums.append(settled(browser, "#board"))
+    assert sums[0] == sums[1]
+
+
+def test_a_wide_network(browser, tmp_path):
+    """A drawing fills the middle square, an image all pixels, and pictures keep the proportions of the network's."""
+    torch.manual_seed(0)
+    model = capszoo.create_model("capsnet_tiny", img_size=(20, 40), decoder=True)
+    capszoo.save_model(tmp_path / "wide.safetensors", model)
+    Image.new("L", (30, 60), 200).save(tmp_path / "grey.png")
+    server = ExplorerServer([Network(open_model(tmp_path / "wide.safetensors"))])
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        open_page(browser, server.url)
+        seen = """
+          const canvas = document.querySelector(".seen"), box = canvas.getBoundingClientRect();
+          const context = new OffscreenCanvas(40, 20).getContext("2d", {willReadFrequently: true});
+          context.drawImage(canvas, 0, 0);
+          const {data} = context.getImageData(0, 0, 40, 20);
+          const ink = [...data].filter((_, i) => i % 4 === 0).map((value, i) => [value, i % 40, Math.floor(i / 40)]);
+          const drawn = ink.filter(([value]) => value > 60);
+          const ends = [1, 2].flatMap(axis => [Math.min, Math.max].map(end => end(...drawn.map(place => place[axis]))));
+          return [box.width / box.height, ...ends];
+        """
+        shape, left, right, top, bottom = browser.run(seen)
+        assert shape == pytest.approx(2, abs=0.05) and left >= 10 and right < 30
+        assert 0 < top < 5 and 15 < bottom < 20 - 1  # nothing is cut off
+        browser.press("#file", str(tmp_path / "grey.png"))
+        browser.wait('return document.getElementById("invert").checked')
+        browser.click("#invert")
+        browser.wait(f"return (() => {{ {seen} }})().slice(1).join() === '0,39,0,19'")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_light_and_dark(browser, served):
