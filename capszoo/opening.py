@@ -92,7 +92,7 @@ def open_model(
         UsageError: If there is neither such a file nor such a name, or `model_name` does not go with it.
         ValueError: If the weights are damaged, or do not fit the model.
     """
-    source = str(name_or_file)
+    source = str(name_or_file).removeprefix("local-dir:")  # of timm's names, for a model folder
     if is_shipped_name(source):
         if model_name is not None:
             raise UsageError(f"{source!r} says what model it is, --model {model_name} is for files: leave it out")

@@ -45,6 +45,7 @@ from capszoo.explore.console import Report, comparison_table, percent, seconds_t
 from capszoo.explore.grid import check_rows, plan_grid
 from capszoo.explore.results import write_reports
 from capszoo.explore.space import plan_space
+from capszoo.explore.storage import check_optuna
 from capszoo.explore.timing import retime_at_rest
 from capszoo.files import read_yaml, yaml_text
 from capszoo.precision import choose_device
@@ -222,10 +223,7 @@ def save_args(values: Mapping[str, Any], folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_resumable(build_parser, MAY_CHANGE_ON_RESUME, argv)
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f'{error.name} is not installed: pip install "capszoo[explore]"') from None
+    check_optuna()
     piped = not sys.stdout.isatty()
     console = make_console(width=180 if piped else None)
     console.soft_wrap = piped  # a live table is cut to the terminal

@@ -57,6 +57,7 @@ CARD_KINDS: dict[str, Any] = {
 }
 # All files together; they are part of every clone and every wheel.
 MAX_BYTES = 50_000_000
+WEIGHTS = "name of shipped weights, a run folder, or a safetensors file"
 
 
 def build_parser() -> OptionParser:
@@ -69,11 +70,11 @@ def build_parser() -> OptionParser:
     job.add_argument("--license", default="mit", help="licence of the weights (default: mit)")
     job.add_argument("--replace", action="store_true", help="replace weights of this name")
     job = jobs.add_parser("hub", allow_abbrev=False, help="make a model folder in the Hugging Face hub's layout")
-    job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
+    job.add_argument("weights", metavar="NAME_OR_FILE", help=WEIGHTS)
     job.add_argument("--output", required=True, metavar="FOLDER", help="folder to make; must be empty or absent")
-    job.add_argument("--license", help="licence of the weights; default as shipped, else mit")
+    job.add_argument("--license", help="licence of the weights; default as shipped, else none")
     job = jobs.add_parser("aoti", allow_abbrev=False, help="compile a model ahead of time into a package, NAME.pt2")
-    job.add_argument("weights", metavar="NAME_OR_FILE", help="name of shipped weights, or a safetensors file of a run")
+    job.add_argument("weights", metavar="NAME_OR_FILE", help=WEIGHTS)
     job.add_argument("--output", required=True, metavar="FILE.pt2", help="package to write")
     job.add_argument(
         "--device", default="auto", help="what it is compiled for: auto, cpu, cuda, cuda:1 ... (default: auto)"
@@ -284,7 +285,7 @@ def hub(args: argparse.Namespace) -> int:
         name = f"{card['model']}.{Path(card.get('dataset', 'custom')).name}"
         card.setdefault("recipe", read_recipe(file.parent))
     model = open_model(file).model
-    card["license"] = args.license or card.get("license", "mit")
+    card["license"] = args.license or card.get("license")  # nobody else says for which use somebody's weights are
     label_names = card.get("class_names")
     # The configuration is that of the model's default weights, unless these are they.
     own_cfg = {
@@ -305,6 +306,8 @@ def hub(args: argparse.Namespace) -> int:
     write_json(config_file, config)
     (folder / "README.md").write_text(model_card(name, card, capszoo.model_info(model)), encoding="utf-8")
     print(f"{folder}: {name}, load it with capszoo.create_model('local-dir:{folder}', pretrained=True)")
+    if not card["license"]:
+        print("it names no licence, before you publish it: give --license")
     return 0
 
 

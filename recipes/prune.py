@@ -43,6 +43,7 @@ from capszoo.opening import OpenedModel, load_data_for, open_model, warn_of_spli
 from capszoo.precision import choose_device, resolve_amp
 from capszoo.pretrained import image_statistics
 from capszoo.prune.options import PRUNE_OPTIONS, PruneOptions, flat_prune_values, prune_options_text
+from capszoo.prune.pareto import parameters_text
 from capszoo.prune.plan import schedule
 from capszoo.prune.run import Run
 
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     first, last = work.rows[0], work.rows[-1]
     console.print(
         f"test top1 {result['test_top1']:.4f}, val top1 {first['val_top1']:.4f} -> {last['val_top1']:.4f}, parameters "
-        f"{first['parameters']:,} -> {last['parameters']:,}, macs {first['macs'] / 1e6:.1f} M -> "
+        f"{parameters_text(first)} -> {parameters_text(last)}, macs {first['macs'] / 1e6:.1f} M -> "
         f"{last['macs'] / 1e6:.1f} M, {result['total_seconds']:.1f} s of training, {folder}"
     )
     return 0

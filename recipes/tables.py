@@ -65,9 +65,17 @@ def cell(key: str, value: str | None) -> str:
     return value
 
 
+# What begins as a number, and what stands in its place.
+_NUMBER = re.compile(r"[-+]?\d|-$|not measured yet$")
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
+    """A table; its columns of numbers are to the right."""
+    body = list(rows)
+    columns = list(zip(*body, strict=True)) or [()] * len(header)
+    rules = ["---:" if all(map(_NUMBER.match, column)) and column else "---" for column in columns]
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rules)}|", *(f"| {' | '.join(line)} |" for line in body)]
+    return "".join(line + "\n" for line in lines)
 
 
 def accuracies(rows: Rows, columns: Sequence[str]) -> str:

@@ -75,6 +75,18 @@ def test_code_of_tutorials_parses_and_commands_are_shell_cells(page):
     assert f"\n{page.stem}\n" in (DOCS / "tutorials" / "index.md").read_text()
 
 
+def test_every_command_has_its_help():
+    from capszoo.command_line.main import build_parser
+    from capszoo.recipes import export
+
+    def commands(parser):
+        return next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+
+    wanted = {f'show_help("{name}")' for name in commands(build_parser())}
+    wanted |= {f'show_help("export", "{name}")' for name in commands(export.build_parser())}
+    assert set(re.findall(r"^show_help\(.+\)$", (DOCS / "api" / "commands.md").read_text(), re.M)) == wanted
+
+
 def test_notebooks_are_those_of_the_tutorials():
     maker = script(DOCS / "make_notebooks.py")
     made = {path.stem: path.read_text() for path in (DOCS / "notebooks").glob("*.ipynb")}

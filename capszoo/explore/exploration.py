@@ -21,7 +21,7 @@ from .grid import Row, check_grown, enqueue_rows
 from .reclaim import Reclaimer, enqueue_again, retry
 from .solution import OBJECTIVES, ExplorationError, Solution, is_behind, over_seeds, pareto_front
 from .space import GROWTH, Space
-from .storage import open_storage, storage_errors, without_password
+from .storage import check_optuna, open_storage, storage_errors, without_password
 from .timing import CLOCKS
 from .trials import is_limited, solution_of, trials_seen
 from .worker import Worker
@@ -57,6 +57,7 @@ class Exploration:
 
     Raises:
         ExplorationError: If the storage cannot be reached, or holds a study of that name made for something else.
+        UsageError: If Optuna is not installed.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Exploration:
         grace: int = 120,
         on_change: Callable[[Trainer | None], None] = lambda trainer: None,
     ):
+        check_optuna()
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)

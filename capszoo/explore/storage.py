@@ -6,11 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from capszoo.errors import first_line
+from capszoo.errors import UsageError, first_line
 
 from .solution import ExplorationError
 
 _logger = logging.getLogger(__name__)
+
+
+def check_optuna() -> None:
+    """Check that Optuna is installed.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f'{error.name} is not installed: pip install "capszoo[explore]"') from None
 
 
 def open_storage(url: str, heartbeat: int, grace: int, retry: Callable) -> Any:

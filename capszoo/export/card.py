@@ -26,7 +26,7 @@ def model_card(name: str, card: dict[str, Any], info: ModelInfo) -> str:
     front: dict[str, Any] = {
         "library_name": "timm",
         "tags": ["image-classification", "timm", "capszoo", "capsule-network"],
-        "license": card["license"],
+        **({"license": card["license"]} if card["license"] else {}),
         "pipeline_tag": "image-classification",
     }
     if dataset is not None:

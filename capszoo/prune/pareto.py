@@ -28,6 +28,12 @@ PARETO_COLUMNS = (
 )
 
 
+def parameters_text(row: Mapping[str, Any]) -> str:
+    """The parameters of a row, for people: those of the class scores, and all, as other commands count them."""
+    own, everything = row["parameters"], row.get("parameters_with_decoder") or row["parameters"]
+    return f"{own:,}" if own == everything else f"{own:,} ({everything:,} with the decoder)"
+
+
 def plot_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw validation accuracy over size, a point a round, before and after its training.
 

@@ -24,7 +24,7 @@ from capszoo.registry import load_model
 
 from .costs import cost
 from .options import PruneOptions
-from .pareto import PARETO_COLUMNS, plot_pareto
+from .pareto import PARETO_COLUMNS, parameters_text, plot_pareto
 from .parts import count_parts
 from .plan import prune_once
 
@@ -241,7 +241,7 @@ class Run:
         filters = "" if row["conv1"] is None else f"{row['conv1']} filters, "
         self.say(
             f"round {number}/{len(self.plan)}: {filters}{row['types']} types, {row['capsules']} "
-            f"capsules, {row['parameters']:,} parameters, {row['macs'] / 1e6:.1f} M macs, val top1 "
+            f"capsules, {parameters_text(row)} parameters, {row['macs'] / 1e6:.1f} M macs, val top1 "
             + (
                 f"{row['val_top1_before']:.4f} pruned, {row['val_top1']:.4f} trained"
                 if number

@@ -41,7 +41,7 @@ def test_accuracies(results):
     assert tables.main([str(path)]) == 0 and tables.main([str(path), "--check"]) == 0
     assert body(path) == [
         "| weights | top-1 | scaled 0.8 | parameters |",
-        "|---|---|---|---|",
+        "|---|---:|---:|---:|",
         "| `capsnet.mnist` | 99.55 % | not measured yet | 6,804,384 |",
         "| `cnn_baseline` (not shipped) | 50.00 % | 12.35 % | 12 |",
     ]
@@ -80,7 +80,7 @@ def test_rows_without_published_ones_and_over_pairs_of_seeds(results):
     assert body(path) == [
         "| row | seeds | test top-1 | over the baseline of the same seed (95 %) | training | to its best epoch | "
         "less than the baseline to its best |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---:|---:|---:|---:|---:|---:|",
         "| baseline | 3 | 99.00 % | - | 50 s | 40 s | - |",
         "| fast | 3 | 99.00 % | +0.12 (-0.03 to +0.27) | 10 s | 40 s | 75 % |",
         "| once | 1 | 99.00 % | - | 60 s | 40 s | -50 % |",
