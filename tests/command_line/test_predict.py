@@ -196,11 +196,19 @@ def test_probabilities_of_a_model_that_gives_logits(folder, make_run, capsys, mo
     assert sum(value["scores"]) == pytest.approx(1) and value["score"] == max(value["scores"])
 
 
+def test_names_are_printed_as_they_are(folder, tmp_path, capsys):
+    shutil.copy(folder / "0.png", tmp_path / "10:100:5 [red].png")
+    _, out, _ = predict(capsys, "capsnet_tiny.mnist", tmp_path)
+    assert "10:100:5 [red].png" in out
+
+
 def test_a_model_folder(folder, recipe, tmp_path, capsys):
     recipe("export").main(["hub", "capsnet_tiny.mnist", "--output", str(tmp_path / "hub")])
     capsys.readouterr()
-    answers = [predict(capsys, weights, folder, "--csv")[1] for weights in ("capsnet_tiny.mnist", tmp_path / "hub")]
-    assert answers[0].splitlines()[0] == answers[1].splitlines()[0]
+    weights = ("capsnet_tiny.mnist", tmp_path / "hub", f"local-dir:{tmp_path / 'hub'}")
+    answers = [predict(capsys, name, folder, "--csv")[1] for name in weights]
+    assert answers[0].splitlines()[0] == answers[1].splitlines()[0] and answers[1] == answers[2]
+    answers.pop()
     for one, other in zip(*(csv.DictReader(io.StringIO(answer)) for answer in answers), strict=True):
         assert one["class"] == other["class"] and float(one["score"]) == pytest.approx(float(other["score"]), abs=1e-6)
 

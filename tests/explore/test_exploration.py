@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 from argparse import Namespace
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from capszoo.engine.options import options_from
 from capszoo.engine.run import make_model
+from capszoo.errors import UsageError
 from capszoo.explore import CLOCKS, OBJECTIVES, Exploration, ExplorationError, Row, Space, write_solutions
 from capszoo.explore.stopping import why_stop
 
@@ -20,6 +22,13 @@ optuna = pytest.importorskip("optuna")
 SMALL = {"conv_dim": 8, "num_types": 2, "decoder_dims": [4, 8]}
 ROW = {"policy": "fixed", "epochs": 1, "batch_size": 64}
 OPTIONS = {"dataset": "digits", "model": "capsnet_tiny", "model_kwargs": SMALL, "amp": "none"}
+
+
+def test_without_optuna_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r'^optuna is not installed: pip install "capszoo\[explore\]"$'):
+        Exploration([], {}, None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_search_runs_as_many_trials_as_asked(searched):

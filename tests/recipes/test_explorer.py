@@ -38,6 +38,10 @@ def test_it_serves_until_it_is_asked_to_end(asked):
     ("arguments", "expected"),
     [
         (["capsnet_tny.mnist"], "'capsnet_tny.mnist' is no file and no shipped weights"),
+        (
+            ["capsnet_resnet_sr"],
+            "no weights are shipped for 'capsnet_resnet_sr' alone, did you mean 'capsnet_resnet_sr.",
+        ),
         (["--port", "70000"], "--port 70000 is not a port: give a number from 0 to 65535"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is reached from other machines"),
         (["--onnxruntime-web", "x"], "--onnxruntime-web is for --export: give both, or neither"),
