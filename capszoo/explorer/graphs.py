@@ -38,6 +38,7 @@ def export_graphs(network: Network, folder: Path, stem: str) -> dict[str, Any]:
     Raises:
         UsageError: If the exporter's packages are not installed, or cannot express the network.
     """
+    check_exporter()
     centers = network.describe()["centers"]
     pixels = torch.zeros(1, *network.shape)
     files: dict[str, Any] = {"look": f"{stem}.look.onnx", "draw": None}
@@ -70,7 +71,6 @@ def check_exporter() -> None:
 
 
 def _write(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], path: Path) -> None:
-    check_exporter()
     # Large graphs come with a second file unless told not to; its name is in the first.
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.no_grad():
         made = Path(folder) / "graph.onnx"

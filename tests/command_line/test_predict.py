@@ -208,8 +208,7 @@ def test_a_model_folder(folder, recipe, tmp_path, capsys):
     weights = ("capsnet_tiny.mnist", tmp_path / "hub", f"local-dir:{tmp_path / 'hub'}")
     answers = [predict(capsys, name, folder, "--csv")[1] for name in weights]
     assert answers[0].splitlines()[0] == answers[1].splitlines()[0] and answers[1] == answers[2]
-    answers.pop()
-    for one, other in zip(*(csv.DictReader(io.StringIO(answer)) for answer in answers), strict=True):
+    for one, other in zip(*(csv.DictReader(io.StringIO(answer)) for answer in answers[:2]), strict=True):
         assert one["class"] == other["class"] and float(one["score"]) == pytest.approx(float(other["score"]), abs=1e-6)
 
 

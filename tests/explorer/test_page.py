@@ -1,5 +1,6 @@
 """The page in a headless Chromium, served and static: what a person does to it, and what then is to be seen."""
 
+import contextlib
 import functools
 import http.server
 import json
@@ -42,15 +43,24 @@ def networks():
     return [Network(open_model(name)) for name in ("capsnet_tiny.mnist", "capsnet_tiny.fashion_mnist")]
 
 
-@pytest.fixture(scope="module")
-def served(networks):
+@contextlib.contextmanager
+def serving(networks):
+    """The address of a server of these networks, which then ends."""
     server = ExplorerServer(networks)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield server.url
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield server.url
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served(networks):
+    with serving(networks) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +243,8 @@ def test_a_wide_network(browser, tmp_path):
     model = capszoo.create_model("capsnet_tiny", img_size=(20, 40), decoder=True)
     capszoo.save_model(tmp_path / "wide.safetensors", model)
     Image.new("L", (30, 60), 200).save(tmp_path / "grey.png")
-    server = ExplorerServer([Network(open_model(tmp_path / "wide.safetensors"))])
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        open_page(browser, server.url)
+    with serving([Network(open_model(tmp_path / "wide.safetensors"))]) as url:
+        open_page(browser, url)
         seen = """
           const canvas = document.querySelector(".seen"), box = canvas.getBoundingClientRect();
           const context = new OffscreenCanvas(40, 20).getContext("2d", {willReadFrequently: true});
@@ -255,10 +262,6 @@ def test_a_wide_network(browser, tmp_path):
         browser.wait('return document.getElementById("invert").checked')
         browser.click("#invert")
         browser.wait(f"return (() => {{ {seen} }})().slice(1).join() === '0,39,0,19'")
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def test_light_and_dark(browser, served):
@@ -272,13 +275,8 @@ def test_light_and_dark(browser, served):
 
 
 def test_a_server_that_ended(browser, networks):
-    server = ExplorerServer(networks)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    open_page(browser, server.url)
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(networks) as url:
+        open_page(browser, url)
     browser.click("#digits button:nth-child(2)")
     browser.wait('return document.getElementById("problem").textContent.startsWith("The server does not answer")')
     assert all("ERR_CONNECTION_REFUSED" in entry["message"] for entry in browser.problems())
